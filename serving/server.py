@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -190,6 +191,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# Outlives its launcher: the pipe on its standard input ends when the launcher does, however that came about, and the
+# server must not stay behind, holding ports and shared memory. $1: process group; $2: shared memory's prefix.
+_GUARD = 'read _; kill -TERM "$1"; sleep 2; kill -KILL "-$1"; rm -f "$2"*'
+
+
+def _exit_timeout(flags: Sequence[str], default: float) -> float:
+    """Seconds the server gives requests in flight: the user's --exit-timeout-secs where it is given."""
+    for word, following in zip(flags, [*flags, ""][1:], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--exit-timeout-secs":
+            with contextlib.suppress(ValueError):
+                return float(value or following)
+    return default
+
+
 class Server:
     """A running tritonserver, as a context manager: inside, it has answered a real request.
 
@@ -199,7 +215,8 @@ class Server:
         host: address to listen on; loopback unless told otherwise.
         http_port, grpc_port, metrics_port: 0 picks a free one.
         flags: passed through to tritonserver.
-        startup_seconds, stop_seconds: deadlines, after which the whole process group is killed.
+        startup_seconds: deadline of the first answer.
+        stop_seconds: how long the server may finish what it has; then the whole process group is killed.
         log: file for the server's output; by default this process's own.
 
     Raises:
@@ -217,7 +234,7 @@ class Server:
         metrics_port: int = 0,
         flags: Sequence[str] = (),
         startup_seconds: float = 60,
-        stop_seconds: float = 15,
+        stop_seconds: float = 10,
         log: Path | None = None,
     ) -> None:
         self.repository = Path(repository).resolve()
@@ -231,6 +248,7 @@ class Server:
         self.startup_seconds, self.stop_seconds = startup_seconds, stop_seconds
         self.log = log
         self.process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         # Names of its own let a killed server's shared memory be told from other servers'.
         self._prefix = f"vilu_{os.getpid()}_{self.grpc_port}_"
@@ -277,6 +295,7 @@ class Server:
         for kind in ("http", "grpc", "metrics"):
             ours += [f"--{kind}-address={self.host}", f"--{kind}-port={getattr(self, f'{kind}_port')}"]
         ours.append(f"--backend-config=python,shm-region-prefix-name={self._prefix}")
+        ours.append(f"--exit-timeout-secs={math.ceil(self.stop_seconds)}")
         ours = [
             flag for flag in ours if flag.startswith("--backend-config") or not _has(self.flags, flag.split("=")[0])
         ]
@@ -295,6 +314,13 @@ class Server:
         finally:
             if output is not None:
                 output.close()
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "guard", str(self.process.pid), f"{SHARED_MEMORY}/{self._prefix}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def wait_until_answering(self) -> None:
         """Wait for a real inference to succeed. Raises UserError when the server ends or the deadline passes."""
@@ -319,10 +345,17 @@ class Server:
         """Stop everything within the deadline and leave nothing in shared memory. Returns the exit code."""
         process = self.process
         if process is not None:
+            if self._guard is not None:
+                self._guard.kill()
+                self._guard.communicate()
+                self._guard = None
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(self.stop_seconds)
+            seconds = _exit_timeout(self.flags, self.stop_seconds) + 5
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                print(f"tritonserver did not stop in {seconds:.0f} s: killed", file=sys.stderr, flush=True)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # stubs that ignored the server's end, too
             process.wait()

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vilu import Checkpoint, ViLUHead, load_clip
+from vilu.tiny import data
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Largest difference of a probability from a float64 reference, by the dtype that was computed in.
@@ -26,3 +29,27 @@ def unit_rows(rows: int, dim: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(dim, generator=generator, dtype=torch.float64)
     return F.normalize(centre + torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1)
+
+
+@pytest.fixture(scope="session")
+def clip():
+    return load_clip()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(clip):
+    """An untrained head over the digits; its threshold splits the answers."""
+    torch.manual_seed(0)
+    class_set = clip.class_set(data.digits("clip_val").names)
+    head = ViLUHead(class_set.text_embeddings.shape[1], attention_scale=clip.spec.logit_scale)
+    return Checkpoint(head.eval().requires_grad_(False), clip.spec, class_set, threshold=0.505)
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory, clip, checkpoint) -> Path:
+    """One export for all tests: copy it before changing it."""
+    from vilu.export import export
+
+    root = tmp_path_factory.mktemp("export") / "model_repository"
+    export(checkpoint, root, clip=clip, max_batch_size=8)
+    return root

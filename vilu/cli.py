@@ -51,7 +51,7 @@ def group() -> None:
     """CLIP answers with the probability that each is wrong: train, export, serve, ask."""
 
 
-def _run(command: click.Command, name: str) -> None:
+def run(command: click.Command, name: str) -> None:
     """Run a command; the user's mistake is one line on stderr and exit code 2."""
     try:
         code = command.main(prog_name=name, standalone_mode=False)
@@ -70,12 +70,12 @@ def _run(command: click.Command, name: str) -> None:
 
 def main() -> None:
     """Entry point of `vilu`."""
-    _run(group, "vilu")
+    run(group, "vilu")
 
 
 def export_main() -> None:
     """Entry point of `vilu-export`, the same as `vilu export`."""
-    _run(export_command, "vilu-export")
+    run(export_command, "vilu-export")
 
 
 class Bar:

@@ -1,12 +1,15 @@
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import onnx
+import open_clip
 import pytest
 import torch
 from google.protobuf import text_format
+from safetensors.torch import save_file
 from tritonclient.grpc import model_config_pb2
 
 from vilu import Checkpoint, UserError, ViLUHead, load_clip
@@ -18,26 +21,6 @@ from vilu.tiny import data
 # The package's attribute of this name is the function.
 module = import_module("vilu.export.export")
 MODELS = {"preprocess", "clip_image", "vilu_head", "vilu_full", "clip_text", "vilu"}
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return load_clip()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(clip):
-    torch.manual_seed(0)
-    class_set = clip.class_set(data.digits("clip_val").names)
-    head = ViLUHead(class_set.text_embeddings.shape[1], attention_scale=clip.spec.logit_scale)
-    return Checkpoint(head.eval().requires_grad_(False), clip.spec, class_set)
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory, clip, checkpoint) -> Path:
-    root = tmp_path_factory.mktemp("export") / "repository"
-    export(checkpoint, root, clip=clip, max_batch_size=8)
-    return root
 
 
 def test_every_graph_is_proven_at_three_batch_sizes(repository):
@@ -102,9 +85,9 @@ def snapshot(root):
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_a_graph_over_the_budget_leaves_the_old_repository(tmp_path, monkeypatch, clip, checkpoint):
+def test_a_graph_over_the_budget_leaves_the_old_repository(repository, tmp_path, monkeypatch, clip, checkpoint):
     root = tmp_path / "repository"
-    export(checkpoint, root, clip=clip, max_batch_size=2)
+    shutil.copytree(repository, root)
     before = snapshot(root)
     original = module._references
 
@@ -118,6 +101,30 @@ def test_a_graph_over_the_budget_leaves_the_old_repository(tmp_path, monkeypatch
         export(checkpoint, root, clip=clip, max_batch_size=2)
     assert snapshot(root) == before
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
+
+
+def test_a_vision_transformer_and_names_with_accents_are_exported(tmp_path):
+    """Another architecture, width and tokenizer than the embedded default's, from a folder in open_clip's layout."""
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    config = {
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    preprocess = {"size": 32, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "resize_mode": "squash"}
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+    (folder / "open_clip_config.json").write_text(text)
+    torch.manual_seed(1)
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    clip = load_clip(f"local-dir:{folder}")
+    class_set = clip.class_set(("café au lait", "smörgåsbord", "東京の塔"), ("a {}.", "the {} in the dark"))
+    head = ViLUHead(48, hidden=(32,), projection="separate", attention_scale=48**-0.5).eval().requires_grad_(False)
+    for layer in (head.query, head.key, head.value):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    report = export(Checkpoint(head, clip.spec, class_set), tmp_path / "repository", clip=clip, max_batch_size=3)
+    assert set(report["graphs"]["vilu_full"]["cpu"]) == {"1", "2", "3"}
+    assert (tmp_path / "repository" / "labels.txt").read_text("utf-8").splitlines() == list(class_set.names)
 
 
 def test_disagreeing_answers_and_nan_are_over_the_budget():

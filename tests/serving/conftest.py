@@ -1,38 +1,15 @@
 """One real server over the embedded default for the whole folder."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vilu import Checkpoint, ViLUHead, load_clip
-from vilu.export import export
 from vilu.image import decode
 from vilu.serving import Server
 from vilu.tiny import data
-
-
-@pytest.fixture(scope="session")
-def clip():
-    return load_clip()
-
-
-@pytest.fixture(scope="session")
-def checkpoint(clip):
-    torch.manual_seed(0)
-    class_set = clip.class_set(data.digits("clip_val").names)
-    head = ViLUHead(class_set.text_embeddings.shape[1], attention_scale=clip.spec.logit_scale)
-    return Checkpoint(head.eval().requires_grad_(False), clip.spec, class_set, threshold=0.505)
-
-
-@pytest.fixture(scope="session")
-def repository(tmp_path_factory, clip, checkpoint) -> Path:
-    root = tmp_path_factory.mktemp("export") / "model_repository"
-    export(checkpoint, root, clip=clip, max_batch_size=8)
-    return root
 
 
 @pytest.fixture(scope="session")

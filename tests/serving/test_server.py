@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from vilu import UserError
 from vilu.serving import AsyncClient, Client, RequestRefused, Server, ServerUnavailable
-from vilu.serving.server import check_repository, find_tritonserver, free_port
+from vilu.serving.server import _exit_timeout, check_repository, find_tritonserver, free_port
 
 pytestmark = pytest.mark.server
 BIN = Path(sys.executable).parent
@@ -309,3 +309,29 @@ def test_a_model_that_cannot_load_or_answer_never_hangs(repository, tmp_path):
         check_repository(tmp_path / "absent")
     with pytest.raises(UserError, match="not an executable"):
         find_tritonserver(tmp_path / "absent")
+
+
+def test_a_killed_launcher_leaves_no_server_behind(repository, tmp_path):
+    """kill -9 gives the launcher no chance to stop what it started."""
+    chosen = ports()
+    flags = [f"--{kind}-port={port}" for kind, port in chosen.items()]
+    with (tmp_path / "log").open("wb") as log:
+        launcher = subprocess.Popen([BIN / "vilu", "serve", "--model-repository", repository, *flags], stderr=log)
+    wait_for(f"http://127.0.0.1:{chosen['http']}", launcher)
+    prefix = f"vilu_{launcher.pid}_"
+    assert any(path.name.startswith(prefix) for path in Path("/dev/shm").iterdir())
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 30
+    while any(path.name.startswith(prefix) for path in Path("/dev/shm").iterdir()):
+        assert time.monotonic() < deadline, "the server outlived its launcher"
+        time.sleep(0.2)
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{chosen['http']}/v2/health/live", timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "seconds"), [((), 10), (("--exit-timeout-secs=40",), 40), (("--exit-timeout-secs", "7"), 7)]
+)
+def test_the_users_exit_timeout_is_honoured(flags, seconds):
+    assert _exit_timeout(flags, 10) == seconds

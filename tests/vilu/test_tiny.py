@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vilu import load_clip, tiny
+from vilu import UserError, load_clip, tiny
 from vilu.image import pixels
 from vilu.tiny import data, train_clip
 
@@ -88,3 +88,12 @@ def test_pixels_and_embeddings_are_those_of_open_clip():
     with torch.no_grad():
         theirs = clip.model.encode_image(transform(image)[None], normalize=True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_failed_training_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="a batch of 5000 needs as many images"):
+        train_clip.train(tmp_path / "a", seed=0, steps=1, batch_size=5000, count=64)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        train_clip.train(tmp_path / "file" / "b", seed=0, steps=1, batch_size=16, count=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import click
@@ -21,8 +22,9 @@ from open_clip.tokenizer import default_bpe
 from PIL import Image
 from safetensors.torch import save_file
 
-from vilu.cli import progress_bar
+from vilu.cli import progress_bar, run
 from vilu.clip import load_clip
+from vilu.errors import UserError
 from vilu.image import Transform, pixels
 from vilu.tiny import data
 
@@ -68,10 +70,27 @@ def zero_shot(folder: Path, split: str, count: int = 2000) -> dict[str, float]:
 
 
 def train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> None:
-    """Train and write open_clip's layout into `folder`."""
+    """Train and write open_clip's layout into `folder`, at the end and whole.
+
+    Raises:
+        UserError: a folder that cannot be written, or fewer images than one batch.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    with staging as name:
+        _train(Path(name), seed, steps, batch_size, count)
+        folder.mkdir(exist_ok=True)
+        for path in sorted(Path(name).iterdir()):
+            path.chmod(0o644)
+            os.replace(path, folder / path.name)
+
+
+def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder / "bpe.txt.gz")
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     tokenize = open_clip.SimpleTokenizer(bpe_path=str(folder / "bpe.txt.gz"), context_length=CONTEXT)
@@ -84,6 +103,8 @@ def train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> N
         renderings = [data.digits("clip", seed * 1000 + i) for i in range(max(1, count // 900))]
         images = torch.cat([small_pixels(part.images) for part in (drawn, *renderings)])
         captions = [caption for part in (drawn, *renderings) for caption in part.captions]
+        if len(images) < batch_size:
+            raise UserError(f"a batch of {batch_size} needs as many images; there are {len(images)}")
         tokens = tokenize(captions)
         decay = [p for n, p in model.named_parameters() if p.ndim > 1]
         plain = [p for n, p in model.named_parameters() if p.ndim <= 1]
@@ -118,18 +139,15 @@ def train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> N
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    temporary = folder / ".open_clip_model.safetensors"
-    save_file(weights, temporary)
-    temporary.chmod(0o644)
-    os.replace(temporary, folder / "open_clip_model.safetensors")
+    save_file(weights, folder / "open_clip_model.safetensors")
 
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--steps", type=int, default=600, show_default=True)
-@click.option("--batch-size", type=int, default=256, show_default=True)
-@click.option("--shapes", "count", type=int, default=16000, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=600, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--shapes", "count", type=click.IntRange(1), default=16000, show_default=True)
 def main(output: Path, seed: int, steps: int, batch_size: int, count: int) -> None:
     """Train the embedded CLIP and print its zero-shot accuracy on the clip_val split."""
     train(output, seed, steps, batch_size, count)
@@ -138,4 +156,4 @@ def main(output: Path, seed: int, steps: int, batch_size: int, count: int) -> No
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "python -m vilu.tiny.train_clip")
