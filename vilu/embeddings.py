@@ -1,0 +1,125 @@
+"""Data as CLIP sees it: what training, scores and evaluation read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vilu.errors import UserError
+
+BLOCK = 4096  # rows worked on at once: bounds temporaries whatever the number of images
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One modality's embeddings, with what its last projection saw and gave where a score needs that.
+
+    normalised: (N, D), rows of norm 1.
+    activation: (N, P), the input of CLIP's projection matrix.
+    output: (N, D), its output before normalisation. Any floating dtype; all are read as float32. They may be
+        mapped from a file: nothing here copies more than BLOCK rows of them.
+
+    Raises:
+        UserError: shapes that do not fit, or a value that is not finite.
+    """
+
+    normalised: Tensor
+    activation: Tensor | None = None
+    output: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self._fields():
+            if value.ndim != 2 or not value.is_floating_point():
+                raise UserError(
+                    f"embeddings: {name} must be floating and two-dimensional, got {value.dtype} {tuple(value.shape)}"
+                )
+            if len(value) != len(self.normalised):
+                raise UserError(f"embeddings: {name} has {len(value)} rows, normalised {len(self.normalised)}")
+            if not all(torch.isfinite(rows).all() for rows in value.split(BLOCK)):
+                raise UserError(f"embeddings: {name} holds a value that is not finite")
+        if self.output is not None and self.output.shape != self.normalised.shape:
+            raise UserError(f"embeddings: output is {tuple(self.output.shape)}, not {tuple(self.normalised.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.normalised)
+
+    def __getitem__(self, rows: slice | Tensor) -> Embeddings:
+        return Embeddings(**{name: value[rows] for name, value in self._fields()})
+
+    def float(self) -> Embeddings:
+        return Embeddings(**{name: value.float() for name, value in self._fields()})
+
+    def _fields(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("normalised", "activation", "output"):
+            value = getattr(self, name)
+            if value is not None:
+                yield name, value
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """A data set as CLIP sees it.
+
+    name: what tables call it.
+    image: N images.
+    text: closed set: the K classes; captions: N texts, row i the caption of image i.
+    labels: (N,) int64 in [0, K); None for captions.
+    class_names: the K names, closed set only.
+    logit_scale: CLIP's factor on v · t.
+    skipped: one line for every image that could not be read and is not among the N.
+
+    Raises:
+        UserError: widths, labels or names that do not fit, or no image at all.
+    """
+
+    name: str
+    image: Embeddings
+    text: Embeddings
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+    logit_scale: float = 100.0
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self.image):
+            raise UserError(f"{self.name}: no images")
+        if self.image.normalised.shape[1] != self.text.normalised.shape[1]:
+            raise UserError(
+                f"{self.name}: image embeddings are {self.image.normalised.shape[1]} wide, "
+                f"text embeddings {self.text.normalised.shape[1]}"
+            )
+        if self.labels is None:
+            if len(self.text) != len(self.image):
+                raise UserError(f"{self.name}: {len(self.image)} images but {len(self.text)} captions")
+            return
+        if self.labels.shape != (len(self.image),) or self.labels.is_floating_point():
+            raise UserError(f"{self.name}: {len(self.image)} images need as many integer labels")
+        if int(self.labels.min()) < 0 or int(self.labels.max()) >= len(self.text):
+            raise UserError(
+                f"{self.name}: labels must lie in 0..{len(self.text) - 1}, "
+                f"got {int(self.labels.min())}..{int(self.labels.max())}"
+            )
+        if len(self.class_names) not in (0, len(self.text)):
+            raise UserError(f"{self.name}: {len(self.class_names)} class names but {len(self.text)} text embeddings")
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @property
+    def captions(self) -> bool:
+        """Whether each image comes with its own text rather than with a label."""
+        return self.labels is None
+
+    def __getitem__(self, rows: slice | Tensor) -> EmbeddedSet:
+        """Some of the images; a closed set keeps all its classes."""
+        return EmbeddedSet(
+            self.name,
+            self.image[rows],
+            self.text[rows] if self.labels is None else self.text,
+            None if self.labels is None else self.labels[rows],
+            self.class_names,
+            self.logit_scale,
+        )
