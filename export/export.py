@@ -21,7 +21,7 @@ from vilu.checkpoint import Checkpoint, load_checkpoint
 from vilu.class_set import prompts
 from vilu.clip import Clip, load_clip
 from vilu.errors import UserError
-from vilu.export import parity, repository
+from vilu.export import gpu, parity, repository
 from vilu.export.graphs import ANSWER, FullGraph, HeadGraph, ImageGraph, TextGraph, write_graph
 from vilu.image import pixels
 from vilu.kernels import fold
@@ -37,9 +37,11 @@ def export(
     clip: Clip | None = None,
     images: Sequence[np.ndarray] | None = None,
     max_batch_size: int = 32,
+    device: str = "cpu",
+    cuda_archs: Sequence[int] = gpu.ARCHS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write a Triton model repository for CPU servers, float32.
+    """Write a Triton model repository, float32.
 
     Args:
         checkpoint: a Checkpoint with its clip and class_set, or a path to one.
@@ -48,20 +50,28 @@ def export(
         images: at least 256 uint8 images (H, W, 3) to measure parity on; by default held-out digits and shapes
             of the embedded default.
         max_batch_size: the largest batch the server forms.
+        device: "cpu", or "gpu": every graph on the GPU, and the head as the fused kernel's cubins.
+        cuda_archs: compute capabilities to compile the kernel for (90 is 9.0); no GPU is needed. What is proven of
+            this head here is the folded form it is compiled from: cubins run on a GPU alone.
         progress: called with (what, steps done, steps in all).
 
     Returns:
         What parity.json holds.
 
     Raises:
-        UserError: a checkpoint without CLIP or class set, another CLIP than the head's, an output folder that is
-            not a model repository or cannot be written, too few images, or a graph over the parity budget. The
-            old repository is then untouched.
+        UserError: an unknown device or compute capability, a checkpoint without CLIP or class set, another CLIP than
+            the head's, an output folder that is not a model repository or cannot be written, too few images, or a
+            graph over the parity budget. The old repository is then untouched.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     output = Path(output)
     _check_output(output)
+    if device not in ("cpu", "gpu"):
+        raise UserError(f"device must be cpu or gpu, got {device!r}")
+    archs = tuple(sorted(set(cuda_archs))) if device == "gpu" else ()
+    if device == "gpu":
+        gpu.check_archs(archs)
     if max_batch_size < 2:
         raise UserError(f"max_batch_size must be at least 2, got {max_batch_size}")
     if checkpoint.clip is None or checkpoint.class_set is None:
@@ -82,7 +92,7 @@ def export(
         umask = os.umask(0)
         os.umask(umask)
         staging.chmod(0o777 & ~umask)
-        report = _write(checkpoint, clip, staging, images, max_batch_size, progress or (lambda *_: None))
+        report = _write(checkpoint, clip, staging, images, max_batch_size, archs, progress or (lambda *_: None))
         _replace(staging, output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
@@ -124,8 +134,11 @@ def _write(
     root: Path,
     images: Sequence[np.ndarray] | None,
     max_batch_size: int,
+    archs: Sequence[int],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
+    """Everything in the repository; `archs` is empty for CPU servers."""
+    device = "gpu" if archs else "cpu"
     class_set = checkpoint.class_set
     assert class_set is not None
     feed = torch.from_numpy(_parity_pixels(clip, images))
@@ -142,7 +155,7 @@ def _write(
         "clip_text": (TextGraph(clip), tokens[:2], "TOKENS", {"TEXT_EMBEDDING": [dim]}),
     }
     batches = tuple(sorted({1, 2, max_batch_size}))
-    total = len(graphs) + 2 * len(graphs) * len(batches)
+    total = len(graphs) + len(archs) + 2 * len(graphs) * len(batches)
     done = 0
 
     def tick(what: str) -> None:
@@ -155,6 +168,9 @@ def _write(
     for name, (module, example, input_name, outputs) in graphs.items():
         answers = "CLASS_INDEX" in outputs
         labels = class_set.names if answers else None
+        if name == "vilu_head" and archs:
+            gpu.write_head(root / name, folded, class_set.names, checkpoint.threshold, archs, max_batch_size, tick)
+            continue
         write_graph(module, example, root / name / "1" / "model.onnx", input_name, outputs, labels)
         repository.write_config(
             root / name,
@@ -162,6 +178,7 @@ def _write(
             inputs={input_name: types[input_name]},
             outputs=repository.ANSWER_TENSORS if answers else {n: types[n] for n in outputs},
             max_batch_size=max_batch_size,
+            device=device,
         )
         tick(f"writing {name}")
     repository.write_preprocess(root / "preprocess", clip.transform, max_batch_size)
@@ -175,7 +192,10 @@ def _write(
             root / name / "1" / "model.onnx", reference, batches, lambda name=name: tick(f"checking {name}")
         )
         for name, reference in references.items()
+        if (root / name / "1" / "model.onnx").is_file()
     }
+    if archs:
+        measured["vilu_head"] = {"folded": parity.measure_head(head, class_set.names, references["vilu_head"], batches)}
     progress("checked", total, total)
     problems = list(parity.failures(measured))
     if problems:
@@ -184,6 +204,7 @@ def _write(
     report = {
         "tolerance": parity.TOLERANCE,
         "precision": "float32",
+        "device": device,
         "threshold": checkpoint.threshold,
         "clip": vars(clip.spec),
         "head": digest(checkpoint),

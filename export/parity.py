@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 
 TOLERANCE = 1e-4  # float32, on failure_probability, confidence and embeddings
 
@@ -68,6 +69,21 @@ def measure(path: Path, reference: Reference, batches: tuple[int, ...], tick: Ca
             outputs = {n: np.concatenate([p[k] for p in parts]) for k, n in enumerate(names)}
             result.setdefault(provider, {})[str(batch)] = compare(outputs, reference)
             tick()
+    return result
+
+
+def measure_head(
+    head: torch.nn.Module, labels: Sequence[str], reference: Reference, batches: tuple[int, ...]
+) -> dict[str, Any]:
+    """The same rows for a head that is served by the fused kernel: of the folded module it is compiled from."""
+    result = {}
+    for batch in batches:
+        with torch.no_grad():
+            parts = [head(chunk) for chunk in torch.from_numpy(reference.feed).split(batch)]
+        columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
+        outputs = dict(zip(("CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT"), columns, strict=True))
+        outputs["LABEL"] = np.array(labels, dtype=object)[outputs["CLASS_INDEX"]]
+        result[str(batch)] = compare(outputs, reference)
     return result
 
 

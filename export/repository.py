@@ -27,13 +27,14 @@ def write_config(
     inputs: Tensors,
     outputs: Tensors,
     max_batch_size: int,
+    device: str = "cpu",
     parameters: Mapping[str, str] | None = None,
 ) -> None:
-    """One model's config.pbtxt: explicit batch size, one CPU instance, dynamic batching."""
+    """One model's config.pbtxt: explicit batch size, one instance on `device` ("cpu" or "gpu"), dynamic batching."""
     config = _config(folder.name, inputs, outputs, max_batch_size)
     config.backend = backend
     config.default_model_filename = "model.py" if backend == "python" else "model.onnx"
-    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+    config.instance_group.add(kind=pb.ModelInstanceGroup.Kind.Value(f"KIND_{device.upper()}"), count=1)
     config.dynamic_batching.SetInParent()
     for key, value in (parameters or {}).items():
         config.parameters[key].string_value = value

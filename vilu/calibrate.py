@@ -185,6 +185,8 @@ class Calibration:
         with torch.no_grad():
             last.weight.mul_(self.slope)
             last.bias.mul_(self.slope).add_(self.offset)
+            if calibrated.prior is not None:
+                calibrated.prior.mul_(self.slope)
         return calibrated
 
 

@@ -13,6 +13,12 @@ paper, one parametrisation covers both: (W_Q, W_K, W_V, attention scale).
 | authors' code | "shared": W_Q, and W_K = W_V        | CLIP's logit scale   |
 | same, frozen  | "identity": none                    | CLIP's logit scale   |
 | paper         | "separate": W_Q, W_K, W_V           | 1 / sqrt(dim)        |
+
+Beyond the paper, a head may start from what CLIP itself knows and learn a correction to it:
+
+    logit = MLP([v, t_pred, z]) + prior · log((1 − p) / p)      p = max softmax(logit_scale · v · t_j), MCM
+
+With an MLP of zero it ranks exactly as MCM does, which a plainly trained head needs thousands of images to reach.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from torch import Tensor, nn
 
 PARTS = ("image", "predicted", "attended")
 PROJECTIONS = ("identity", "shared", "separate")
+LOWEST_LOG_ODDS = -30.0  # of the prior, which is -inf for a single candidate
 
 
 class ViLUHead(nn.Module):
@@ -35,6 +42,7 @@ class ViLUHead(nn.Module):
         parts: what the MLP sees, in this column order; ("image",) alone is LVU, the visual-only head.
         projection: "identity", "shared" or "separate" (table above); all start as the identity.
         attention_scale: factor on the attention logits.
+        logit_scale: CLIP's factor on v · t, for a head with the prior (weight 1 to start with); None: no prior.
 
     Raises:
         ValueError: an unknown part or projection, a width below 1, or a scale that is not positive.
@@ -43,6 +51,7 @@ class ViLUHead(nn.Module):
     query: nn.Linear | None
     key: nn.Linear | None
     value: nn.Linear | None
+    prior: nn.Parameter | None
 
     def __init__(
         self,
@@ -52,6 +61,7 @@ class ViLUHead(nn.Module):
         parts: Sequence[str] = PARTS,
         projection: str = "shared",
         attention_scale: float = 100.0,
+        logit_scale: float | None = None,
     ) -> None:
         super().__init__()
         if dim < 1 or not hidden or min(hidden) < 1:
@@ -60,13 +70,16 @@ class ViLUHead(nn.Module):
             raise ValueError(f"parts must be a selection of {PARTS} in that order, got {tuple(parts)}")
         if projection not in PROJECTIONS:
             raise ValueError(f"projection must be one of {PROJECTIONS}, got {projection!r}")
-        if not 0 < attention_scale < float("inf"):
-            raise ValueError(f"attention_scale must be positive and finite, got {attention_scale}")
+        for name, scale in (("attention_scale", attention_scale), ("logit_scale", logit_scale)):
+            if scale is not None and not 0 < scale < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {scale}")
         self.dim = dim
         self.hidden = tuple(hidden)
         self.parts = tuple(parts)
         self.projection = projection if "attended" in self.parts else "identity"
         self.attention_scale = float(attention_scale)
+        self.logit_scale = None if logit_scale is None else float(logit_scale)
+        self.register_parameter("prior", None if logit_scale is None else nn.Parameter(torch.ones(1)))
 
         wanted = {"identity": (), "shared": ("query", "key"), "separate": ("query", "key", "value")}
         for name in ("query", "key", "value"):
@@ -82,6 +95,11 @@ class ViLUHead(nn.Module):
             width = out
         self.mlp = nn.Sequential(*layers, nn.Linear(width, 1))
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether `forward` needs text_embeddings: all but a visual-only head without prior."""
+        return self.parts != ("image",) or self.prior is not None
+
     def config(self) -> dict[str, object]:
         """Constructor arguments that rebuild this head (JSON types)."""
         return {
@@ -90,6 +108,7 @@ class ViLUHead(nn.Module):
             "parts": list(self.parts),
             "projection": self.projection,
             "attention_scale": self.attention_scale,
+            "logit_scale": self.logit_scale,
         }
 
     def projections(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,19 +140,34 @@ class ViLUHead(nn.Module):
         if image_embedding.ndim != 2 or image_embedding.shape[1] != self.dim:
             raise ValueError(f"image_embedding must be (B, {self.dim}), got {tuple(image_embedding.shape)}")
         columns = []
+        prior = None
         if "image" in self.parts:
             columns.append(image_embedding)
-        if self.parts != ("image",):
+        if self.reads_text:
             if text_embeddings is None:
                 raise ValueError(f"this head reads {self.parts}: text_embeddings (K, {self.dim}) are needed")
             if text_embeddings.ndim != 2 or text_embeddings.shape[1] != self.dim or not len(text_embeddings):
                 raise ValueError(f"text_embeddings must be (K, {self.dim}), got {tuple(text_embeddings.shape)}")
+            similarity = image_embedding @ text_embeddings.T
             if "predicted" in self.parts:
-                columns.append(text_embeddings[(image_embedding @ text_embeddings.T).argmax(dim=-1)])
+                columns.append(text_embeddings[similarity.argmax(dim=-1)])
             if "attended" in self.parts:
                 columns.append(self.attend(image_embedding, text_embeddings))
-        return self.mlp(torch.cat(columns, dim=-1)).squeeze(-1)
+            if self.prior is not None and self.logit_scale is not None:
+                prior = self.prior * log_odds(self.logit_scale * similarity)
+        logit = self.mlp(torch.cat(columns, dim=-1)).squeeze(-1)
+        return logit if prior is None else logit + prior
 
     def failure_probability(self, image_embedding: Tensor, text_embeddings: Tensor | None = None) -> Tensor:
         """P(failure) (B,): sigmoid of the failure logit."""
         return torch.sigmoid(self(image_embedding, text_embeddings))
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """log((1 − p) / p) of p = max softmax(logits), (B,) from (B, K): CLIP's own log-odds of being wrong.
+
+    Summed over the other candidates, so that it stays exact where p rounds to 1; LOWEST_LOG_ODDS at the least.
+    """
+    top, index = logits.max(dim=-1, keepdim=True)
+    others = torch.where(torch.arange(logits.shape[-1], device=logits.device) == index, -torch.inf, logits)
+    return (others.logsumexp(dim=-1) - top.squeeze(-1)).clamp(min=LOWEST_LOG_ODDS)

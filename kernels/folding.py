@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vilu.head import ViLUHead
+from vilu.head import ViLUHead, log_odds
 
 
 class HeadOutput(NamedTuple):
@@ -67,6 +67,9 @@ class FoldedHead(nn.Module):
         self.logit_scale = float(logit_scale)
         self.attention_scale = head.attention_scale
         self.parts = head.parts
+        if head.logit_scale is not None and not math.isclose(head.logit_scale, logit_scale, rel_tol=1e-6):
+            raise ValueError(f"the head's prior was trained at logit_scale {head.logit_scale}, not {logit_scale}")
+        self.prior = None if head.prior is None else float(head.prior.detach())
         self.widths = (*head.hidden, 1)
         dtype = text_embeddings.dtype
         first = head.mlp[0]
@@ -132,7 +135,10 @@ class FoldedHead(nn.Module):
         return self.answer(image_embedding)
 
     def answer(self, image_embedding: Tensor, rows: slice | None = None) -> HeadOutput:
-        """HeadOutput of image_embedding (B, D) over those rows of the class set, or all of them."""
+        """HeadOutput of image_embedding (B, D) over those rows of the class set, or all of them.
+
+        An image that is not finite gets NaN and class 0 (left to itself a ReLU would make an answer of -inf).
+        """
 
         def bank(x: Tensor) -> Tensor:
             return _wide(x if rows is None else x[rows])
@@ -140,12 +146,16 @@ class FoldedHead(nn.Module):
         t = bank(self.text_embeddings)
         # Read at the bank's precision, as the kernel does, so that every path rounds alike.
         v = _wide(image_embedding.to(self.text_embeddings.dtype))
-        similarity = v @ t.T  # (B, K)
-        index = similarity.argmax(dim=-1)
+        finite = torch.isfinite(v).all(dim=-1)
+        if self.query_map is None:
+            similarity = v @ t.T  # (B, K)
+        else:  # both products in one pass over the rows
+            similarity, logits = (torch.stack([v, v @ _wide(self.query_map).T]) @ t.T).unbind(0)
+        index = torch.where(finite, similarity.argmax(dim=-1), 0)
         log_p = torch.log_softmax(self.logit_scale * similarity, dim=-1)
         p = log_p.exp()
 
-        h = _wide(self.bias).expand(len(v), -1)
+        h = _wide(self.bias).expand(v.shape[0], -1)
         if self.image_weight is not None:
             h = h + v @ _wide(self.image_weight).T
         if self.predicted is not None:
@@ -156,9 +166,7 @@ class FoldedHead(nn.Module):
         if self.attended is not None:
             if self.keys is not None:
                 logits = v @ bank(self.keys).T
-            elif self.query_map is not None:
-                logits = (v @ _wide(self.query_map).T) @ t.T
-            else:
+            elif self.query_map is None:
                 logits = self.attention_scale * similarity
             alpha = torch.softmax(logits, dim=-1)
             if self.layout == "folded":
@@ -171,15 +179,14 @@ class FoldedHead(nn.Module):
             else:
                 h = layer(h)
 
+        logit = h.squeeze(-1)
+        if self.prior is not None:
+            logit = logit + self.prior * log_odds(self.logit_scale * similarity)
         g = (p * p).sum(dim=-1)
         spread = math.log(len(t)) if len(t) > 1 else 1.0
-        return HeadOutput(
-            failure_probability=torch.sigmoid(h.squeeze(-1)),
-            class_index=index,
-            confidence=p.amax(dim=-1),
-            entropy=(p * log_p).sum(dim=-1) / spread,
-            doctor=-(1 - g) / g,
-        )
+        scores = (torch.sigmoid(logit), p.amax(dim=-1), (p * log_p).sum(dim=-1) / spread, -(1 - g) / g)
+        failure, confidence, entropy, doctor = (torch.where(finite, score, math.nan) for score in scores)
+        return HeadOutput(failure, index, confidence, entropy, doctor)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -202,7 +209,8 @@ def fold(
         layout: "folded" or "plain"; by default folded up to `FOLDED_MAX_CLASSES` classes.
 
     Raises:
-        ValueError: an unknown layout, or text embeddings that do not fit the head.
+        ValueError: an unknown layout, text embeddings that do not fit the head, or a logit scale that is not the one
+            its prior was trained at.
     """
     if layout is None:
         layout = "folded" if len(text_embeddings) <= FOLDED_MAX_CLASSES else "plain"

@@ -1,0 +1,77 @@
+"""Triton Python model: image embeddings to the answer by the fused head's cubins. No torch, no compilation."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from fused import dlpack  # vilu/kernels/{dlpack,launch,plan}.py, copied beside this file by the export
+from fused.launch import CubinHead, Gpu
+
+
+class Block:
+    """Memory of one batch's answer, handed back to the pool with the last tensor that lies in it."""
+
+    def __init__(self, pool, make):
+        self.pool = pool
+        self.address = pool.pop() if pool else make()
+
+    def __del__(self):
+        self.pool.append(self.address)
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        here = Path(args["model_repository"]) / args["model_version"]
+        self.head = CubinHead(here / "cubins", Gpu(int(args["model_instance_device_id"])))
+        self.threshold = np.float32(config["parameters"]["threshold"]["string_value"])
+        labels = (here / "labels.txt").read_text("utf-8").split("\n")[:-1]
+        self.labels = np.array([label.encode() for label in labels], dtype=object)
+        self.rows = max(config["max_batch_size"], 1)
+        self.embeddings = self.head.gpu.allocate(self.rows * self.head.variant.dim * 4)
+        self.pool = []
+
+    def execute(self, requests):
+        gpu = self.head.gpu
+        gpu.use()
+        capsules = [pb_utils.get_input_tensor_by_name(r, "IMAGE_EMBEDDING").to_dlpack() for r in requests]
+        views = [dlpack.view(capsule) for capsule in capsules]
+        ends = np.cumsum([view.shape[0] for view in views]).tolist()
+        images = ends[-1]
+        source = views[0].address
+        if len(views) > 1 or views[0].gpu != gpu.device or source % 16:
+            # Requests lie apart: side by side they are one launch. A copy on the GPU, unless CLIP ran elsewhere.
+            source = at = self.embeddings
+            for view in views:
+                size = view.shape[0] * self.head.variant.dim * 4
+                gpu.copy(at, view.address, size)
+                at += size
+
+        # int32 index, from a multiple of 16 bytes float32 failure probability, confidence, entropy, doctor
+        block = Block(self.pool, lambda: gpu.allocate(20 * self.rows + 16))
+        padded = -(-images // 4) * 4
+        scores = block.address + 4 * padded
+        self.head(source, images, scores, block.address)
+        # Labels are strings, and strings live on the host: 8 bytes an image, while the scores stay on the GPU.
+        host = np.empty(padded + images, np.int32)
+        gpu.copy(host.ctypes.data, block.address, host.nbytes)
+        gpu.synchronize()
+        label = self.labels[host[:images, None]]
+        accept = host[padded:, None].view(np.float32) < self.threshold
+
+        responses = []
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            tensors = [
+                pb_utils.Tensor("LABEL", label[start:end]),
+                pb_utils.Tensor("ACCEPT", accept[start:end]),
+            ]
+            for name, first, kind in (
+                ("CLASS_INDEX", block.address, "i32"),
+                ("FAILURE_PROBABILITY", scores, "fp32"),
+                ("CONFIDENCE", scores + 4 * images, "fp32"),
+            ):
+                view = dlpack.View(first + 4 * start, (end - start, 1), kind, gpu.device)
+                tensors.append(pb_utils.Tensor.from_dlpack(name, dlpack.lend(view, block)))
+            responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
+        return responses

@@ -1,0 +1,243 @@
+"""Runs the cubins that `aot.build` wrote, through cuda-bindings: no torch, no Triton, no compilation.
+
+The export copies this file, plan.py and dlpack.py beside the server's model, so they import nothing of vilu but each
+other. A cold start reads the folder, loads the cubins of one compute capability and copies the weights to the GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .plan import Variant, launches
+
+FORMAT = 1
+KINDS = {"i32": ctypes.c_int, "fp32": ctypes.c_float}
+
+
+class LaunchError(RuntimeError):
+    """A build that cannot run here, told in one line that names the file or the value at fault."""
+
+
+class Gpu:
+    """One GPU through CUDA's driver: its primary context, which CUDA's runtime shares, and a stream of its own.
+
+    Addresses and sizes are plain integers, sizes in bytes; every method raises LaunchError where the driver refuses.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        try:
+            answer = driver.cuInit(0)
+        except RuntimeError as error:  # cuda-bindings found no libcuda
+            raise LaunchError(f"no NVIDIA driver: {error}") from None
+        self._ask(answer)
+        self.device = device
+        handle = self._ask(driver.cuDeviceGet(device))
+        self._context = self._ask(driver.cuDevicePrimaryCtxRetain(handle))
+        self.use()
+        names = driver.CUdevice_attribute
+        major, minor, self.multiprocessors = (
+            self._ask(driver.cuDeviceGetAttribute(name, handle))
+            for name in (
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            )
+        )
+        self.arch = major * 10 + minor
+        self._stream = self._ask(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
+
+    def use(self) -> None:
+        """Make this GPU the calling thread's."""
+        self._ask(self._driver.cuCtxSetCurrent(self._context))
+
+    def allocate(self, size: int) -> int:
+        return int(self._ask(self._driver.cuMemAlloc(size)))
+
+    def free(self, address: int) -> None:
+        self._ask(self._driver.cuMemFree(address))
+
+    def write(self, address: int, data: bytes) -> None:
+        """Copy from the host and wait for it."""
+        self._ask(self._driver.cuMemcpyHtoD(address, data, len(data)))
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy on the stream; each address may be of this GPU, of another or of the host."""
+        self._ask(self._driver.cuMemcpyAsync(target, source, size, self._stream))
+
+    def zero(self, address: int, numbers: int) -> None:
+        """Write so many 32-bit zeros, on the stream."""
+        self._ask(self._driver.cuMemsetD32Async(address, 0, numbers, self._stream))
+
+    def synchronize(self) -> None:
+        self._ask(self._driver.cuStreamSynchronize(self._stream))
+
+    def load(self, cubin: bytes, symbol: str, shared: int) -> Any:
+        """The kernel `symbol` of a cubin, allowed its shared memory (beyond 48 KiB a kernel has to ask)."""
+        module = self._ask(self._driver.cuModuleLoadData(cubin))
+        function = self._ask(self._driver.cuModuleGetFunction(module, symbol.encode()))
+        wish = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._ask(self._driver.cuFuncSetAttribute(function, wish, shared))
+        return function
+
+    def launch(
+        self, function: Any, grid: Sequence[int], warps: int, shared: int, values: Sequence[Any], kinds: Sequence[Any]
+    ) -> None:
+        """Launch on the stream, with arguments `values` of ctypes types `kinds`."""
+        grid = (*grid, 1, 1)[:3]
+        packed = (tuple(values), tuple(kinds))
+        self._ask(self._driver.cuLaunchKernel(function, *grid, 32 * warps, 1, 1, shared, self._stream, packed, 0))
+
+    def _ask(self, answer: tuple[Any, ...]) -> Any:
+        code, *values = answer
+        if int(code):
+            raise LaunchError(f"CUDA: {self._driver.cuGetErrorString(code)[1].decode()}")
+        return values[0] if values else None
+
+
+class CubinHead:
+    """A folded head on one GPU, ready to launch.
+
+    Args:
+        folder: what `aot.build` wrote.
+        gpu: where it runs; launches follow each other on its stream, so that they may share scratch memory.
+
+    Raises:
+        LaunchError: a folder that is no such build, a file that differs from its hash, a GPU that no cubin was built
+            for, or a call of the driver that fails.
+    """
+
+    def __init__(self, folder: Path, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.manifest = read_manifest(folder)
+        given = self.manifest["variant"]
+        self.variant = Variant(**given | {key: tuple(given[key]) for key in ("widths", "at", "parts")})
+        chosen = self.manifest["archs"][str(pick_arch(self.manifest, gpu.arch, folder))]
+        self._settings = tuple((name, tuple(map(tuple, entries))) for name, entries in chosen["settings"])
+        self._kernels = {
+            name: (gpu.load(_read(folder, entry), entry["symbol"], entry["shared"]), entry)
+            for name, entry in chosen["kernels"].items()
+        }
+        data = _read(folder, self.manifest["weights"])
+        base = gpu.allocate(len(data))
+        gpu.write(base, data)
+        self._weights = {name: base + at for name, at in self.manifest["weights"]["at"].items()}
+        self._scratch = self._arrived = self._scratch_size = self._arrived_size = 0
+
+    def __call__(
+        self,
+        image_embedding: int,
+        images: int,
+        scores: int,
+        index: int,
+        *,
+        image_type: str = "fp32",
+        offsets: int = 0,
+        text: tuple[int, int] | None = None,
+    ) -> None:
+        """Launch on the GPU's stream; addresses are the GPU's, at multiples of 16, valid until the stream is done.
+
+        Args:
+            image_embedding: (images, D), contiguous, of `image_type` ("fp32" or the bank's own).
+            scores: (4, images) float32 out: failure_probability, confidence, entropy, doctor.
+            index: (images,) int32 out.
+            offsets: (images + 1,) int32 where every image has rows of its own.
+            text: address and rows of other text embeddings (a plain bank only), for an open vocabulary.
+
+        Raises:
+            LaunchError: an address that is not aligned, a type no cubin was built for, text for a folded bank.
+        """
+        if text is not None and self.variant.folded:
+            raise LaunchError("a folded bank belongs to its own class set: build with layout 'plain' for others")
+        table, rows = text or (self._weights["t"], self.manifest["classes"])
+        for address in (image_embedding, scores, index, offsets, table):
+            if address % 16:
+                raise LaunchError(f"address {address:#x} is not a multiple of 16")
+        if images < 1 or rows < 1:
+            raise LaunchError(f"images and rows must be at least 1, got {images} and {rows}")
+        plan = launches(
+            self.variant,
+            images,
+            rows,
+            ragged=bool(offsets),
+            settings=self._settings,
+            multiprocessors=self.gpu.multiprocessors,
+        )
+        self._reserve(images, plan.scratch * 4)
+        values = self._weights | {
+            "v": image_embedding,
+            "t": table,
+            "offsets": offsets,
+            "scratch": self._scratch,
+            "arrived": self._arrived,
+            "scores": scores,
+            "index": index,
+            "B": images,
+            "K": rows,
+            "n_s": plan.splits,
+            "logit_scale": self.manifest["logit_scale"],
+            "attention_scale": self.manifest["attention_scale"],
+            "prior": self.manifest["prior"],
+        }
+        for kernel in plan.kernels:
+            name = "-".join([kernel.name, image_type, *(["ragged"] if offsets else [])])
+            if name not in self._kernels:
+                raise LaunchError(f"no kernel {name!r}: built for {', '.join(self._kernels)}")
+            function, entry = self._kernels[name]
+            kinds = [KINDS.get(kind, ctypes.c_void_p) for _, kind in entry["arguments"]]
+            # Triton appends two pointers to every kernel's arguments: scratch it may ask for, never here.
+            arguments = [values[argument] for argument, _ in entry["arguments"]] + [0, 0]
+            kinds += [ctypes.c_void_p] * 2
+            self.gpu.launch(function, kernel.grid, entry["num_warps"], entry["shared"], arguments, kinds)
+
+    def _reserve(self, images: int, scratch: int) -> None:
+        if scratch > self._scratch_size or images > self._arrived_size:
+            self.gpu.synchronize()  # an earlier launch may still use what is freed
+        if scratch > self._scratch_size:
+            if self._scratch:
+                self.gpu.free(self._scratch)
+            self._scratch, self._scratch_size = self.gpu.allocate(scratch), scratch
+        if images > self._arrived_size:
+            if self._arrived:
+                self.gpu.free(self._arrived)
+            self._arrived, self._arrived_size = self.gpu.allocate(4 * images), images
+            self.gpu.zero(self._arrived, images)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a build. Raises LaunchError naming the file where it is none of this format."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{path}: not a build of the fused head ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise LaunchError(f"{path}: format {FORMAT} expected; export again with this version")
+    return manifest
+
+
+def pick_arch(manifest: dict[str, Any], have: int, folder: Path) -> int:
+    """The build to run on a GPU: its own, or within 8.x an older one (later ones are compiled for one chip alone)."""
+    built = sorted(map(int, manifest["archs"]))
+    fits = [arch for arch in built if arch == have or (arch // 10 == have // 10 == 8 and arch < have)]
+    if not fits:
+        raise LaunchError(f"{folder}: built for compute capability {', '.join(map(str, built))}, this GPU has {have}")
+    return fits[-1]
+
+
+def _read(folder: Path, entry: dict[str, Any]) -> bytes:
+    path = folder / entry["file"]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LaunchError(f"{path}: cannot be read ({error})") from None
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise LaunchError(f"{path}: differs from the hash in manifest.json; export again")
+    return data

@@ -1,0 +1,338 @@
+"""`vilu export --device gpu`: what is written, and its head's Python model run on a stand-in for CUDA's driver."""
+
+import ctypes
+import gc
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+pytest.importorskip("triton")
+pytest.importorskip("cuda.bindings.driver")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import cuda.bindings
+from cuda.bindings import driver
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from tests.kernels.fake_cuda import FakeDriver
+from vilu import Checkpoint, UserError, ViLUHead, load_clip, save_checkpoint
+from vilu.cli import export_command
+from vilu.kernels import dlpack, fold
+from vilu.kernels.launch import CubinHead, Gpu, LaunchError, read_manifest
+from vilu.tiny import data
+
+MAX_BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    torch.manual_seed(0)
+    clip = load_clip()
+    class_set = clip.class_set(data.digits("clip_val").names)
+    head = ViLUHead(class_set.text_embeddings.shape[1], attention_scale=clip.spec.logit_scale)
+    return Checkpoint(head.eval().requires_grad_(False), clip.spec, class_set)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, checkpoint):
+    folder = tmp_path_factory.mktemp("gpu")
+    save_checkpoint(checkpoint, folder / "head.safetensors")
+    arguments = ["--ckpt", folder / "head.safetensors", "--output", folder / "repository", "--cuda-arch", "90"]
+    run = CliRunner().invoke(export_command, [*map(str, arguments), "--max-batch-size", str(MAX_BATCH)])
+    assert run.exception is None, run.exception
+    return folder / "repository"
+
+
+@pytest.fixture
+def folded(checkpoint):
+    return fold(checkpoint.head, checkpoint.class_set.text_embeddings, logit_scale=checkpoint.clip.logit_scale)
+
+
+@pytest.fixture
+def cuda_driver(monkeypatch, root, folded):
+    fake = FakeDriver(folded, read_manifest(root / "vilu_head" / "1" / "cubins"))
+    monkeypatch.setattr(cuda.bindings, "driver", fake)
+    return fake
+
+
+def test_configs(root):
+    configs = {}
+    for path in root.glob("*/config.pbtxt"):
+        configs[path.parent.name] = text_format.Parse(path.read_text(), pb.ModelConfig())
+    kinds = {name: [group.kind for group in config.instance_group] for name, config in configs.items()}
+    on_gpu = [pb.ModelInstanceGroup.KIND_GPU]
+    assert kinds == dict.fromkeys(["clip_image", "clip_text", "vilu_full", "vilu_head"], on_gpu) | {
+        "preprocess": [pb.ModelInstanceGroup.KIND_CPU],
+        "vilu": [],
+    }
+    head = configs["vilu_head"]
+    assert (head.backend, head.default_model_filename, head.max_batch_size) == ("python", "model.py", MAX_BATCH)
+    assert head.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no"
+    assert list(head.output) == list(configs["vilu"].output) == list(configs["vilu_full"].output)
+    assert [step.model_name for step in configs["vilu"].ensemble_scheduling.step][-1] == "vilu_head"
+
+
+def test_the_cubins_folder_is_what_its_manifest_says(root):
+    cubins = root / "vilu_head" / "1" / "cubins"
+    manifest = read_manifest(cubins)
+    kernels = manifest["archs"]["90"]["kernels"]
+    assert sorted(kernels) == ["scan-fp32", "single-fp32", "single-fp32-ragged", "tail-fp32"]
+    for entry in [manifest["weights"], *kernels.values()]:
+        assert hashlib.sha256((cubins / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+    files = ["manifest.json", "weights.bin", *(entry["file"] for entry in kernels.values())]
+    assert sorted(path.name for path in cubins.iterdir()) == sorted(files)
+
+
+def test_parity_is_measured_on_what_the_cubins_are_made_from(root):
+    report = json.loads((root / "parity.json").read_text())
+    assert report["device"] == "gpu"
+    rows = report["graphs"]["vilu_head"]["folded"]
+    assert set(rows) == {"1", "2", str(MAX_BATCH)}
+    for row in rows.values():
+        assert row["inputs"] >= 256
+        assert row["argmax_agreement"] == 1
+        assert max(row["max_abs_error"].values()) <= 1e-4
+
+
+@pytest.mark.parametrize("file", ["single-fp32-sm90.cubin", "weights.bin"])
+def test_a_corrupted_file_is_refused_by_name(file, root, tmp_path, cuda_driver):
+    cubins = shutil.copytree(root / "vilu_head" / "1" / "cubins", tmp_path / "cubins")
+    changed = bytearray((cubins / file).read_bytes())
+    changed[len(changed) // 2] ^= 1
+    (cubins / file).write_bytes(changed)
+    with pytest.raises(LaunchError, match=f"{file}: differs from the hash in manifest.json"):
+        CubinHead(cubins, Gpu())
+    (cubins / file).unlink()
+    with pytest.raises(LaunchError, match=f"{file}: cannot be read"):
+        CubinHead(cubins, Gpu())
+
+
+def test_no_build_another_format_another_gpu_no_driver(tmp_path, root, folded, monkeypatch, cuda_driver):
+    gpu = Gpu()
+    with pytest.raises(LaunchError, match=r"manifest\.json: not a build of the fused head"):
+        CubinHead(tmp_path, gpu)
+    (tmp_path / "manifest.json").write_text('{"format": 99}')
+    with pytest.raises(LaunchError, match="format 1 expected"):
+        CubinHead(tmp_path, gpu)
+    gpu.arch = 75
+    with pytest.raises(LaunchError, match="this GPU has 75"):
+        CubinHead(root / "vilu_head" / "1" / "cubins", gpu)
+    monkeypatch.setattr(cuda_driver, "cuInit", lambda flags: (100,))
+    with pytest.raises(LaunchError, match="CUDA: it failed"):
+        Gpu()
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(cuda.bindings, "driver", driver)
+        with pytest.raises(LaunchError, match=r"no NVIDIA driver|CUDA: no"):
+            Gpu()
+
+
+def test_bad_launches_are_named(root, cuda_driver):
+    head = CubinHead(root / "vilu_head" / "1" / "cubins", Gpu())
+    with pytest.raises(LaunchError, match="address 0x8 is not a multiple of 16"):
+        head(8, 1, 16, 16)
+    with pytest.raises(LaunchError, match="at least 1, got 0"):
+        head(16, 0, 16, 16)
+    with pytest.raises(LaunchError, match="no kernel 'single-bf16'"):
+        head(16, 1, 16, 16, image_type="bf16")
+    with pytest.raises(LaunchError, match="belongs to its own class set"):
+        head(16, 1, 16, 16, text=(16, 5))
+
+
+def test_the_stand_in_has_the_real_driver_functions():
+    for name, function in inspect.getmembers(FakeDriver, inspect.isfunction):
+        if name.startswith("cu"):
+            real = inspect.signature(getattr(driver, name)).parameters
+            assert len(real) == len(inspect.signature(function).parameters) - 1, name
+
+
+def server_stub():
+    """triton_python_backend_utils, as far as the model uses it; outputs are consumed as the server consumes them."""
+
+    class Tensor:
+        def __init__(self, name, array):
+            self.name, self.array = name, array
+
+        @staticmethod
+        def from_dlpack(name, capsule):
+            view = dlpack.view(capsule)
+            assert view.gpu == 0
+            number = {"fp32": ctypes.c_float, "i32": ctypes.c_int32}[view.dtype]
+            flat = np.ctypeslib.as_array((number * int(np.prod(view.shape))).from_address(view.address))
+            tensor = Tensor(name, flat.reshape(view.shape))
+            tensor.capsule = capsule
+            return tensor
+
+    return SimpleNamespace(
+        Tensor=Tensor,
+        InferenceResponse=lambda output_tensors: {tensor.name: tensor for tensor in output_tensors},
+        get_input_tensor_by_name=lambda request, name: request[name],
+    )
+
+
+@pytest.fixture
+def model(root, monkeypatch, cuda_driver):
+    folder = root / "vilu_head"
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server_stub())
+    monkeypatch.syspath_prepend(folder / "1")
+    spec = importlib.util.spec_from_file_location("vilu_head_model", folder / "1" / "model.py")
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = {
+        "max_batch_size": MAX_BATCH,
+        "parameters": {"threshold": {"string_value": "0.5"}},
+    }
+    arguments = {"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"}
+    server_model = module.TritonPythonModel()
+    server_model.initialize(arguments | {"model_instance_device_id": "0"})
+    yield server_model
+    for name in [name for name in sys.modules if name.split(".")[0] == "fused"]:
+        del sys.modules[name]
+
+
+def request(array, gpu):
+    """An IMAGE_EMBEDDING of the server, on the GPU or not."""
+    view = dlpack.View(array.ctypes.data, array.shape, "fp32", gpu)
+    return {"IMAGE_EMBEDDING": SimpleNamespace(to_dlpack=lambda: dlpack.lend(view, array))}
+
+
+def aligned(array):
+    spare = np.empty(array.nbytes + 16, np.uint8)
+    start = -spare.ctypes.data % 16
+    out = spare[start : start + array.nbytes].view(np.float32).reshape(array.shape)
+    out[...] = array
+    return out
+
+
+@pytest.mark.parametrize(
+    ("batches", "gpu", "kernels", "copies"),
+    [
+        ((1,), 0, ["single-fp32"], 1),
+        ((5,), 0, ["single-fp32"], 1),
+        ((2, 1, 3), 0, ["single-fp32"], 4),
+        ((2,), None, ["single-fp32"], 2),
+        ((12,), 0, ["scan-fp32", "tail-fp32"], 1),
+        ((7, 9), 0, ["scan-fp32", "tail-fp32"], 3),
+    ],
+    ids=str,
+)
+def test_served_answers(batches, gpu, kernels, copies, model, cuda_driver, checkpoint):
+    """Whatever requests ride together: one launch, no host copy of an embedding on the GPU, the eager head's answer."""
+    t = checkpoint.class_set.text_embeddings
+    v = torch.nn.functional.normalize(t[:1] + torch.randn(sum(batches), t.shape[1]) / t.shape[1] ** 0.5, dim=1)
+    parts = [aligned(part.numpy()) for part in v.split(list(batches))]
+    for _ in range(3):
+        cuda_driver.launched, cuda_driver.copied = [], []
+        responses = model.execute([request(part, gpu) for part in parts])
+        assert cuda_driver.launched == kernels
+        assert len(cuda_driver.copied) == copies
+        assert [len(response["LABEL"].array) for response in responses] == list(batches)
+        joined = {name: np.concatenate([r[name].array for r in responses]) for name in responses[0]}
+        index = (v @ t.T).argmax(1)
+        failure = checkpoint.head.failure_probability(v, t)
+        confidence = torch.softmax(checkpoint.clip.logit_scale * v @ t.T, 1).amax(1)
+        assert {name: array.shape for name, array in joined.items()} == dict.fromkeys(joined, (len(v), 1))
+        assert joined["CLASS_INDEX"][:, 0].tolist() == index.tolist()
+        assert joined["LABEL"][:, 0].tolist() == [checkpoint.class_set.names[i].encode() for i in index]
+        np.testing.assert_allclose(joined["FAILURE_PROBABILITY"][:, 0], failure, atol=1e-5)
+        np.testing.assert_allclose(joined["CONFIDENCE"][:, 0], confidence, atol=1e-5)
+        assert joined["ACCEPT"].dtype == bool
+        assert joined["ACCEPT"][:, 0].tolist() == (failure < 0.5).tolist()
+        del responses, joined
+        gc.collect()
+        assert len(model.pool) == 1, "a batch's memory comes back with its last tensor"
+
+
+def test_dlpack_both_ways_with_torch():
+    for dtype, name in (
+        (torch.float32, "fp32"),
+        (torch.float16, "fp16"),
+        (torch.bfloat16, "bf16"),
+        (torch.int32, "i32"),
+    ):
+        tensor = torch.arange(6).reshape(2, 3).to(dtype)
+        view = dlpack.view(torch.utils.dlpack.to_dlpack(tensor))
+        assert view == (tensor.data_ptr(), (2, 3), name, None)
+
+        class Owner:
+            alive = True
+
+            def __del__(self):
+                Owner.alive = False
+
+        borrowed = torch.utils.dlpack.from_dlpack(dlpack.lend(view, Owner()))
+        assert torch.equal(borrowed, tensor)
+        assert borrowed.data_ptr() == tensor.data_ptr()
+        assert Owner.alive
+        del borrowed
+        assert not Owner.alive
+    capsule = torch.utils.dlpack.to_dlpack(tensor)
+    torch.utils.dlpack.from_dlpack(capsule)
+    with pytest.raises(ValueError, match="consumed before"):
+        dlpack.view(capsule)
+    with pytest.raises(ValueError, match="not contiguous"):
+        dlpack.view(torch.utils.dlpack.to_dlpack(tensor.T))
+    with pytest.raises(ValueError, match="expected i32, fp32"):
+        dlpack.view(torch.utils.dlpack.to_dlpack(tensor.double()))
+
+
+def test_serving_needs_neither_torch_nor_triton_nor_vilu(root):
+    code = (
+        f"import sys; sys.path.insert(0, {str(root / 'vilu_head' / '1')!r})\n"
+        "sys.modules.update(torch=None, triton=None, vilu=None)\n"
+        "import fused.launch, fused.dlpack"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cuda-arch", "75"], "cuda-arch 75: expected 80,86,89,90,100,120"),
+        (["--cuda-arch", "sm_90"], "expected numbers as in 80,90"),
+        (["--cuda-arch", "90", "--device", "cpu"], "--cuda-arch is for --device gpu"),
+    ],
+)
+def test_bad_requests_write_nothing(arguments, message, tmp_path, checkpoint):
+    save_checkpoint(checkpoint, tmp_path / "head.safetensors")
+    output = tmp_path / "out"
+    run = CliRunner().invoke(
+        export_command, ["--ckpt", str(tmp_path / "head.safetensors"), "--output", str(output), *arguments]
+    )
+    assert isinstance(run.exception, UserError)
+    assert message in str(run.exception)
+    assert not output.exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("B", [1, 8, 12])
+def test_cubins_on_a_gpu(B, tmp_path, checkpoint):
+    from vilu.kernels import aot, fused_head
+
+    major, minor = torch.cuda.get_device_capability()
+    t = checkpoint.class_set.text_embeddings
+    built = fold(checkpoint.head, t, logit_scale=checkpoint.clip.logit_scale)
+    aot.build(built, [10 * major + minor], tmp_path / "build")
+    head = CubinHead(tmp_path / "build", Gpu())
+    v = torch.nn.functional.normalize(torch.randn(B, t.shape[1], device="cuda"), dim=1)
+    scores = torch.empty(4, B, device="cuda")
+    index = torch.empty(B, dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()
+    head(v.data_ptr(), B, scores.data_ptr(), index.data_ptr())
+    head.gpu.synchronize()
+    want = fused_head(v, built.cuda())
+    assert torch.equal(index.long(), want.class_index)
+    assert torch.equal(scores[0], want.failure_probability)
