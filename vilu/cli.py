@@ -19,10 +19,12 @@ from vilu.errors import UserError
 # command -> module and attribute of its click command
 _COMMANDS = {
     "ask": "vilu.serving.cli:ask_command",
+    "calibrate": "vilu.commands:calibrate_command",
     "demo": "vilu.demo:demo_command",
+    "eval": "vilu.eval_cli:eval_command",
     "export": "vilu.cli:export_command",
     "serve": "vilu.serving.cli:serve_command",
-    "train": "vilu.cli:train_command",
+    "train": "vilu.commands:train_command",
 }
 
 
@@ -81,9 +83,10 @@ def export_main() -> None:
 class Bar:
     """A progress bar on stderr, silent when stderr is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
         self.console = Console(stderr=True)
-        self.progress = Progress(console=self.console, disable=not self.console.is_terminal, transient=True)
+        hidden = not (shown and self.console.is_terminal)
+        self.progress = Progress(console=self.console, disable=hidden, transient=True)
         self.task: TaskID = self.progress.add_task("", total=None)
 
     def __call__(self, what: str, done: int, total: int) -> None:
@@ -91,9 +94,9 @@ class Bar:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Bar]:
+def progress_bar(shown: bool = True) -> Iterator[Bar]:
     """The bar for one long step; call it with (what, done, total)."""
-    bar = Bar()
+    bar = Bar(shown)
     with bar.progress:
         yield bar
 
@@ -121,6 +124,12 @@ def clip_options(command: Any) -> Any:
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of images to measure parity on (at least 256).")
 @click.option("--threshold", type=click.FloatRange(0, 1), help="Accept below this failure probability.")
 @click.option("--max-batch-size", type=click.IntRange(2, 1024), default=32, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="What the servers have.  [default: cpu]")
+@click.option(
+    "--cuda-arch",
+    metavar="LIST",
+    help="Compute capabilities to compile the head for, as 80,90; means --device gpu.  [default: all known]",
+)
 def export_command(
     ckpt: Path,
     output: Path,
@@ -131,6 +140,8 @@ def export_command(
     images: Path | None,
     threshold: float | None,
     max_batch_size: int,
+    device: str | None,
+    cuda_arch: str | None,
 ) -> None:
     """Write ONNX graphs and a Triton model repository, proven equal to the eager model.
 
@@ -144,6 +155,13 @@ def export_command(
     from vilu.export import export
     from vilu.images import image_files, read_rgb
 
+    target: dict[str, Any] = {"device": device or ("gpu" if cuda_arch else "cpu")}
+    if cuda_arch is not None:
+        if device == "cpu":
+            raise UserError("--cuda-arch is for --device gpu")
+        if not all(part.strip().isdecimal() for part in cuda_arch.split(",")):
+            raise UserError(f"--cuda-arch {cuda_arch!r}: expected numbers as in 80,90")
+        target["cuda_archs"] = [int(part) for part in cuda_arch.split(",")]
     checkpoint = load_checkpoint(ckpt)
     spec = checkpoint.clip
     if clip_name or pretrained:
@@ -173,7 +191,9 @@ def export_command(
     )
     with progress_bar() as bar:
         feed = [read_rgb(path) for path in image_files(images)] if images else None
-        report = export(checkpoint, output, clip=clip, images=feed, max_batch_size=max_batch_size, progress=bar)
+        report = export(
+            checkpoint, output, clip=clip, images=feed, max_batch_size=max_batch_size, **target, progress=bar
+        )
     worst = max(
         error
         for providers in report["graphs"].values()
@@ -182,50 +202,3 @@ def export_command(
         for error in row["max_abs_error"].values()
     )
     click.echo(f"{output}: {len(report['graphs'])} graphs, largest difference from the eager model {worst:.1e}")
-
-
-@click.command("train")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Image folder: one directory a class.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors).")
-@clip_options
-@click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for several.")
-@click.option("--epochs", type=click.IntRange(1), default=30, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-def train_command(
-    data: Path,
-    output: Path,
-    clip_name: str | None,
-    pretrained: str | None,
-    templates: tuple[str, ...],
-    epochs: int,
-    seed: int,
-) -> None:
-    """Train a ViLU head on a folder of labelled images.
-
-    Class names are the directories' names with _ read as a space. CLIP itself is not changed.
-    """
-    from vilu.checkpoint import Checkpoint, save_checkpoint
-    from vilu.class_set import DEFAULT_TEMPLATES
-    from vilu.clip import load_clip
-    from vilu.images import embed_folder
-    from vilu.train import Recipe, train_head
-
-    if not output.parent.is_dir():
-        raise UserError(f"{output}: its folder does not exist")
-    clip = load_clip(clip_name or "vilu-tiny", pretrained)
-    with progress_bar() as bar:
-        embedding, labels, names, skipped = embed_folder(clip, data, bar)
-        class_set = clip.class_set(names, templates or DEFAULT_TEMPLATES)
-        head = train_head(
-            embedding,
-            labels,
-            class_set.text_embeddings,
-            attention_scale=clip.spec.logit_scale,
-            recipe=Recipe(epochs=epochs, seed=seed),
-            progress=lambda done, total: bar("training", done, total),
-        )
-    for line in skipped:
-        click.echo(f"skipped {line}", err=True)
-    meta = {"data": str(data), "samples": len(labels), "skipped": len(skipped), "seed": seed}
-    save_checkpoint(Checkpoint(head, clip.spec, class_set, meta=meta), output)
-    click.echo(f"{output}: trained on {len(labels)} images of {len(names)} classes")

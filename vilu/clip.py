@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -24,6 +25,14 @@ from vilu.errors import UserError
 from vilu.image import RESIZE_MODES, Transform
 
 LOCAL = "local-dir:"
+
+
+class Projected(NamedTuple):
+    """What a tower's last projection saw and gave: unit rows (N, D), its input (N, P), its output (N, D)."""
+
+    normalised: Tensor
+    activation: Tensor
+    output: Tensor
 
 
 class Clip(nn.Module):
@@ -58,13 +67,28 @@ class Clip(nn.Module):
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """image_embedding (B, D), L2-normalised, of uint8 pixels (B, S, S, 3)."""
-        x = pixels.permute(0, 3, 1, 2).float() / 255
-        x = (x - self.mean[:, None, None]) / self.std[:, None, None]
-        return F.normalize(self.model.encode_image(x), dim=-1)
+        return F.normalize(self.model.encode_image(self._normalise(pixels)), dim=-1)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Text embeddings (N, D), L2-normalised, of token ids (N, L)."""
         return F.normalize(self.model.encode_text(tokens), dim=-1)
+
+    def project_pixels(self, pixels: Tensor) -> Projected:
+        """As `encode_pixels`, with what the image tower's projection saw and gave.
+
+        Raises UserError for a tower that does not end in one linear projection (SigLIP's).
+        """
+        headless, layer = _without(self.model, *_projection(self, "image"))
+        return _project(headless.encode_image(self._normalise(pixels), normalize=False), layer)
+
+    def project_tokens(self, tokens: Tensor) -> Projected:
+        """As `encode_tokens`, with what the text tower's projection saw and gave; see `project_pixels`."""
+        headless, layer = _without(self.model, *_projection(self, "text"))
+        return _project(headless.encode_text(tokens, normalize=False), layer)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        x = pixels.permute(0, 3, 1, 2).float() / 255
+        return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
     @torch.no_grad()
     def embed_images(self, batches: Iterable[np.ndarray]) -> Tensor:
@@ -78,6 +102,56 @@ class Clip(nn.Module):
         rows = [self.encode_tokens(self.tokenize(texts[i : i + 256])) for i in range(0, len(texts), 256)]
         grouped = torch.cat(rows).view(len(names), len(templates), -1)
         return ClassSet(tuple(names), tuple(templates), F.normalize(grouped.mean(dim=1), dim=-1))
+
+
+def _projection(clip: Clip, side: str) -> tuple[tuple[str, ...], str]:
+    """Where a tower's last projection is, a matrix (P, D) or a linear layer: modules from the model on, attribute."""
+    if side == "text":
+        tower: tuple[str, ...] = ("text",) if hasattr(clip.model, "text") else ()
+        places: list[tuple[tuple[str, ...], str]] = [(tower, "text_projection"), (tower, "proj")]
+    else:
+        # A ViT's matrix; a ResNet's attention pool; open_clip's layer on a timm trunk.
+        places = [(("visual",), "proj"), (("visual", "attnpool"), "c_proj"), (("visual", "head"), "proj")]
+        if hasattr(clip.model.visual, "trunk") and not len(clip.model.visual.head):  # the trunk's own classifier
+            trunk = ("visual", "trunk")
+            places += [(trunk, "head"), (trunk, "fc"), (trunk, "classifier"), ((*trunk, "head"), "fc")]
+    for path, name in places:
+        holder = clip.model
+        for step in path:
+            holder = getattr(holder, step, None)
+        layer = getattr(holder, name, None)
+        if isinstance(layer, nn.Linear) or (isinstance(layer, Tensor) and layer.ndim == 2):
+            return path, name
+    raise UserError(f"CLIP {clip.spec.name}: its {side} tower does not end in one linear projection")
+
+
+def _without(model: Any, path: tuple[str, ...], name: str) -> tuple[Any, Any]:
+    """The model ending before that projection, and the projection. Weights are shared; the model is untouched."""
+    clone = copy.copy(model)
+    clone._parameters, clone._modules = dict(model._parameters), dict(model._modules)
+    if path:
+        inner, layer = _without(getattr(model, path[0]), path[1:], name)
+        setattr(clone, path[0], inner)
+        return clone, layer
+    layer = getattr(model, name)
+    if name == "c_proj":
+        # The attention pool reads this layer's weights without calling it.
+        width = layer.in_features
+        # Not initialised: that would draw from the caller's random numbers.
+        same = nn.utils.skip_init(nn.Linear, width, width, device=layer.weight.device, dtype=layer.weight.dtype)
+        with torch.no_grad():
+            same.weight.copy_(torch.eye(width))
+            same.bias.zero_()
+        setattr(clone, name, same)
+    else:
+        # open_clip's own towers ask whether there is a projection; the others call it.
+        setattr(clone, name, None if isinstance(layer, Tensor) or name == "text_projection" else nn.Identity())
+    return clone, layer
+
+
+def _project(activation: Tensor, layer: Any) -> Projected:
+    output = layer(activation) if isinstance(layer, nn.Linear) else activation @ layer
+    return Projected(F.normalize(output, dim=-1), activation, output)
 
 
 def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerprint: str = "") -> Clip:

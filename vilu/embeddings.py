@@ -70,6 +70,7 @@ class EmbeddedSet:
     class_names: the K names, closed set only.
     logit_scale: CLIP's factor on v · t.
     skipped: one line for every image that could not be read and is not among the N.
+    rows: (N,) int64, each image's index in the data it was read from; None: they are 0 .. N-1.
 
     Raises:
         UserError: widths, labels or names that do not fit, or no image at all.
@@ -82,6 +83,7 @@ class EmbeddedSet:
     class_names: tuple[str, ...] = ()
     logit_scale: float = 100.0
     skipped: tuple[str, ...] = ()
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.image):
@@ -122,4 +124,5 @@ class EmbeddedSet:
             None if self.labels is None else self.labels[rows],
             self.class_names,
             self.logit_scale,
+            rows=torch.arange(len(self))[rows] if self.rows is None else self.rows[rows],
         )

@@ -1,25 +1,16 @@
-"""Folders of images: finding them, reading them, embedding them."""
+"""Folders of images: finding them, reading them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from vilu.errors import UserError
-from vilu.image import FORMATS, ImageError, Transform, decode
-
-if TYPE_CHECKING:
-    from vilu.clip import Clip
+from vilu.image import FORMATS
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-BATCH = 64
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -39,53 +30,3 @@ def read_rgb(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be decoded ({type(error).__name__})") from None
-
-
-def embed_folder(
-    clip: Clip, folder: Path, progress: Callable[[str, int, int], None]
-) -> tuple[Tensor, Tensor, list[str], list[str]]:
-    """Embed an image folder with one directory per class; decoding runs beside the tower.
-
-    Returns:
-        image_embedding (N, D), labels (N,), class names (_ read as a space), and a line per skipped file.
-
-    Raises:
-        UserError: no classes, a single class, or more than a tenth of the files unreadable.
-    """
-    files = image_files(folder)
-    directories = sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
-    if len(directories) < 2:
-        raise UserError(f"{folder}: needs at least two class directories with images, found {len(directories)}")
-    files = [path for path in files if path.parent != folder]
-    rows: list[Tensor] = []
-    labels: list[int] = []
-    skipped: list[str] = []
-    with ThreadPoolExecutor() as pool:
-        chunks = [files[i : i + BATCH] for i in range(0, len(files), BATCH)]
-        ahead = [_decode_all(pool, chunk, clip.transform) for chunk in chunks[:1]]
-        for index, chunk in enumerate(chunks):
-            ahead += [_decode_all(pool, following, clip.transform) for following in chunks[index + 1 : index + 2]]
-            kept = []
-            for path, result in zip(chunk, ahead.pop(0), strict=True):
-                pixels = result.result()
-                if isinstance(pixels, ImageError):
-                    skipped.append(f"{path}: {pixels}")
-                    continue
-                kept.append(pixels)
-                labels.append(directories.index(path.relative_to(folder).parts[0]))
-            if kept:
-                rows.append(clip.embed_images([np.stack(kept)]))
-            progress("embedding", index + 1, len(chunks))
-    if len(skipped) > len(files) / 10:
-        raise UserError(f"{folder}: {len(skipped)} of {len(files)} images cannot be read; the first: {skipped[0]}")
-    return torch.cat(rows), torch.tensor(labels), [name.replace("_", " ") for name in directories], skipped
-
-
-def _decode_all(pool: ThreadPoolExecutor, paths: list[Path], transform: Transform) -> list:
-    def one(path: Path) -> np.ndarray | ImageError:
-        try:
-            return decode(path.read_bytes(), transform)
-        except (ImageError, OSError) as error:
-            return error if isinstance(error, ImageError) else ImageError(str(error.strerror))
-
-    return [pool.submit(one, path) for path in paths]

@@ -1,0 +1,5 @@
+"""`python -m vilu`, which torchrun needs."""
+
+from vilu.cli import main
+
+main()

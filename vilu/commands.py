@@ -1,0 +1,385 @@
+"""`vilu train` and `vilu calibrate`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vilu.cli import clip_options, progress_bar
+from vilu.data import data_options
+from vilu.errors import UserError
+from vilu.recipes import FORMS, LOSSES, OPTIMIZERS, RECIPES, recipe_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vilu.clip import Clip
+    from vilu.data import Source
+    from vilu.embeddings import EmbeddedSet
+    from vilu.train import Validation
+
+# Options that replace one setting of the recipe: name, type, help.
+_SETTINGS: tuple[tuple[str, Any, str], ...] = (
+    ("epochs", click.IntRange(1), "Passes over the training data."),
+    ("batch_size", click.IntRange(2), "Samples a step; among captions also the number of candidates."),
+    ("learning_rate", float, "At its highest."),
+    ("weight_decay", float, "Of the optimizer."),
+    ("optimizer", click.Choice(OPTIMIZERS), ""),
+    ("form", click.Choice(FORMS), "Projections and attention scale as the authors' code or the paper has them."),
+    ("loss", click.Choice(LOSSES), "Weighted cross-entropy, or weighted squared error to p[true class]."),
+    ("failure_weight", float, "Static weight of wrong samples, instead of the adaptive one."),
+    ("freeze_steps", click.IntRange(0), "Train the projections after so many steps."),
+    ("validation", click.FloatRange(0, 1, max_open=True), "Share cut from the training data to choose the epoch."),
+    ("patience", click.IntRange(1), "Stop after so many epochs that were not better."),
+)
+
+
+def _setting_options(command: Any) -> Any:
+    for name, kind, text in reversed(_SETTINGS):
+        command = click.option(f"--{name.replace('_', '-')}", name, type=kind, help=text)(command)
+    return command
+
+
+@click.command("train")
+@data_options
+@click.option("--embeddings", type=click.Path(path_type=Path), help="Embeddings made elsewhere, instead of images.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors).")
+@clip_options
+@click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for several.")
+@click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), default="default", show_default=True)
+@_setting_options
+@click.option("--parts", help="What the MLP sees.  [default: image,predicted,attended]")
+@click.option("--prior/--no-prior", default=None, help="Start from CLIP's own confidence.  [default: the recipe's]")
+@click.option("--no-cache", is_flag=True, help="Embed augmented images anew in every epoch, as the authors do; slow.")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's event files.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def train_command(
+    data: str | None,
+    dataset: str | None,
+    root: Path | None,
+    cache: Path,
+    embeddings: Path | None,
+    output: Path,
+    clip_name: str | None,
+    pretrained: str | None,
+    templates: tuple[str, ...],
+    recipe_name: str,
+    parts: str | None,
+    prior: bool | None,
+    no_cache: bool,
+    dtype: str,
+    tensorboard: Path | None,
+    seed: int,
+    **settings: Any,
+) -> None:
+    """Train a ViLU head on labelled or captioned images; CLIP itself is not changed.
+
+    A killed run continues where it was when it is called again. Writes OUTPUT, the epoch that was best on
+    samples cut from the training data, and OUTPUT's .last.safetensors. Several GPUs: torchrun -m vilu train ...
+    """
+    from vilu.checkpoint import Checkpoint, ClipSpec, save_checkpoint
+    from vilu.class_set import DEFAULT_TEMPLATES, ClassSet
+    from vilu.clip import load_clip
+    from vilu.data import embed, load_embeddings, open_source
+    from vilu.train import fit
+
+    changes = {name: value for name, value in settings.items() if value is not None} | {"seed": seed}
+    if parts is not None:
+        changes["parts"] = tuple(filter(None, map(str.strip, parts.split(","))))
+    if prior is not None:
+        changes["prior"] = prior
+    recipe = recipe_named(recipe_name, **changes)
+    if not output.parent.is_dir() or output.is_dir():
+        raise UserError(f"{output}: {'is a folder' if output.is_dir() else 'its folder does not exist'}")
+    prompts = templates or DEFAULT_TEMPLATES
+    spec: ClipSpec | None = None
+    augmented = None
+    with _processes() as (rank, turn), progress_bar(rank == 0) as bar:
+        if embeddings is not None:
+            if data or dataset or no_cache or clip_name or pretrained:
+                raise UserError("--embeddings takes the place of --data, --dataset, --clip and --no-cache")
+            train = load_embeddings(embeddings)
+        else:
+            source = open_source(data, dataset=dataset, root=root, split="train", cache=cache)
+            clip = load_clip(clip_name or "vilu-tiny", pretrained)
+            spec = clip.spec
+            with turn:  # the first process fills the cache, the others read it
+                train = embed(source, clip, cache=cache, dtype=dtype, templates=prompts, progress=bar)
+            if no_cache:
+                augmented = _augmented(source, train, clip, seed)
+        with _board(tensorboard if rank == 0 else None) as log:
+            trained = fit(
+                train,
+                recipe,
+                state=None if no_cache else output.with_name(f".{output.name}.state"),
+                progress=lambda done, total: bar("training", done, total),
+                log=log,
+                augmented=augmented,
+            )
+    if rank != 0:
+        return
+    class_set = None
+    if train.class_names:
+        class_set = ClassSet(train.class_names, tuple(prompts), train.text.normalised.float())
+    meta = {
+        "data": train.name,
+        "samples": len(train),
+        "skipped": len(train.skipped),
+        "recipe": {"name": recipe_name, **asdict(recipe)},
+        "best_epoch": trained.best_epoch,
+        "validation": asdict(trained.validation) if trained.validation else None,
+    }
+    for line in train.skipped:
+        click.echo(f"skipped {line}", err=True)
+    last = output.with_name(f"{output.name.removesuffix('.safetensors')}.last.safetensors")
+    for path, head in ((last, trained.last), (output, trained.head)):
+        save_checkpoint(Checkpoint(head, spec, class_set, meta=meta), path)
+    kind = "captioned images" if train.captions else f"images of {len(train.text)} classes"
+    click.echo(f"{output}: trained on {len(train)} {kind}, epoch {trained.best_epoch} of {len(trained.history) - 1}")
+    click.echo(verdict(trained.validation))
+
+
+def verdict(validation: Validation | None) -> str:
+    """The head beside MCM in words: whether it is worth having."""
+    if validation is None:
+        return "validation: none, or CLIP is always right or always wrong on it: nothing says that this head helps"
+    v = validation
+    line = (
+        f"validation, {v.samples} images, {v.failures} failures: AUC {v.auc:.1%} (MCM {v.mcm_auc:.1%}, p = "
+        f"{v.p_value:.3f}), FPR95 {v.fpr95:.1%} (MCM {v.mcm_fpr95:.1%})"
+    )
+    if v.better:
+        return line
+    said = "significantly WORSE" if v.worse else "not significantly better"
+    return (
+        f"{line}\nthis head is {said} than the free MCM score here: train on more images "
+        "(`vilu eval --learning-curve` estimates how many)"
+    )
+
+
+def _augmented(source: Source, train: EmbeddedSet, clip: Clip, seed: int) -> Callable[[Tensor, int], Tensor]:
+    """Embeddings of freshly augmented images, by row of `train` and epoch."""
+    import numpy as np
+    import torch
+
+    from vilu.data import augment, batches
+
+    def embed_rows(rows: Tensor, epoch: int) -> Tensor:
+        places = rows if train.rows is None else train.rows[rows]
+        transform = augment(clip.transform.size, np.random.default_rng([seed, epoch]))
+        found = list(batches(source, transform, places.tolist(), 64))
+        if sum(len(numbers) for numbers, _ in found) != len(rows):
+            raise UserError(f"{source.name}: an image that could be read before cannot be read any more")
+        with torch.no_grad():
+            return torch.cat([clip.encode_pixels(torch.from_numpy(pixels)) for _, pixels in found])
+
+    return embed_rows
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[tuple[int, contextlib.AbstractContextManager[None]]]:
+    """(rank, a context that the first process leaves before the others enter), under torchrun or alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield 0, contextlib.nullcontext()
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        if dist.get_rank() != 0:
+            dist.barrier()
+        yield
+        if dist.get_rank() == 0:
+            dist.barrier()
+
+    try:
+        yield dist.get_rank(), turn()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _board(folder: Path | None) -> Iterator[Callable[[dict[str, float]], None] | None]:
+    if folder is None:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    try:
+        writer = SummaryWriter(str(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+
+    def log(figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, int(figures["epoch"]))
+
+    try:
+        yield log
+    finally:
+        writer.close()
+
+
+@click.command("calibrate")
+@click.option("--ckpt", type=click.Path(path_type=Path), required=True, help="Checkpoint to calibrate.")
+@data_options
+@click.option("--embeddings", type=click.Path(path_type=Path), help="Embeddings made elsewhere, instead of images.")
+@click.option("--split", default="val", show_default=True, help="Of the data: one the head was not trained on.")
+@click.option("--target-risk", type=click.FloatRange(0, 1, True, True), help="Largest error rate of accepted answers.")
+@click.option("--confidence", type=click.FloatRange(0, 1, True, True), default=0.95, show_default=True)
+@click.option("--target-coverage", type=click.FloatRange(0, 1, True), help="Share of answers to accept.")
+@click.option("--target-tpr", type=click.FloatRange(0, 1, True), help="Share of right answers to accept.")
+@click.option(
+    "--probability",
+    type=click.Choice(["none", "temperature", "platt"]),
+    default="none",
+    show_default=True,
+    help="Calibrate P(failure), on a half of the data that the threshold does not see.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write.  [default: over --ckpt]")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float32", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the halves.")
+def calibrate_command(
+    ckpt: Path,
+    data: str | None,
+    dataset: str | None,
+    root: Path | None,
+    cache: Path,
+    embeddings: Path | None,
+    split: str,
+    target_risk: float | None,
+    confidence: float,
+    target_coverage: float | None,
+    target_tpr: float | None,
+    probability: str,
+    output: Path | None,
+    dtype: str,
+    seed: int,
+) -> None:
+    """Choose the threshold below which answers are accepted, on data that the head was not trained on.
+
+    --target-risk is a promise: but for a chance of 1 - confidence over the draw of this data, accepted answers
+    from the same source are wrong no more often. The choice and its data are stored in the checkpoint.
+    """
+    import numpy as np
+    import torch
+
+    from vilu.calibrate import for_coverage, for_tpr, guaranteed_risk, platt, temperature
+    from vilu.checkpoint import load_checkpoint, save_checkpoint
+
+    wanted = [t for t in (target_risk, target_coverage, target_tpr) if t is not None]
+    if len(wanted) > 1 or (not wanted and probability == "none"):
+        raise UserError("give one of --target-risk, --target-coverage and --target-tpr, or --probability")
+    checkpoint = load_checkpoint(ckpt)
+    held = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype)
+    _check_fits(ckpt, checkpoint, held)
+    order = np.random.default_rng(seed).permutation(len(held))
+    halves = np.array_split(order, 2) if probability != "none" and wanted else [order, order]
+
+    head, correct, group = checkpoint.head, *_correct(held)
+    note: dict[str, Any] = {"data": held.name, "split": split, "samples": len(correct), "candidates": group}
+    with torch.no_grad():
+        failure = _failure_probability(head, held, group)
+    if probability != "none":
+        rows = halves[0][halves[0] < len(correct)]
+        found = (platt if probability == "platt" else temperature)(failure[rows], correct[rows])
+        head = found.fold_into(head)
+        with torch.no_grad():
+            failure = _failure_probability(head, held, group)
+        note["probability"] = {"method": probability, "samples": len(rows), **asdict(found)}
+        click.echo(f"P(failure) calibrated by {probability} on {len(rows)} samples: slope {found.slope:.3f}, "
+                   f"offset {found.offset:.3f}")  # fmt: skip
+    threshold = checkpoint.threshold
+    if wanted:
+        rows = halves[1][halves[1] < len(correct)]
+        given = (failure[rows], correct[rows])
+        if target_risk is not None:
+            chosen = guaranteed_risk(*given, target_risk, confidence)
+        elif target_coverage is not None:
+            chosen = for_coverage(*given, target_coverage)
+        else:
+            assert target_tpr is not None
+            chosen = for_tpr(*given, target_tpr)
+        threshold = chosen.threshold
+        note["threshold"] = asdict(chosen)
+        promise = "" if chosen.bound is None else f", promised at {confidence:.0%}: at most {chosen.target:.2%}"
+        click.echo(
+            f"threshold {threshold:.4f} on {chosen.samples} samples: accepts {chosen.coverage:.1%} of answers, "
+            f"{chosen.risk:.2%} of them wrong{promise}"
+        )
+    meta = {**checkpoint.meta, "calibration": note}
+    save_checkpoint(replace(checkpoint, head=head, threshold=threshold, meta=meta), output or ckpt)
+    click.echo(f"{output or ckpt}: written")
+
+
+def _held_out(
+    checkpoint: Any,
+    ckpt: Path,
+    data: str | None,
+    dataset: str | None,
+    root: Path | None,
+    cache: Path,
+    embeddings: Path | None,
+    split: str,
+    dtype: str,
+) -> EmbeddedSet:
+    from vilu.class_set import DEFAULT_TEMPLATES
+    from vilu.clip import load_clip
+    from vilu.data import embed, load_embeddings, open_source
+
+    if embeddings is not None:
+        if data or dataset:
+            raise UserError("--embeddings takes the place of --data and --dataset")
+        return load_embeddings(embeddings)
+    if checkpoint.clip is None:
+        raise UserError(f"{ckpt}: names no CLIP; give --embeddings")
+    source = open_source(data, dataset=dataset, root=root, split=split, cache=cache)
+    spec = checkpoint.clip
+    clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+    templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
+    with progress_bar() as bar:
+        return embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
+
+
+def _check_fits(ckpt: Path, checkpoint: Any, held: EmbeddedSet) -> None:
+    width = held.image.normalised.shape[1]
+    if checkpoint.head.dim != width:
+        raise UserError(
+            f"{ckpt}: its head reads embeddings {checkpoint.head.dim} wide, those of {held.name} are {width}"
+        )
+    known = checkpoint.class_set
+    if known is not None and held.class_names and set(known.names) != set(held.class_names):
+        other = sorted(set(known.names) ^ set(held.class_names))
+        raise UserError(
+            f"{ckpt}: class names do not match those of {held.name}: {len(other)} differ, e.g. {other[0]!r}"
+        )
+
+
+CAPTION_GROUP = 1024  # candidates of a caption set without classes: the published tables' number
+
+
+def _correct(held: EmbeddedSet) -> tuple[Any, int]:
+    """(N,) bool, whether CLIP is right; and the number of candidates. Of captions the last part group is left out."""
+    from vilu.evaluate import correct
+
+    group = min(CAPTION_GROUP, len(held)) if held.captions else len(held.text)
+    return correct(held, group if held.captions else None), group
+
+
+def _failure_probability(head: Any, held: EmbeddedSet, group: int) -> Any:
+    from vilu.evaluate import confidences
+    from vilu.scores import ViLU
+
+    return 1 - confidences({"ViLU": ViLU(head)}, held, group if held.captions else None)["ViLU"]

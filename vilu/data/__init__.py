@@ -1,0 +1,47 @@
+"""Data: image folders, the 13 data sets of the paper, captions in tables or WebDataset shards, and their embeddings.
+
+    source = open_source("photos")                        # or dataset="flowers102", root=Path("DATA"), split="test"
+    data = embed(source, load_clip(), cache=Path("cache"))
+
+Names are resolved on first use: the command line imports `data_options` without paying for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vilu.data.embed import embed
+    from vilu.data.options import data_options
+    from vilu.data.pipeline import augment, batches
+    from vilu.data.precomputed import load_embeddings
+    from vilu.data.registry import open_source
+    from vilu.data.source import Source, check_same_classes
+
+_HOME = {
+    "Source": "vilu.data.source",
+    "augment": "vilu.data.pipeline",
+    "batches": "vilu.data.pipeline",
+    "check_same_classes": "vilu.data.source",
+    "data_options": "vilu.data.options",
+    "embed": "vilu.data.embed",
+    "load_embeddings": "vilu.data.precomputed",
+    "open_source": "vilu.data.registry",
+}
+__all__ = [
+    "Source",
+    "augment",
+    "batches",
+    "check_same_classes",
+    "data_options",
+    "embed",
+    "load_embeddings",
+    "open_source",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vilu.data' has no attribute {name!r}")
+    # Kept: importing vilu.data.embed has just set `embed` here to the module of that name.
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value

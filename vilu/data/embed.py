@@ -1,0 +1,282 @@
+"""From a Source to an EmbeddedSet: decoding and the towers at once, kept on disk where asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vilu.class_set import DEFAULT_TEMPLATES, check_templates, prompts
+from vilu.data.cache import Memory, Skipped, Stored, Writer, read
+from vilu.data.pipeline import Pixels, cores, in_batches, ordered, reader, too_many, transformed
+from vilu.data.source import Source
+from vilu.embeddings import EmbeddedSet, Embeddings
+from vilu.errors import UserError
+from vilu.image import ImageError
+
+if TYPE_CHECKING:
+    from vilu.clip import Clip
+
+FORMAT = 1  # of the cache: counted up when the same identity would mean other numbers
+FIELDS = ("normalised", "activation", "output")
+TEXTS = 256  # prompts encoded at once
+MAX_TOWERS = 8  # batches in the tower at once on a CPU: each has its own activations in memory
+# Short ones: a small context would cut off what tells two tokenizers apart.
+PROBE = ["a photo of a cat.", "the quick brown fox", "jumps over a lazy dog", "0123456789", "naïve café!"]
+
+Progress = Callable[[str, int, int], None]
+Block = tuple[int, dict[str, np.ndarray], Skipped]
+
+
+def embed(
+    source: Source,
+    clip: Clip,
+    *,
+    cache: Path | None = None,
+    dtype: str = "float16",
+    projection: bool = False,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    progress: Progress | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> EmbeddedSet:
+    """Embed images, and captions or class prompts.
+
+    With a cache, embeddings are kept in a folder named by all that they depend on (CLIP's name, weights and tokenizer,
+    the transform, dtype, projection, and the data's key): anything else is embedded anew, beside them. A killed run
+    goes on where it was and, with the same batch size and workers, ends with the same bytes. The result is mapped from
+    disk, so memory does not grow with N.
+
+    Args:
+        dtype: of the kept image and caption embeddings; class prompts are always float32.
+        projection: keep what CLIP's last projections saw and gave, too (BayesVLM).
+        templates: prompts for class names, one {} each; several are averaged as `Clip.class_set` does.
+        workers: threads that decode (on a CPU, decode and encode); one a core, eight at most on a CPU, when None.
+
+    Raises:
+        UserError: more than a tenth of the images unreadable, a value that is not finite, data that change meanwhile,
+            a CLIP without a linear projection where one is asked for, or a cache that is damaged, in use or full.
+    """
+    if dtype not in ("float16", "float32"):
+        raise UserError(f"dtype must be float16 or float32, got {dtype!r}")
+    check_templates(templates)
+    tower = _Tower(clip, projection)
+    key = source.key()
+    identity = {**tower.identity(), "kind": "images", "dtype": dtype, "data": key}
+
+    def images(start: int, skipped: Skipped) -> Iterator[Block]:
+        for block in _embed_images(source, tower, np.dtype(dtype), start, skipped, batch_size, workers):
+            yield block
+            if progress:
+                progress("embedding", block[0], len(source))
+        if source.key() != key:
+            raise UserError(f"{source.name}: changed while it was being embedded; run this again")
+
+    stored = _kept(cache, source.name, identity, len(source), images)
+    lines = tuple(line for _, line in stored.skipped)
+    kept = np.delete(np.arange(len(source)), [i for i, _ in stored.skipped])
+    image = _embeddings(stored, "image")
+    if source.captions is not None:
+        return EmbeddedSet(
+            source.name,
+            image,
+            _embeddings(stored, "text"),
+            logit_scale=clip.spec.logit_scale,
+            skipped=source.skipped + lines,
+            rows=torch.from_numpy(kept),
+        )
+    assert source.labels is not None
+
+    def classes(start: int, _: Skipped) -> Iterator[Block]:
+        yield from _embed_classes(source.class_names, templates, tower, start)
+
+    identity = {
+        **tower.identity(),
+        "kind": "classes",
+        "dtype": "float32",
+        "data": [list(source.class_names), list(templates)],
+    }
+    text = _embeddings(_kept(cache, "classes", identity, len(source.class_names), classes), "text")
+    return EmbeddedSet(
+        source.name,
+        image,
+        text,
+        torch.from_numpy(source.labels[kept]),
+        source.class_names,
+        clip.spec.logit_scale,
+        source.skipped + lines,
+        torch.from_numpy(kept),
+    )
+
+
+def _kept(
+    cache: Path | None,
+    name: str,
+    identity: Mapping[str, Any],
+    rows: int,
+    blocks: Callable[[int, Skipped], Iterator[Block]],
+) -> Stored:
+    """What the cache holds under this identity, made or completed first where it is not whole."""
+    writer: Writer | Memory = Memory()
+    if cache is not None:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        folder = cache / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:40]}-{digest[:20]}"
+        stored = read(folder, identity)
+        if stored is not None:
+            return stored
+        writer = Writer(folder, identity, rows)
+    with writer:
+        # Another process may have finished it since the look above.
+        stored = read(folder, identity) if cache is not None else None
+        if stored is not None:
+            return stored
+        for position, arrays, skipped in blocks(writer.position, list(writer.skipped)):
+            writer.append(position, arrays, skipped)
+        return writer.finish()
+
+
+def _embed_images(
+    source: Source,
+    tower: _Tower,
+    dtype: np.dtype,
+    start: int,
+    skipped: Skipped,
+    batch_size: int,
+    workers: int | None,
+) -> Iterator[Block]:
+    lines = [line for _, line in skipped]
+    read_one = reader(source, transformed(tower.clip.transform))
+
+    def block(rows: Sequence[int], pixels: Sequence[Pixels]) -> Block:
+        good = [(row, image) for row, image in zip(rows, pixels, strict=True) if isinstance(image, np.ndarray)]
+        bad = [
+            (row, f"{source.where(row)}: {image}")
+            for row, image in zip(rows, pixels, strict=True)
+            if isinstance(image, ImageError)
+        ]
+        arrays = {}
+        if good:
+            names = [source.where(row) for row, _ in good]
+            arrays = _named("image", tower.images(np.stack([image for _, image in good])), dtype, names)
+            if source.captions is not None:
+                captions = [source.captions[row] for row, _ in good]
+                arrays |= _named("text", tower.texts(captions), dtype, [f"the caption of {name}" for name in names])
+        return rows[-1] + 1, arrays, bad
+
+    with closing(_blocks(source, tower, block, read_one, start, batch_size, workers)) as blocks:
+        for position, arrays, bad in blocks:
+            lines += [line for _, line in bad]
+            too_many(source.name, lines, len(source))
+            yield position, arrays, bad
+
+
+def _blocks(
+    source: Source,
+    tower: _Tower,
+    block: Callable[[Sequence[int], Sequence[Pixels]], Block],
+    read_one: Callable[[int], Pixels],
+    start: int,
+    batch_size: int,
+    workers: int | None,
+) -> Generator[Block, None, None]:
+    rows = range(start, len(source))
+    if tower.device.type != "cpu":
+        yield from (block(*batch) for batch in in_batches(read_one, rows, batch_size, workers))
+        return
+    # On a CPU each thread takes a batch all the way, on one core. Decoding beside a tower that wants every core has
+    # them wait for each other at each of its layers: slower than one after the other.
+    workers = workers or min(cores(), MAX_TOWERS)
+    before = torch.get_num_threads()
+    share = max(1, min(before, cores() // workers))
+    batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    try:
+        yield from ordered(
+            lambda batch: block(batch, [read_one(row) for row in batch]),
+            batches,
+            workers + 1,
+            workers,
+            lambda: torch.set_num_threads(share),
+        )
+    finally:
+        torch.set_num_threads(before)  # threads yet to come would have inherited ours
+
+
+def _embed_classes(names: Sequence[str], templates: Sequence[str], tower: _Tower, start: int) -> Iterator[Block]:
+    """Each class the mean over its prompts: of unit embeddings (then unit again), of activations, of outputs."""
+    step = max(1, TEXTS // len(templates))
+    for first in range(start, len(names), step):
+        some = names[first : first + step]
+        texts = prompts(some, templates)
+        parts = [tower.texts(texts[i : i + TEXTS]) for i in range(0, len(texts), TEXTS)]
+        means = [torch.cat(field).view(len(some), len(templates), -1).mean(dim=1) for field in zip(*parts, strict=True)]
+        means[0] = F.normalize(means[0], dim=-1)
+        yield first + len(some), _named("text", means, np.dtype("float32"), [f"class {name!r}" for name in some]), []
+
+
+def _named(side: str, fields: Sequence[Tensor], dtype: np.dtype, rows: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays by the names they are kept under. Raises UserError for a value that is not finite, or not in dtype."""
+    arrays = {}
+    for name, field in zip(FIELDS, fields, strict=False):
+        exact = field.float().cpu().numpy()
+        with np.errstate(over="ignore"):
+            array = exact.astype(dtype)
+        bad = ~np.isfinite(array).all(axis=1)
+        if bad.any():
+            row = int(bad.argmax())
+            lost = "too large for float16: use float32" if np.isfinite(exact[row]).all() else "not finite"
+            raise UserError(f"{rows[row]}: CLIP's {side} {name} is {lost}")
+        arrays[f"{side}.{name}"] = array
+    return arrays
+
+
+def _embeddings(stored: Stored, side: str) -> Embeddings:
+    arrays = {name: stored.arrays.get(f"{side}.{name}") for name in FIELDS}
+    return Embeddings(**{name: torch.from_numpy(array) for name, array in arrays.items() if array is not None})
+
+
+class _Tower:
+    """CLIP's two towers, giving (normalised,) or (normalised, activation, output)."""
+
+    def __init__(self, clip: Clip, projection: bool) -> None:
+        self.clip = clip
+        self.projection = projection
+        self.device = clip.mean.device
+        self.lock = Lock()
+
+    @torch.no_grad()
+    def images(self, pixels: np.ndarray) -> tuple[Tensor, ...]:
+        batch = torch.from_numpy(pixels).to(self.device)
+        return self.clip.project_pixels(batch) if self.projection else (self.clip.encode_pixels(batch),)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        with self.lock:  # Hugging Face's fast tokenizers refuse to be used twice at once
+            tokens = self.clip.tokenize(list(texts)).to(self.device)
+        return self.clip.project_tokens(tokens) if self.projection else (self.clip.encode_tokens(tokens),)
+
+    def identity(self) -> dict[str, Any]:
+        """All that its answers depend on.
+
+        The weights' fingerprint is not enough: QuickGELU goes with the name and tag, mean and std are no weights,
+        and a tokenizer is known by what it makes of a few words.
+        """
+        clip = self.clip
+        return {
+            "format": FORMAT,
+            "clip": [clip.spec.name, clip.spec.pretrained, clip.spec.fingerprint],
+            "transform": asdict(clip.transform),
+            "mean_std": [clip.mean.tolist(), clip.std.tolist()],
+            "tokens": hashlib.sha256(clip.tokenize(PROBE).cpu().numpy().tobytes()).hexdigest()[:16],
+            "projection": self.projection,
+        }

@@ -1,0 +1,107 @@
+"""`open_source`: from what a user names to a Source."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import cache as remembered
+from pathlib import Path
+
+from vilu.data.cifar import LAYOUTS, open_cifar
+from vilu.data.coop import SPLIT_FILES, SPLITS, open_aircraft, open_imagenet, open_split
+from vilu.data.files import TABLES, open_folder, open_table
+from vilu.data.shards import find_shards, open_shards
+from vilu.data.source import ArraySource, Source
+from vilu.errors import UserError
+from vilu.tiny import data as tiny
+
+# How many the endless world of shapes gives: enough test captions for the largest published K, 8192.
+SHAPES = {"train": 10_000, "test": 4_000}
+CAPTIONS = {"train": 10_000, "test": 8_192}
+
+ON_DISK: dict[str, Callable[[str, Path, str], Source]] = {
+    "imagenet": lambda _, root, split: open_imagenet(root, split),
+    "fgvc_aircraft": lambda _, root, split: open_aircraft(root, split),
+    **dict.fromkeys(LAYOUTS, open_cifar),
+    **dict.fromkeys(SPLIT_FILES, open_split),
+}
+EMBEDDED = ("digits", "shapes", "shapes-captions")
+EMBEDDING_FILES = (".npz", ".npy", ".safetensors")
+
+
+def open_source(
+    data: str | None = None,
+    *,
+    dataset: str | None = None,
+    root: Path | None = None,
+    split: str = "train",
+    image_column: str = "path",
+    caption_column: str = "caption",
+    cache: Path | None = None,
+) -> Source:
+    """What `data` or `dataset` names.
+
+    Args:
+        data: an image folder; a CSV, TSV or Parquet file of path + caption, paths relative to it; WebDataset shards:
+            one .tar, a folder of them, a glob, or "shards/{000..010}.tar".
+        dataset: "digits", "shapes", "shapes-captions" (embedded), or one of the 13 of the paper under `root`.
+        split: "train", "val" or "test"; a table, shards and a folder without split folders are one split.
+        cache: where indexes of shards are kept.
+
+    Raises:
+        UserError: nothing or both named, nothing there, an unknown name or split, or data that is not sound.
+    """
+    if (data is None) == (dataset is None):
+        raise UserError("name the data: --data or --dataset, one of the two")
+    if split not in SPLITS:
+        raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if dataset is not None:
+        return _named(dataset, root, split)
+    assert data is not None
+    if root is not None:
+        raise UserError("--root goes with --dataset; --data is a path of its own")
+    path = Path(data)
+    if path.suffix.lower() in EMBEDDING_FILES:
+        raise UserError(f"{data}: holds embeddings, not images")
+    if path.suffix.lower() in TABLES:
+        if not path.is_file():
+            raise UserError(f"{data}: no such file")
+        return open_table(path, image_column, caption_column)
+    shards = find_shards(data)
+    if shards is not None:
+        return open_shards(
+            path.stem if len(shards) == 1 else path.parent.name or "shards", shards, caption_column, cache
+        )
+    if path.is_dir():
+        return open_folder(path, split)
+    raise UserError(f"{data}: {'not a folder, a table or shards' if path.exists() else 'no such file or folder'}")
+
+
+def _named(dataset: str, root: Path | None, split: str) -> Source:
+    if dataset in EMBEDDED:
+        if root is not None:
+            raise UserError(f"--dataset {dataset} is embedded: it takes no --root")
+        if split not in SHAPES:
+            raise UserError(f"{dataset}: has no split {split!r}, only train and test")
+        return _embedded(dataset, split)
+    if dataset not in ON_DISK:
+        known = [*EMBEDDED, *ON_DISK]
+        near = difflib.get_close_matches(dataset.lower(), known, n=3, cutoff=0.5)
+        raise UserError(f"unknown data set {dataset!r}; {'near' if near else 'known'}: {', '.join(near or known)}")
+    if root is None:
+        raise UserError(f"--dataset {dataset} needs --root, the folder that it lies in")
+    if not root.is_dir():
+        raise UserError(f"{root}: not a folder")
+    return ON_DISK[dataset](dataset, root, split)
+
+
+@remembered
+def _embedded(dataset: str, split: str) -> Source:
+    # Remembered within a process: drawing ten thousand shapes takes seconds.
+    if dataset == "digits":
+        found = tiny.digits(split)
+    else:
+        found = tiny.shapes(split, (SHAPES if dataset == "shapes" else CAPTIONS)[split])
+    if dataset == "shapes-captions":
+        return ArraySource(name=dataset, images=found.images, captions=found.captions)
+    return ArraySource(name=dataset, images=found.images, labels=found.labels, class_names=found.names)
