@@ -119,7 +119,8 @@ def test_a_vision_transformer_and_names_with_accents_are_exported(tmp_path):
     save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
     clip = load_clip(f"local-dir:{folder}")
     class_set = clip.class_set(("café au lait", "smörgåsbord", "東京の塔"), ("a {}.", "the {} in the dark"))
-    head = ViLUHead(48, hidden=(32,), projection="separate", attention_scale=48**-0.5).eval().requires_grad_(False)
+    form = {"projection": "separate", "attention_scale": 48**-0.5, "logit_scale": clip.spec.logit_scale}
+    head = ViLUHead(48, hidden=(32,), **form).eval().requires_grad_(False)
     for layer in (head.query, head.key, head.value):
         torch.nn.init.normal_(layer.weight, std=0.3)
     report = export(Checkpoint(head, clip.spec, class_set), tmp_path / "repository", clip=clip, max_batch_size=3)
@@ -153,6 +154,9 @@ def test_bad_requests_write_nothing(tmp_path, clip, checkpoint):
     for ckpt, output, options, message in cases:
         with pytest.raises(UserError, match=message):
             export(ckpt, output, clip=clip, **options)
+    prior = ViLUHead(checkpoint.head.dim, logit_scale=clip.spec.logit_scale)
+    with pytest.raises(UserError, match="does not know a head's prior"):
+        export(Checkpoint(prior, clip.spec, checkpoint.class_set), tmp_path / "r", clip=clip, device="gpu")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (mine / "thesis.tex").read_text() == "years of work"
 

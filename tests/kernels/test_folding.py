@@ -116,3 +116,15 @@ def test_compile_and_export_on_the_cpu():
         torch.testing.assert_close(mine, theirs)
     program = torch.export.export(folded, (v,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     assert torch.equal(program.module()(v[:4]).class_index, folded(v[:4]).class_index)
+
+
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+@pytest.mark.parametrize("classes", [1, 2, 50])
+def test_the_prior_is_folded_and_belongs_to_its_logit_scale(layout, classes):
+    head = make_head(16, hidden=(8,), logit_scale=100.0).double().requires_grad_(False)
+    t, v = unit_rows(classes, 16, 0), unit_rows(5, 16, 1)
+    out = fused_head(v, fold(head, t, layout=layout))
+    expected = head.failure_probability(v, t)
+    torch.testing.assert_close(out.failure_probability, expected, rtol=0, atol=TOLERANCE[torch.float64])
+    with pytest.raises(ValueError, match="prior was trained at logit_scale 100"):
+        fold(head, t, logit_scale=50.0, layout=layout)
