@@ -174,11 +174,13 @@ def _augmented(source: Source, train: EmbeddedSet, clip: Clip, seed: int) -> Cal
     def embed_rows(rows: Tensor, epoch: int) -> Tensor:
         places = rows if train.rows is None else train.rows[rows]
         transform = augment(clip.transform.size, np.random.default_rng([seed, epoch]))
-        found = list(batches(source, transform, places.tolist(), 64))
-        if sum(len(numbers) for numbers, _ in found) != len(rows):
+        found = []
+        with torch.no_grad():  # inside the loop, so that decoding runs ahead of the tower
+            for _, pixels in batches(source, transform, places.tolist(), 64):
+                found.append(clip.encode_pixels(torch.from_numpy(pixels)))
+        if sum(map(len, found)) != len(rows):
             raise UserError(f"{source.name}: an image that could be read before cannot be read any more")
-        with torch.no_grad():
-            return torch.cat([clip.encode_pixels(torch.from_numpy(pixels)) for _, pixels in found])
+        return torch.cat(found)
 
     return embed_rows
 

@@ -1,0 +1,108 @@
+"""A head against no head, from few training images up: `python bench/small_data.py --output bench/results/small-data`.
+
+For every size and seed a part of the embedded default's train split is drawn, a head is trained by the recipes
+"default" and "plain", and AUC and FPR95 on the whole test split are put beside MCM's, which needs no training.
+Writes OUTPUT.json (with versions, commit and machine) and OUTPUT.png.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from vilu import __version__, load_clip
+from vilu.cli import progress_bar
+from vilu.data import embed, open_source
+from vilu.data.options import default_cache
+from vilu.evaluate import confidences, correct
+from vilu.metrics import auroc, fpr_at_tpr, paired_bootstrap
+from vilu.recipes import recipe_named
+from vilu.scores import MCM, ViLU
+from vilu.train import fit
+
+RECIPES = ("default", "plain")
+
+
+@click.command()
+@click.option("--dataset", "datasets", multiple=True, default=("digits", "shapes"), show_default=True)
+@click.option(
+    "--sizes", default="200,800,3200,10000", show_default=True, help="Those above a set's size mean all of it."
+)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Without suffix.")
+def main(datasets: tuple[str, ...], sizes: str, seeds: int, output: Path) -> None:
+    """Train heads on growing parts of a data set and compare them with MCM."""
+    clip, rows = load_clip(), []
+    with progress_bar() as bar:
+        for dataset in datasets:
+            train, test = (
+                embed(open_source(dataset=dataset, split=split), clip, cache=default_cache(), progress=bar)
+                for split in ("train", "test")
+            )
+            right = correct(test)
+            mcm = confidences({"MCM": MCM()}, test)["MCM"]
+            for size in sorted({min(int(size), len(train)) for size in sizes.split(",")}):
+                for seed in range(seeds):
+                    part = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:size]]
+                    for recipe in RECIPES:
+                        started = time.perf_counter()
+                        trained = fit(part, recipe_named(recipe, seed=seed))
+                        took = time.perf_counter() - started
+                        ours = confidences({"ViLU": ViLU(trained.head)}, test)["ViLU"]
+                        against = paired_bootstrap(auroc, ours, mcm, right, resamples=499)
+                        rows.append(
+                            {
+                                "dataset": dataset,
+                                "size": size,
+                                "seed": seed,
+                                "recipe": recipe,
+                                "auc": auroc(ours, right),
+                                "fpr95": fpr_at_tpr(ours, right),
+                                "mcm_auc": auroc(mcm, right),
+                                "mcm_fpr95": fpr_at_tpr(mcm, right),
+                                "p_value": against.p_value,
+                                "epoch": trained.best_epoch,
+                                "seconds": round(took, 1),
+                            }
+                        )
+                        bar(f"{dataset}, {size} images", seed + 1, seeds)
+                        click.echo(json.dumps(rows[-1]))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    head = {"commit": commit, "vilu": __version__, "torch": torch.__version__, **machine}
+    temporary = output.with_name(f".{output.name}.json")
+    temporary.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    temporary.replace(output.with_suffix(".json"))
+    draw(rows, output.with_suffix(".png"))
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure = Figure(figsize=(5.5 * len(datasets), 4), layout="constrained")
+    for axis, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
+        mine = [row for row in rows if row["dataset"] == dataset]
+        sizes = sorted({row["size"] for row in mine})
+        axis.axhline(mine[0]["mcm_auc"], color="tab:gray", label="MCM, no training")
+        for recipe, colour in zip(RECIPES, ("tab:blue", "tab:orange"), strict=True):
+            values = [[row["auc"] for row in mine if (row["size"], row["recipe"]) == (s, recipe)] for s in sizes]
+            axis.plot(sizes, [np.mean(v) for v in values], "o-", color=colour, label=f"ViLU, recipe {recipe}")
+            axis.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2)
+        axis.set(title=dataset, xlabel="training images", ylabel="AUC on the test split", xscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=90, format="png")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()
