@@ -39,7 +39,7 @@ def fused_head(
     if offsets is not None:
         offsets = _offsets(offsets, image_embedding.shape[0], t.shape[0])
     kernel = t.is_cuda or INTERPRETED
-    if not kernel or folded.prior is not None or t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if not kernel or t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         if offsets is None:
             return folded(image_embedding)
         bounds = offsets.tolist()
