@@ -72,8 +72,6 @@ def export(
     archs = tuple(sorted(set(cuda_archs))) if device == "gpu" else ()
     if device == "gpu":
         gpu.check_archs(archs)
-    if device == "gpu" and checkpoint.head.prior is not None:
-        raise UserError("the fused kernel does not know a head's prior yet: train with --no-prior, or --device cpu")
     if max_batch_size < 2:
         raise UserError(f"max_batch_size must be at least 2, got {max_batch_size}")
     if checkpoint.clip is None or checkpoint.class_set is None:

@@ -6,6 +6,7 @@ the real driver would, from the cubin's own parameter table, and computed by the
 import ctypes
 import hashlib
 import re
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -141,6 +142,8 @@ class FakeDriver:
             want = weights[name].numpy()
             got = np.ctypeslib.as_array((ctypes.c_float * want.size).from_address(sent[name])).reshape(want.shape)
             assert np.array_equal(got, want), name
+        if "prior" in sent:
+            assert struct.pack("<I", sent["prior"]) == struct.pack("<f", folded.prior or 0.0)
         if "arrived" in sent:
             assert ctypes.c_int32.from_address(sent["arrived"]).value == 0
 
