@@ -1,19 +1,14 @@
-"""`vilu serve` and `vilu ask`."""
+"""`vilu serve` and `vilu health`."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Column, Table
 
-from vilu.serving.client import DEFAULT_URL, Answer, Client
-from vilu.serving.server import Server, serve
+from vilu.serving.access import Access, connection_options, token_from
+from vilu.serving.client import RequestRefused, ServerUnavailable
+from vilu.serving.server import Server, probe, serve
 
 
 @click.command("serve", context_settings={"ignore_unknown_options": True})
@@ -28,6 +23,16 @@ from vilu.serving.server import Server, serve
 @click.option(
     "--startup-seconds", type=float, default=60, show_default=True, help="Give up when nothing answers by then."
 )
+@click.option("--supervise", is_flag=True, help="Restart the server when it, or a model's process, dies or hangs.")
+@click.option("--token", metavar="TOKEN|@FILE", help="Asked of every inference.  [default: $VILU_TOKEN, or none]")
+@click.option(
+    "--control-token",
+    metavar="TOKEN|@FILE",
+    help="Opens loading and unloading of models to who has it.  [default: $VILU_CONTROL_TOKEN, or closed]",
+)
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM; gRPC speaks TLS only, HTTP stays on loopback.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="PEM; the certificate's key.")
+@click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM; clients must show a certificate it signed.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def serve_command(
     model_repository: Path,
@@ -37,6 +42,12 @@ def serve_command(
     grpc_port: int,
     metrics_port: int,
     startup_seconds: float,
+    supervise: bool,
+    token: str | None,
+    control_token: str | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_ca: Path | None,
     flags: tuple[str, ...],
 ) -> int:
     """Start tritonserver on a model repository. Unknown FLAGS go to tritonserver."""
@@ -50,41 +61,34 @@ def serve_command(
             metrics_port=metrics_port,
             startup_seconds=startup_seconds,
             flags=flags,
-        )
+            access=Access(
+                token_from(token, "VILU_TOKEN"),
+                token_from(control_token, "VILU_CONTROL_TOKEN"),
+                tls_cert,
+                tls_key,
+                tls_ca,
+            ),
+        ),
+        supervise=supervise,
     )
 
 
-@click.command("ask")
-@click.argument("images", nargs=-1, required=True)
-@click.option("--url", default=DEFAULT_URL, show_default=True, help="HOST:PORT for gRPC, http://HOST:PORT for HTTP.")
+@click.command("health")
+@connection_options
 @click.option("--model", default="vilu", show_default=True)
-@click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Seconds."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array, one object an image.")
-def ask_command(images: tuple[str, ...], url: str, model: str, timeout: float, as_json: bool) -> int:
-    """Ask a running server what is in each image, and whether to believe it.
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True)
+def health_command(url: str, token: str | None, model: str, timeout: float, **tls: str | None) -> int:
+    """Whether a server really answers: it is asked about an image of one pixel. Exit code 0, or 1 with the reason.
 
-    Exit code 0 when every image was answered, 2 when one was not.
+    The server's own readiness stays true when a model's process has died; this does not.
     """
-    with Client(url, model=model, timeout=timeout) as client:
-        answers = client.ask(images)
-    good = [answer for answer in answers if answer.error is None]
-    if as_json:
-        rows = [asdict(a) if a.error is None else {"source": a.source, "error": a.error} for a in answers]
-        click.echo(json.dumps(rows, indent=2))
-    elif good:
-        print_answers(good)
-    for answer in answers:
-        if answer.error is not None:
-            click.echo(f"{answer.source}: {answer.error}", err=True)
-    return 0 if len(good) == len(answers) else 2
-
-
-def print_answers(answers: Sequence[Answer]) -> None:
-    """The table of `vilu ask`."""
-    table = Table(Column("file", overflow="fold"), "label", "confidence", "P(failure)", "")
-    for a in answers:
-        verdict = "[green]accept[/]" if a.accept else "[red]reject[/]"
-        table.add_row(a.source, a.label, f"{a.confidence:.3f}", f"{a.failure_probability:.3f}", verdict)
-    Console(file=sys.stdout).print(table)
+    try:
+        probe(url, model=model, timeout=timeout, token=token_from(token, "VILU_TOKEN"), **tls)
+    except ServerUnavailable as error:
+        click.echo(str(error), err=True)
+        return 1
+    except RequestRefused as error:
+        click.echo(f"{url}: {error}", err=True)
+        return 1
+    click.echo(f"{url}: {model} answers")
+    return 0

@@ -1,14 +1,28 @@
-"""Asking a running server, over gRPC or HTTP, synchronously or with asyncio."""
+"""Asking a running server, over gRPC or HTTP, with asyncio or without.
+
+`AsyncClient` does the work. `Client` runs one on an event loop in a thread of its own, so it can be shared by threads
+and used where a loop already runs. Memory stays bounded whatever the number of images: at most `in_flight` requests
+of `batch_size` images each are read and under way.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+import random
+import ssl
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import numpy as np
 from tritonclient.utils import InferenceServerException
@@ -18,17 +32,31 @@ from vilu.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+T = TypeVar("T")
 ImageLike = Union[str, "os.PathLike[str]", bytes, np.ndarray, "Image.Image"]
 OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 DEFAULT_URL = "127.0.0.1:8001"
+TOKEN = "vilu-token"  # the header's name; gRPC's has tritonserver's prefix before it
+SCHEMES = ("grpc", "grpcs", "http", "https")
+REQUEST_BYTES = 32 << 20  # a batch of large images is cut here, whatever its number
+SHARED_FROM = 1 << 20  # below, registering and copying cost more than sending
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 
 
 class ServerUnavailable(UserError):  # noqa: N818 - an answer of the server, not a fault of the program
-    """The server cannot be reached, is overloaded, or did not answer in time."""
+    """The server cannot be reached or is overloaded; the request was retried until its time was over."""
+
+
+class DeadlineExceeded(ServerUnavailable):
+    """No answer within the client's timeout."""
 
 
 class RequestRefused(UserError):  # noqa: N818
     """The server answered that this request is wrong: a damaged image, an unknown model."""
+
+
+class AccessDenied(RequestRefused):
+    """The server wants a token, or another one."""
 
 
 @dataclass(frozen=True)
@@ -53,31 +81,45 @@ class Answer:
         return self
 
 
-class _Base:
-    """What the two clients share: reading images, the request, the answer."""
+Item = tuple[str, "bytes | Answer"]  # an image's name and its encoded bytes, or an answer that says why there are none
 
-    def __init__(self, url: str, model: str, timeout: float) -> None:
-        scheme, _, rest = url.rpartition("://")
-        if scheme not in ("", "grpc", "http"):
-            raise UserError(f"{url}: the scheme must be grpc:// or http://")
-        self.url, self.model, self.timeout = rest.rstrip("/"), model, timeout
-        self.http = scheme == "http"
 
-    def _request(self, api: Any, batch: Sequence[bytes]) -> dict[str, Any]:
-        tensor = api.InferInput("IMAGE", [len(batch), 1], "BYTES")
-        tensor.set_data_from_numpy(np.array(batch, dtype=np.object_).reshape(-1, 1))
-        outputs = [api.InferRequestedOutput(name) for name in OUTPUTS]
-        return {"model_name": self.model, "inputs": [tensor], "outputs": outputs}
+def read(image: ImageLike, index: int) -> Item:
+    """(name, encoded bytes) of a path, bytes, Pillow image or (H, W, 3) uint8 array; an Answer with the error where
+    a file cannot be read."""
+    if isinstance(image, bytes):
+        return f"image {index}", image
+    if isinstance(image, str | os.PathLike):
+        name = os.fspath(image)
+        try:
+            return name, Path(name).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            return name, Answer(name, error=f"cannot be read ({getattr(error, 'strerror', None) or error})")
+    from PIL import Image
 
-    def _error(self, error: Exception) -> UserError:
-        status = str(error.status() or "") if isinstance(error, InferenceServerException) else ""
-        text = error.message() if isinstance(error, InferenceServerException) else str(error)
-        text = " ".join(str(text).split()) or type(error).__name__
-        refused = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "INTERNAL", "500")
-        if status.removeprefix("StatusCode.") in refused:
-            # The ensemble's own words around the message say nothing to the client.
-            return RequestRefused(text.removeprefix("in ensemble 'vilu', "))
-        return ServerUnavailable(f"{self.url}: {text}")
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            reason = f"arrays must be (H, W, 3) uint8, got {image.shape} {image.dtype}"
+            return f"image {index}", Answer(f"image {index}", error=reason)
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")  # lossless: the server sees these very pixels
+    return f"image {index}", buffer.getvalue()
+
+
+def _batches(images: Iterable[ImageLike], size: int) -> Iterator[list[Item]]:
+    """The images, read as they are needed, in lists of at most `size` and about REQUEST_BYTES."""
+    batch: list[Item] = []
+    held = 0
+    for index, image in enumerate(images):
+        batch.append(read(image, index))
+        data = batch[-1][1]
+        held += len(data) if isinstance(data, bytes) else 0
+        if len(batch) == size or held >= REQUEST_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def _answers(result: Any, sources: Sequence[str]) -> list[Answer]:
@@ -95,129 +137,107 @@ def _answers(result: Any, sources: Sequence[str]) -> list[Answer]:
     ]
 
 
-def read(image: ImageLike, index: int) -> tuple[str, bytes | Answer]:
-    """(name, encoded bytes) of a path, bytes, Pillow image or (H, W, 3) uint8 array; an Answer with the error where
-    a file cannot be read."""
-    if isinstance(image, bytes):
-        return f"image {index}", image
-    if isinstance(image, str | os.PathLike):
-        name = os.fspath(image)
-        try:
-            return name, Path(name).read_bytes()
-        except OSError as error:
-            return name, Answer(name, error=f"cannot be read ({error.strerror})")
-    from PIL import Image
+class _Region:
+    """A piece of system shared memory that one request at a time puts its images in."""
 
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            reason = f"arrays must be (H, W, 3) uint8, got {image.shape} {image.dtype}"
-            return f"image {index}", Answer(f"image {index}", error=reason)
-        image = Image.fromarray(image)
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")  # lossless: the server sees these very pixels
-    return f"image {index}", buffer.getvalue()
+    def __init__(self, size: int) -> None:
+        self.memory = SharedMemory(f"vilu_client_{os.getpid()}_{uuid.uuid4().hex[:12]}", create=True, size=size)
+        self.name, self.size = self.memory.name, self.memory.size
 
+    def fill(self, batch: Sequence[bytes]) -> None:
+        """Triton's layout of BYTES: every string after its length, 4 bytes little endian."""
+        at, memory = 0, self.memory.buf
+        assert memory is not None  # until it is closed
+        for data in batch:
+            memory[at : at + 4] = len(data).to_bytes(4, "little")
+            memory[at + 4 : at + 4 + len(data)] = data
+            at += 4 + len(data)
 
-def _prepare(images: Sequence[ImageLike]) -> tuple[list[Answer | None], list[tuple[int, str, bytes]]]:
-    answers: list[Answer | None] = [None] * len(images)
-    ready = []
-    for index, image in enumerate(images):
-        name, data = read(image, index)
-        if isinstance(data, Answer):
-            answers[index] = data
-        else:
-            ready.append((index, name, data))
-    return answers, ready
+    def close(self) -> None:
+        self.memory.close()
+        with contextlib.suppress(FileNotFoundError):  # already gone is what is wanted
+            self.memory.unlink()
 
 
-class Client(_Base):
+class AsyncClient:
     """Ask a server.
 
     Args:
-        url: "HOST:PORT" or "grpc://HOST:PORT" for gRPC, "http://HOST:PORT" for HTTP.
+        url: "HOST:PORT" or "grpc://HOST:PORT" for gRPC, "http://HOST:PORT" for HTTP; grpcs:// and https:// with TLS.
         model: the ensemble to ask.
-        timeout: seconds for each request.
+        timeout: seconds for each request, retries included.
         batch_size: images in a request; at most the model's max_batch_size.
+        in_flight: requests under way at once.
+        token: what `vilu serve --token` asks for.
+        tls_ca, tls_cert, tls_key: PEM files: who signed the server's certificate (by default the system's
+            authorities), and the client's own certificate and key where the server asks for one.
+        shared_memory: pass large requests through system shared memory; None: where the server is on this machine
+            and takes it.
+
+    A request that the server cannot take now (UNAVAILABLE, connection refused) is sent again, after a pause that
+    doubles, until the timeout; nothing else is.
 
     Raises:
-        UserError: another scheme.
+        UserError: another scheme, an unreadable PEM file, or a number out of range.
     """
 
     def __init__(
-        self, url: str = DEFAULT_URL, *, model: str = "vilu", timeout: float = 30.0, batch_size: int = 16
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = "vilu",
+        timeout: float = 30.0,
+        batch_size: int = 16,
+        in_flight: int = 4,
+        token: str | None = None,
+        tls_ca: str | os.PathLike[str] | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        shared_memory: bool | None = None,
     ) -> None:
-        super().__init__(url, model, timeout)
-        self.batch_size = batch_size
-        if self.http:
-            from tritonclient import http as api
-
-            self._client = api.InferenceServerClient(self.url, connection_timeout=timeout, network_timeout=timeout)
-        else:
-            from tritonclient import grpc as api
-
-            self._client = api.InferenceServerClient(self.url)
-        self._api: Any = api
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
-
-    def _infer(self, batch: Sequence[bytes]) -> Any:
-        options = {} if self.http else {"client_timeout": self.timeout}
+        scheme, _, rest = url.rpartition("://")
+        if scheme not in ("", *SCHEMES):
+            raise UserError(f"{url}: the scheme must be grpc://, grpcs://, http:// or https://")
+        if batch_size < 1 or in_flight < 1 or not timeout > 0:
+            raise UserError(f"batch_size {batch_size}, in_flight {in_flight} and timeout {timeout} must be positive")
+        secure = scheme in ("grpcs", "https")
+        if (tls_ca or tls_cert or tls_key) and not secure:
+            raise UserError(f"{url}: TLS files are for grpcs:// and https://")
+        self.url, self.model, self.timeout = rest.rstrip("/"), model, timeout
+        self.batch_size, self.in_flight = batch_size, in_flight
+        self.http = scheme.startswith("http")
+        prefix = "" if self.http else "triton-grpc-protocol-"
+        self._headers = None if token is None else {prefix + TOKEN: token}
+        host = self.url.rpartition(":")[0].strip("[]")
+        self._shared = (host in ("localhost", "::1") or host.startswith("127.")) if shared_memory is None else True
+        if shared_memory is False:
+            self._shared = False
+        self._regions: list[_Region] = []
+        self._given_up: list[str] = []  # regions of requests that nobody waited for
+        self._client: Any
         try:
-            return self._client.infer(**self._request(self._api, batch), **options)
-        except Exception as error:
-            raise self._error(error) from None
+            if self.http:
+                from tritonclient.http import aio as api
 
-    def ask(self, images: Sequence[ImageLike]) -> list[Answer]:
-        """One Answer per image, in order; a bad image has `error` set and costs the others nothing.
+                context: Any = None
+                if secure:
+                    context = ssl.create_default_context(cafile=tls_ca)
+                    if tls_cert:
+                        context.load_cert_chain(tls_cert, tls_key)
+                limit = max(100, in_flight)
+                self._client = api.InferenceServerClient(
+                    self.url, ssl=secure, ssl_context=context, conn_timeout=timeout, conn_limit=limit
+                )
+            else:
+                from tritonclient.grpc import aio as api
 
-        Args:
-            images: paths, encoded bytes, Pillow images or (H, W, 3) uint8 arrays.
-
-        Raises:
-            ServerUnavailable: no server, an overload, or no answer in time.
-        """
-        answers, ready = _prepare(images)
-        for start in range(0, len(ready), self.batch_size):
-            chunk = ready[start : start + self.batch_size]
-            for (index, _, _), answer in zip(chunk, self._chunk(chunk), strict=True):
-                answers[index] = answer
-        return [answer for answer in answers if answer is not None]
-
-    def _chunk(self, chunk: list[tuple[int, str, bytes]]) -> list[Answer]:
-        names = [name for _, name, _ in chunk]
-        try:
-            return _answers(self._infer([data for _, _, data in chunk]), names)
-        except RequestRefused as error:
-            if len(chunk) == 1:
-                return [Answer(names[0], error=str(error))]
-            # The server refuses a batch for one bad image: find it by asking for each alone.
-            return [answer for item in chunk for answer in self._chunk([item])]
-
-
-class AsyncClient(_Base):
-    """`Client` for asyncio; arguments and errors are the same."""
-
-    def __init__(
-        self, url: str = DEFAULT_URL, *, model: str = "vilu", timeout: float = 30.0, batch_size: int = 16
-    ) -> None:
-        super().__init__(url, model, timeout)
-        self.batch_size = batch_size
-        if self.http:
-            from tritonclient.http import aio as api
-        else:
-            from tritonclient.grpc import aio as api
+                files = [None if path is None else os.fspath(path) for path in (tls_ca, tls_key, tls_cert)]
+                self._client = api.InferenceServerClient(
+                    self.url, ssl=secure, root_certificates=files[0], private_key=files[1], certificate_chain=files[2]
+                )
+        except OSError as error:
+            raise UserError(f"TLS: {error.filename or ''}: {error.strerror or error}") from None
         self._api: Any = api
-        self._client = api.InferenceServerClient(self.url)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -228,31 +248,203 @@ class AsyncClient(_Base):
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connection and give shared memory back."""
+        for region in self._regions:
+            region.close()
+            self._given_up.append(region.name)
+        self._regions.clear()
+        await self._unregister()
         await self._client.close()
 
-    async def ask(self, images: Sequence[ImageLike]) -> list[Answer]:
-        """As `Client.ask`."""
-        answers, ready = _prepare(images)
-        for start in range(0, len(ready), self.batch_size):
-            chunk = ready[start : start + self.batch_size]
-            for (index, _, _), answer in zip(chunk, await self._chunk(chunk), strict=True):
-                answers[index] = answer
-        return [answer for answer in answers if answer is not None]
+    async def ask(self, images: Iterable[ImageLike]) -> list[Answer]:
+        """One Answer per image, in order; a bad image has `error` set and costs the others nothing.
+
+        Args:
+            images: paths, encoded bytes, Pillow images or (H, W, 3) uint8 arrays.
+
+        Raises:
+            ServerUnavailable: no server, an overload, or (DeadlineExceeded) no answer in time.
+            AccessDenied: a token is missing or wrong.
+        """
+        return [answer async for answer in self.stream(images)]
+
+    async def stream(self, images: Iterable[ImageLike]) -> AsyncIterator[Answer]:
+        """`ask` for any number of images: answers come in order while later images are read and asked."""
+        pending: deque[asyncio.Task[list[Answer]]] = deque()
+        try:
+            for batch in _batches(images, self.batch_size):
+                pending.append(asyncio.create_task(self.ask_batch(batch)))
+                if len(pending) == self.in_flight:
+                    for answer in await pending.popleft():
+                        yield answer
+            while pending:
+                for answer in await pending.popleft():
+                    yield answer
+        finally:
+            for task in pending:
+                task.cancel()
+
+    async def ask_batch(self, items: list[Item]) -> list[Answer]:
+        """One request. Where the server refuses it for one bad image, each is asked for alone."""
+        good = [(name, data) for name, data in items if isinstance(data, bytes)]
+        found: Iterator[Answer] = iter(())
+        if good:
+            try:
+                result = await self._infer([data for _, data in good])
+                found = iter(_answers(result, [name for name, _ in good]))
+            except AccessDenied:
+                raise
+            except RequestRefused as error:
+                if len(good) == 1:
+                    found = iter([Answer(good[0][0], error=str(error))])
+                else:
+                    found = iter([answer for item in good for answer in await self.ask_batch([item])])
+        return [data if isinstance(data, Answer) else next(found) for _, data in items]
 
     async def _infer(self, batch: Sequence[bytes]) -> Any:
-        import asyncio
+        end = time.monotonic() + self.timeout
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return await asyncio.wait_for(self._infer_once(batch), end - time.monotonic())
+            except Exception as error:
+                told, again = self._told(error)
+            # Half of the pause is random: clients that were refused together must not come back together.
+            wait = pause * random.uniform(0.5, 1.0)
+            if not again or time.monotonic() + wait >= end:
+                raise told from None
+            await asyncio.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _infer_once(self, batch: Sequence[bytes]) -> Any:
+        tensor = self._api.InferInput("IMAGE", [len(batch), 1], "BYTES")
+        outputs = [self._api.InferRequestedOutput(name) for name in OUTPUTS]
+        size = sum(map(len, batch)) + 4 * len(batch)
+        region = await self._region(size) if self._shared and size >= SHARED_FROM else None
+        if region is None:
+            tensor.set_data_from_numpy(np.array(batch, dtype=np.object_).reshape(-1, 1))
+        else:
+            region.fill(batch)
+            tensor.set_shared_memory(region.name, size)
+        answered = False
+        try:
+            result = await self._client.infer(self.model, [tensor], outputs=outputs, headers=self._headers)
+            answered = True
+            return result
+        except InferenceServerException:
+            answered = True
+            raise
+        finally:
+            if region is not None and answered:
+                self._regions.append(region)
+            elif region is not None:
+                # The server may still read it: nothing else may be written there.
+                region.close()
+                self._given_up.append(region.name)
+
+    async def _region(self, size: int) -> _Region | None:
+        """A free region of that size, registered with the server; None, from then on, where it takes none."""
+        await self._unregister()
+        while self._regions:
+            free = self._regions.pop()
+            if free.size >= size:
+                return free
+            free.close()
+            self._given_up.append(free.name)
+        region = None
+        try:
+            region = _Region(1 << (size - 1).bit_length())
+            await self._client.register_system_shared_memory(
+                region.name, f"/{region.name}", region.size, headers=self._headers
+            )
+            return region
+        except Exception:  # another machine's or container's memory, a full /dev/shm, or a protocol that is closed
+            self._shared = False
+            if region is not None:
+                region.close()
+            return None
+
+    async def _unregister(self) -> None:
+        while self._given_up:
+            with contextlib.suppress(Exception):  # the server may be gone
+                await self._client.unregister_system_shared_memory(self._given_up.pop(), headers=self._headers)
+
+    def _told(self, error: Exception) -> tuple[UserError, bool]:
+        """What to tell the user, and whether the same request may be sent again."""
+        status, text = "", str(error)
+        if isinstance(error, InferenceServerException):
+            status, text = str(error.status() or "").removeprefix("StatusCode."), str(error.message())
+        text = " ".join(text.split()) or type(error).__name__
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError)) or status == "DEADLINE_EXCEEDED":
+            return DeadlineExceeded(f"{self.url}: no answer in {self.timeout:g} s"), False
+        # gRPC says UNAVAILABLE for a protocol that wants a token.
+        if "protocol is restricted" in text or "API is restricted" in text or status in ("401", "403"):
+            return AccessDenied(f"{self.url}: the server wants another token"), False
+        if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "INTERNAL", "500"):
+            # The ensemble's own words around the message say nothing to the client.
+            return RequestRefused(text.removeprefix(f"in ensemble '{self.model}', ")), False
+        again = status in ("UNAVAILABLE", "503") or type(error).__name__ == "ClientConnectorError"
+        return ServerUnavailable(f"{self.url}: {text}"), again
+
+
+class Client:
+    """`AsyncClient` without asyncio; arguments and errors are the same. Threads may share one."""
+
+    def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vilu client", daemon=True)
+        self._thread.start()
+
+        async def make() -> AsyncClient:
+            return AsyncClient(url, **options)
 
         try:
-            return await asyncio.wait_for(self._client.infer(**self._request(self._api, batch)), self.timeout)
-        except Exception as error:
-            raise self._error(error) from None
+            self._asker = self._run(make())
+        except BaseException:
+            self._end()
+            raise
 
-    async def _chunk(self, chunk: list[tuple[int, str, bytes]]) -> list[Answer]:
-        names = [name for _, name, _ in chunk]
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return _answers(await self._infer([data for _, _, data in chunk]), names)
-        except RequestRefused as error:
-            if len(chunk) == 1:
-                return [Answer(names[0], error=str(error))]
-            return [answer for item in chunk for answer in await self._chunk([item])]
+            return future.result()
+        except BaseException:
+            future.cancel()  # an interrupted caller wants no answer any more
+            raise
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def close(self) -> None:
+        """Close the connection; a second time does nothing."""
+        if not self._loop.is_closed():
+            self._run(self._asker.close())
+            self._end()
+
+    def ask(self, images: Iterable[ImageLike]) -> list[Answer]:
+        """As `AsyncClient.ask`."""
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
+        """As `AsyncClient.stream`; the images are read in the caller's thread."""
+        pending: deque[Any] = deque()
+        try:
+            for batch in _batches(images, self._asker.batch_size):
+                pending.append(asyncio.run_coroutine_threadsafe(self._asker.ask_batch(batch), self._loop))
+                if len(pending) == self._asker.in_flight:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -21,17 +22,24 @@ import sysconfig
 import tempfile
 import threading
 import time
+import urllib.request
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from vilu.errors import UserError
+from vilu.serving.access import Access
+from vilu.serving.client import Client, DeadlineExceeded, ServerUnavailable
 
 CONTAINER = Path("/opt/tritonserver/bin/tritonserver")
 BACKENDS = Path(__file__).parent / "backends"
 SHARED_MEMORY = Path("/dev/shm")
+PROBE_SECONDS, PROBE_TIMEOUT = 3.0, 2.0  # of a supervised server: a stop of its answers is seen within 10 s
+RESTARTS, RESTART_SECONDS = 5, 60
 # Model files per backend, where the config names none.
 _FILES = {"python": "model.py", "onnxruntime": "model.onnx"}
 
@@ -218,6 +226,7 @@ class Server:
         startup_seconds: deadline of the first answer.
         stop_seconds: how long the server may finish what it has; then the whole process group is killed.
         log: file for the server's output; by default this process's own.
+        access: tokens and TLS. With TLS, HTTP listens on loopback whatever the host.
 
     Raises:
         UserError: nothing to start, a bad repository, or no answer before the deadline.
@@ -236,6 +245,7 @@ class Server:
         startup_seconds: float = 60,
         stop_seconds: float = 10,
         log: Path | None = None,
+        access: Access | None = None,
     ) -> None:
         self.repository = Path(repository).resolve()
         self.found = find_tritonserver(tritonserver)
@@ -247,6 +257,7 @@ class Server:
         self.flags = list(flags)
         self.startup_seconds, self.stop_seconds = startup_seconds, stop_seconds
         self.log = log
+        self.access = access or Access()
         self.process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -255,15 +266,12 @@ class Server:
 
     @property
     def grpc_url(self) -> str:
-        return f"{self._reach}:{self.grpc_port}"
+        scheme = "grpcs://" if self.access.tls_cert else ""
+        return f"{scheme}{_reach(self.host)}:{self.grpc_port}"
 
     @property
     def http_url(self) -> str:
-        return f"http://{self._reach}:{self.http_port}"
-
-    @property
-    def _reach(self) -> str:
-        return "127.0.0.1" if self.host in ("0.0.0.0", "") else self.host
+        return f"http://{_reach(self.access.http_host(self.host))}:{self.http_port}"
 
     def __enter__(self) -> Server:
         try:
@@ -293,13 +301,14 @@ class Server:
         build_backends(self.found, backends)
         ours = [f"--model-repository={self.repository}"]
         for kind in ("http", "grpc", "metrics"):
-            ours += [f"--{kind}-address={self.host}", f"--{kind}-port={getattr(self, f'{kind}_port')}"]
+            host = self.access.http_host(self.host) if kind == "http" else self.host
+            ours += [f"--{kind}-address={host}", f"--{kind}-port={getattr(self, f'{kind}_port')}"]
         ours.append(f"--backend-config=python,shm-region-prefix-name={self._prefix}")
         ours.append(f"--exit-timeout-secs={math.ceil(self.stop_seconds)}")
         ours = [
             flag for flag in ours if flag.startswith("--backend-config") or not _has(self.flags, flag.split("=")[0])
         ]
-        given = [*ours, *self.flags]
+        given = [*ours, *self.access.flags(self.host), *self.flags]
         command = [str(self.found.binary), *default_flags(self.found, given, backends), *given]
         output = self.log.open("wb") if self.log else None
         try:
@@ -331,18 +340,49 @@ class Server:
             if self.process.poll() is not None:
                 raise UserError(f"tritonserver ended at start with code {self.process.returncode}{self._log_hint()}")
             try:
-                if probe(self.grpc_url, self.http_url, self.repository, timeout=max(1.0, deadline - time.monotonic())):
+                if self.answers(timeout=max(1.0, deadline - time.monotonic())):
                     return
             except Exception as error:  # not up yet, or not well: the last reason is told
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             time.sleep(0.1)
         raise UserError(f"tritonserver did not answer in {self.startup_seconds:.0f} s: {reason}{self._log_hint()}")
 
+    def answers(self, timeout: float) -> bool:
+        """Whether the server is ready and, where the repository has the `vilu` ensemble, answers through it.
+
+        Raises:
+            Exception: what a client raises where it does not.
+        """
+        ready = urllib.request.Request(f"{self.http_url}/v2/health/ready")
+        with urllib.request.urlopen(ready, timeout=timeout) as reply:
+            if reply.status != 200:
+                return False
+        if (self.repository / "vilu").is_dir():
+            probe(self.http_url, timeout=timeout, token=self.access.token)
+            if not self.access.tls_cert:  # the certificate is for a name that only clients know
+                probe(self.grpc_url, timeout=timeout, token=self.access.token)
+        return True
+
+    def inferences(self) -> int:
+        """How many images all models together have answered; 0 where the server does not say."""
+        try:
+            with urllib.request.urlopen(f"{self.http_url}/v2/models/stats", timeout=PROBE_TIMEOUT) as reply:
+                return sum(int(model["inference_count"]) for model in json.load(reply)["model_stats"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def dead_stubs(self) -> list[str]:
+        """Names of Python model instances whose process has died: the server neither restarts nor reaps one, and goes
+        on saying that the model is ready. (An unloaded model's is reaped.)"""
+        assert self.process is not None
+        return [name for pid in _children(self.process.pid) if (name := _zombie(pid))]
+
     def _log_hint(self) -> str:
         return f"; see {self.log}" if self.log else ""
 
-    def stop(self) -> int | None:
-        """Stop everything within the deadline and leave nothing in shared memory. Returns the exit code."""
+    def stop(self, seconds: float | None = None) -> int | None:
+        """Stop everything within the deadline (or these seconds) and leave nothing in shared memory. Returns the exit
+        code."""
         process = self.process
         if process is not None:
             if self._guard is not None:
@@ -351,7 +391,8 @@ class Server:
                 self._guard = None
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-            seconds = _exit_timeout(self.flags, self.stop_seconds) + 5
+            if seconds is None:
+                seconds = _exit_timeout(self.flags, self.stop_seconds) + 5
             try:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -367,57 +408,109 @@ class Server:
         return process.returncode if process is not None else None
 
 
-def probe(grpc_url: str, http_url: str, repository: Path, timeout: float) -> bool:
-    """Whether the server answers: through the `vilu` ensemble with a real image where the repository has it."""
-    from tritonclient import grpc
+def _reach(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "") else host
 
-    client = grpc.InferenceServerClient(grpc_url)
-    try:
-        if not client.is_server_ready(client_timeout=timeout):
-            return False
-        if (repository / "vilu").is_dir():
-            from vilu.serving.client import Client
 
-            for url in (grpc_url, http_url):
-                with Client(url, timeout=timeout) as asker:
-                    asker.ask([_PROBE_IMAGE])[0].raise_for_error()
-        return True
-    finally:
-        client.close()
+def probe(url: str, *, model: str = "vilu", **options: Any) -> None:
+    """Ask a server about an image of one pixel: the way through every step of the ensemble, by a `Client`'s options.
+
+    Raises:
+        UserError: no answer, or an error in its place.
+    """
+    with Client(url, model=model, **options) as client:
+        client.ask([PROBE_IMAGE])[0].raise_for_error()
 
 
 # A 1x1 white PNG: small, and it goes through every step of the ensemble.
-_PROBE_IMAGE = bytes.fromhex(
+PROBE_IMAGE = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63f8ffff3f0005fe02fe0def46b8"
     "0000000049454e44ae426082"
 )
 
 
-def serve(server: Server) -> int:
+def _children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def _zombie(pid: int) -> str:
+    """The command's name of a process that has ended and was not waited for; "" for any other."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    name, _, rest = stat[stat.index("(") + 1 :].rpartition(")")
+    return f"{name} ({pid})" if rest.split()[0] == "Z" else ""
+
+
+def serve(server: Server, *, supervise: bool = False) -> int:
     """Run a server in the foreground: SIGTERM and SIGINT stop it; returns its exit code.
+
+    Args:
+        supervise: restart the server when it ends, or when a process of a Python model dies or it stops answering;
+            only requests in flight are lost. After RESTARTS of them within RESTART_SECONDS it gives up.
 
     Raises:
         UserError: as `Server` does.
     """
     stopping = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    restarts: deque[float] = deque()
     try:
-        server.start()
-        waiter = _Waiter(server, stopping)
-        waiter.start()
-        assert server.process is not None
-        while server.process.poll() is None and not stopping.wait(0.2):
-            pass
-        if waiter.error is not None:
-            raise waiter.error
-        ended = server.process.poll()
-        if ended is not None and not waiter.answered:
-            raise UserError(f"tritonserver ended at start with code {ended}")
-        return server.stop() or 0
+        while True:
+            code, fault = _serve_once(server, stopping, supervise)
+            if stopping.is_set() or not supervise:
+                return code
+            restarts.append(time.monotonic())
+            while restarts[0] < time.monotonic() - RESTART_SECONDS:
+                restarts.popleft()
+            if len(restarts) > RESTARTS:
+                raise UserError(f"tritonserver: {fault}; gave up after {RESTARTS} restarts in {RESTART_SECONDS} s")
+            print(f"tritonserver: {fault}; restarting it", file=sys.stderr, flush=True)
     finally:
         server.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _serve_once(server: Server, stopping: threading.Event, supervise: bool) -> tuple[int, str]:
+    """Start, run until something ends it, stop: (exit code, what ended it)."""
+    server.start()
+    assert server.process is not None
+    waiter = _Waiter(server, stopping)
+    waiter.start()
+    fault, checked, unanswered, done = "", time.monotonic(), 0, 0
+    while server.process.poll() is None and not fault and not stopping.wait(0.2):
+        if not supervise or not waiter.answered:
+            continue
+        dead = server.dead_stubs()
+        if dead:
+            fault = f"a model's process died, {dead[0]}"
+        elif time.monotonic() - checked > PROBE_SECONDS:
+            before, done = done, server.inferences()
+            unanswered = 0 if _well(server) or done > before else unanswered + 1
+            if unanswered == 2 and server.process.poll() is None:
+                fault = "it does not answer"
+            checked = time.monotonic()
+    if waiter.error is not None:
+        raise waiter.error
+    ended = server.process.poll()
+    if ended is not None and not waiter.answered and not stopping.is_set():
+        raise UserError(f"tritonserver ended at start with code {ended}")
+    code = server.stop(seconds=1 if fault else None) or 0
+    return code, fault or f"it ended with code {code}"
+
+
+def _well(server: Server) -> bool:
+    try:
+        return server.answers(timeout=PROBE_TIMEOUT)
+    except Exception as error:
+        # A full queue is not a fault: a server must not be restarted for being busy.
+        return isinstance(error, ServerUnavailable) and not isinstance(error, DeadlineExceeded)
 
 
 class _Waiter(threading.Thread):

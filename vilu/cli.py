@@ -18,11 +18,12 @@ from vilu.errors import UserError
 
 # command -> module and attribute of its click command
 _COMMANDS = {
-    "ask": "vilu.serving.cli:ask_command",
+    "ask": "vilu.serving.ask:ask_command",
     "calibrate": "vilu.commands:calibrate_command",
     "demo": "vilu.demo:demo_command",
     "eval": "vilu.eval_cli:eval_command",
     "export": "vilu.cli:export_command",
+    "health": "vilu.serving.cli:health_command",
     "serve": "vilu.serving.cli:serve_command",
     "train": "vilu.commands:train_command",
 }
@@ -41,7 +42,7 @@ class _Lazy(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] == "vilu":
                 raise
-            extra = {"ask": "client", "serve": "server"}.get(cmd_name, "export")
+            extra = {"ask": "client", "health": "server", "serve": "server"}.get(cmd_name, "export")
             raise UserError(
                 f"`vilu {cmd_name}` needs the package {error.name!r}: pip install 'vilu[{extra}]'"
             ) from None

@@ -47,7 +47,7 @@ def demo_command(output: Path, model_repository: Path, seed: int) -> None:
     from vilu.export import export
     from vilu.export.export import digest
     from vilu.serving import Client, Server
-    from vilu.serving.cli import print_answers
+    from vilu.serving.ask import print_answers
 
     console = Console()
     try:

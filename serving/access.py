@@ -1,0 +1,121 @@
+"""Who may ask the server what: tokens, TLS, and the protocols that are closed to everybody.
+
+tritonserver can guard each of its protocols by one header. What runs or changes the server (loading models, trace and
+log settings, shared memory from other machines) is therefore always closed by a secret: the operator's, or a random
+one that nobody knows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vilu.errors import UserError
+from vilu.serving.client import DEFAULT_URL, TOKEN
+
+CONTROL = "vilu-control"  # the header of the control token, as TOKEN is of the other
+LOOPBACK = re.compile(r"127\.\d+\.\d+\.\d+|localhost|::1")
+_WORD = re.compile(r"[A-Za-z0-9._~-]{16,256}")  # no comma, = or space: it stands in a flag and in a header
+
+
+@dataclass(frozen=True)
+class Access:
+    """token: asked of every inference. control_token: opens loading and unloading of models; none closes them.
+    tls_cert, tls_key: PEM files, gRPC then speaks TLS only and HTTP stays on loopback (tritonserver's HTTP has no TLS).
+    tls_ca: PEM file, clients must show a certificate that it signed.
+
+    Raises:
+        UserError: a token that is short, equal to the other or unfit for a header; half a pair of TLS files, or an
+            unreadable one.
+    """
+
+    token: str | None = None
+    control_token: str | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("token", "control_token"):
+            value = getattr(self, name)
+            if value is not None and not _WORD.fullmatch(value):
+                raise UserError(f"{name.replace('_', ' ')}: 16 to 256 letters, digits or ._~- are needed")
+        if self.token is not None and self.token == self.control_token:
+            raise UserError("control token: must not be the one for inference")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise UserError("TLS needs both a certificate and its key")
+        if self.tls_ca is not None and self.tls_cert is None:
+            raise UserError("TLS: client certificates can be asked for only with a certificate of the server's own")
+        for path in (self.tls_cert, self.tls_key, self.tls_ca):
+            if path is not None:
+                try:
+                    text = path.read_bytes()
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+                if b"-----BEGIN " not in text:
+                    raise UserError(f"{path}: not a PEM file")
+
+    def http_host(self, host: str) -> str:
+        """Where HTTP listens when gRPC listens on `host`."""
+        return host if self.tls_cert is None else "127.0.0.1"
+
+    def flags(self, host: str) -> list[str]:
+        """tritonserver's flags; the tokens stand in its command line, which users of this machine can read."""
+        closed = ["model-repository", "trace", "logging"]
+        asked = []
+        if self.token is not None:
+            asked += ["inference", "shared-memory"]
+        elif not LOOPBACK.fullmatch(host):
+            closed.append("shared-memory")  # it names memory of this machine
+        control = self.control_token or secrets.token_urlsafe(32)
+        flags = []
+        for protocol in ("grpc-restricted-protocol", "http-restricted-api"):
+            flags.append(f"--{protocol}={','.join(closed)}:{CONTROL}={control}")
+            if asked:
+                flags.append(f"--{protocol}={','.join(asked)}:{TOKEN}={self.token}")
+        if self.control_token is not None:
+            flags += ["--model-control-mode=explicit", "--load-model=*"]
+        if self.tls_cert is not None:
+            kind = "--grpc-use-ssl-mutual=true" if self.tls_ca else "--grpc-use-ssl=true"
+            flags += [kind, f"--grpc-server-cert={self.tls_cert}", f"--grpc-server-key={self.tls_key}"]
+            if self.tls_ca:
+                flags.append(f"--grpc-root-cert={self.tls_ca}")
+        return flags
+
+
+def token_from(option: str | None, variable: str) -> str | None:
+    """A token from an option's value, a file where it starts with @, else from the environment.
+
+    Raises:
+        UserError: an unreadable file.
+    """
+    value = os.environ.get(variable) if option is None else option
+    if value and value.startswith("@"):
+        try:
+            value = Path(value[1:]).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{value[1:]}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return value or None
+
+
+def connection_options(command: Any) -> Any:
+    """How to reach a server: --url, --token, --tls-ca, --tls-cert, --tls-key."""
+    for option in reversed(
+        (
+            click.option(
+                "--url", default=DEFAULT_URL, show_default=True, help="HOST:PORT for gRPC, http://HOST:PORT for HTTP."
+            ),
+            click.option("--token", metavar="TOKEN|@FILE", help="What the server asks for.  [default: $VILU_TOKEN]"),
+            click.option("--tls-ca", type=click.Path(), help="PEM; who signed the server's certificate."),
+            click.option("--tls-cert", type=click.Path(), help="PEM; the client's own certificate."),
+            click.option("--tls-key", type=click.Path(), help="PEM; the certificate's key."),
+        )
+    ):
+        command = option(command)
+    return command

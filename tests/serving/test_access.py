@@ -1,0 +1,240 @@
+"""Tokens, TLS, closed protocols, the health probe and the supervisor, against the real tritonserver."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tritonclient import grpc, http
+from tritonclient.utils import InferenceServerException
+
+from tests.serving.test_server import agree, ports, vilu
+from vilu import UserError
+from vilu.serving import AccessDenied, Client, Server, ServerUnavailable
+from vilu.serving.access import CONTROL, Access, token_from
+from vilu.serving.client import TOKEN
+from vilu.serving.server import free_port
+
+pytestmark = pytest.mark.server
+BIN = Path(sys.executable).parent
+ASK, STEER = "inference-token-0123", "control-token-4567"
+
+
+def certificate(folder: Path, name: str, issuer: str | None = None) -> None:
+    """folder/NAME.pem and NAME.key; signed by itself, or by folder/ISSUER."""
+    key, request, out = (str(folder / f"{name}.{kind}") for kind in ("key", "csr", "pem"))
+    extension = folder / "san"
+    extension.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    subject = ["-newkey", "rsa:2048", "-nodes", "-keyout", key, "-subj", f"/CN={name}"]
+    if issuer is None:
+        commands = [["req", "-x509", *subject, "-out", out, "-days", "2"]]
+    else:
+        by = ["-CA", str(folder / f"{issuer}.pem"), "-CAkey", str(folder / f"{issuer}.key"), "-CAcreateserial"]
+        commands = [
+            ["req", *subject, "-out", request],
+            ["x509", "-req", "-in", request, *by, "-out", out, "-days", "2", "-extfile", str(extension)],
+        ]
+    for command in commands:
+        subprocess.run(["openssl", *command], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def secured(repository, tmp_path_factory):
+    """(server, keyword arguments of a client that it answers): both tokens, and TLS on both sides."""
+    folder = tmp_path_factory.mktemp("tls")
+    certificate(folder, "authority")
+    certificate(folder, "server", "authority")
+    certificate(folder, "client", "authority")
+    access = Access(ASK, STEER, folder / "server.pem", folder / "server.key", folder / "authority.pem")
+    mine = {"tls_ca": folder / "authority.pem", "tls_cert": folder / "client.pem", "tls_key": folder / "client.key"}
+    with Server(repository, access=access, log=folder / "log") as server:
+        yield server, {"token": ASK, **mine}
+
+
+def test_a_client_with_token_and_certificate_is_answered(secured, photos, eager):
+    server, mine = secured
+    assert server.grpc_url.startswith("grpcs://")
+    with Client(server.grpc_url, **mine) as client:
+        agree(client.ask(photos[:3]), photos[:3], eager)
+    with Client(server.http_url, token=ASK) as client:
+        agree(client.ask(photos[:3]), photos[:3], eager)
+
+
+@pytest.mark.parametrize("token", [None, "another-token-0123", STEER])
+def test_without_the_token_nothing_is_answered(secured, token):
+    server, mine = secured
+    for url, given in ((server.grpc_url, {**mine, "token": token}), (server.http_url, {"token": token})):
+        with Client(url, timeout=5, **given) as client, pytest.raises(AccessDenied, match="token"):
+            client.ask([b"x"])
+
+
+def test_without_the_certificate_there_is_no_connection(secured):
+    server, mine = secured
+    plain = server.grpc_url.removeprefix("grpcs://")
+    for url, given in ((server.grpc_url, {"tls_ca": mine["tls_ca"]}), (server.grpc_url, {}), (plain, {})):
+        with Client(url, timeout=1, token=ASK, **given) as client, pytest.raises(ServerUnavailable):
+            client.ask([b"x"])
+
+
+def test_the_control_token_alone_loads_and_unloads(secured):
+    server, _ = secured
+    client = http.InferenceServerClient(server.http_url.removeprefix("http://"))
+    for headers in ({}, {TOKEN: ASK}, {CONTROL: ASK}):
+        with pytest.raises(InferenceServerException):
+            client.unload_model("clip_text", headers=headers)
+    assert client.is_model_ready("clip_text")
+    client.unload_model("clip_text", headers={CONTROL: STEER})
+    client.load_model("clip_text", headers={CONTROL: STEER})
+    assert client.is_model_ready("clip_text")
+    client.close()
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_what_changes_the_server_is_closed_by_default(server, protocol):
+    api = {"grpc": grpc, "http": http}[protocol]
+    url = server.grpc_url if protocol == "grpc" else server.http_url.removeprefix("http://")
+    client = api.InferenceServerClient(url)
+    for attempt in (
+        lambda: client.load_model("vilu"),
+        lambda: client.unload_model("vilu"),
+        lambda: client.update_trace_settings(settings={"trace_level": ["TIMESTAMPS"]}),
+        lambda: client.update_log_settings({"log_verbose_level": 5}),
+    ):
+        with pytest.raises(InferenceServerException, match="restricted"):
+            attempt()
+    client.close()
+
+
+def test_other_machines_may_not_name_this_ones_memory():
+    flags = Access().flags("0.0.0.0")
+    assert all("shared-memory" in flag for flag in flags)
+    assert not any("shared-memory" in flag for flag in Access().flags("127.0.0.1"))
+    secret = flags[0].rpartition("=")[2]
+    assert len(secret) > 30
+    assert secret not in "".join(Access().flags("0.0.0.0"))
+
+
+def test_with_tls_plain_http_stays_on_loopback(tmp_path):
+    certificate(tmp_path, "server")
+    secure = Access(tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key")
+    assert secure.http_host("0.0.0.0") == "127.0.0.1"
+    assert Access().http_host("0.0.0.0") == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"token": "short"}, "token: 16"),
+        ({"token": "a token with spaces in it"}, "token: 16"),
+        ({"token": ASK, "control_token": ASK}, "must not be"),
+        ({"tls_cert": "here"}, "certificate and its key"),
+        ({"tls_ca": "here"}, "of the server's own"),
+        ({"tls_cert": "absent", "tls_key": "absent"}, "cannot be read"),
+        ({"tls_cert": "here", "tls_key": "here"}, "not a PEM"),
+    ],
+)
+def test_bad_settings_are_told_in_one_line(tmp_path, given, message):
+    (tmp_path / "here").write_text("no certificate")
+    given = {key: tmp_path / value if key.startswith("tls") else value for key, value in given.items()}
+    with pytest.raises(UserError, match=message) as caught:
+        Access(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_come_from_options_files_and_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "token").write_text(f"{ASK}\n")
+    monkeypatch.setenv("VILU_TOKEN", STEER)
+    assert token_from(ASK, "VILU_TOKEN") == ASK
+    assert token_from(f"@{tmp_path / 'token'}", "VILU_TOKEN") == ASK
+    assert token_from(None, "VILU_TOKEN") == STEER
+    assert token_from(None, "VILU_ABSENT") is None
+    with pytest.raises(UserError, match="cannot be read"):
+        token_from(f"@{tmp_path / 'absent'}", "VILU_TOKEN")
+
+
+def test_vilu_health(server):
+    for url in (server.grpc_url, server.http_url):
+        well = vilu("health", "--url", url)
+        assert (well.returncode, well.stderr) == (0, "")
+    ill = vilu("health", "--url", f"127.0.0.1:{free_port()}", "--timeout", "1")
+    assert ill.returncode == 1
+    assert len(ill.stderr.splitlines()) == 1
+    assert vilu("health", "--url", server.grpc_url, "--model", "absent").returncode == 1
+
+
+def stub_of(pid: int, model: str) -> int:
+    """The process of a Python model's instance."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            if f"{model}_0" in Path(f"/proc/{child}/cmdline").read_text():
+                return int(child)
+            if found := stub_of(int(child), model):
+                return found
+    return 0
+
+
+def health(url: str) -> int:
+    return vilu("health", "--url", url, "--timeout", "2").returncode
+
+
+def wait_well(url: str, seconds: float) -> float:
+    """Seconds until the server answers."""
+    start = time.monotonic()
+    while health(url) != 0:
+        assert time.monotonic() - start < seconds, "the server does not answer"
+    return time.monotonic() - start
+
+
+def test_a_dead_stub_is_noticed_and_the_server_comes_back(repository, photos, eager, tmp_path):
+    """kill -9 of a stub, then of the server: the health probe sees it, and under --supervise both come back."""
+    chosen = ports()
+    url = f"127.0.0.1:{chosen['grpc']}"
+    flags = [f"--{kind}-port={port}" for kind, port in chosen.items()]
+    with (tmp_path / "log").open("wb") as log:
+        launcher = subprocess.Popen(
+            [BIN / "vilu", "serve", "--supervise", "--model-repository", repository, *flags], stderr=log, stdout=log
+        )
+    try:
+        wait_well(url, 60)
+        for victim in ("preprocess", "clip_image", "server"):
+            pid = (
+                int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[0])
+                if victim == "server"
+                else stub_of(launcher.pid, victim)
+            )
+            assert pid
+            os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 30
+            # First gone, then back: a new process in its place.
+            while (now := stub_of(launcher.pid, "preprocess" if victim == "server" else victim)) in (0, pid):
+                assert time.monotonic() < deadline, f"{victim} did not come back"
+                time.sleep(0.1)
+            assert now != pid
+            wait_well(url, 60)
+            with Client(url) as client:
+                agree(client.ask(photos[:2]), photos[:2], eager)
+        told = (tmp_path / "log").read_text()
+        assert told.count("restarting it") == 3
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(30) == 0
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+def test_without_supervision_a_dead_stub_is_seen_by_the_probe_alone(repository, tmp_path):
+    with Server(repository, log=tmp_path / "log", stop_seconds=2) as server:
+        assert health(server.grpc_url) == 0
+        os.kill(stub_of(server.process.pid, "vilu_head"), signal.SIGKILL)
+        api = grpc.InferenceServerClient(server.grpc_url)
+        deadline = time.monotonic() + 20
+        while not server.dead_stubs():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert api.is_server_ready()  # the server's own word is worth nothing here
+        assert api.is_model_ready("vilu")
+        assert health(server.grpc_url) == 1
+        api.close()
