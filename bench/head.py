@@ -3,8 +3,25 @@
     python bench/head.py [--quick] [--tune] [--output bench/results/head-cpu.json]
 
 On a CPU it sets the folded head against the eager ones; on a GPU the fused kernel, with that device's own copy
-bandwidth and matrix rate measured in the same run, cold and warm L2 apart, GPU latency and host time apart. A time is
-reported only where the answers pass the gate against float64. `--tune` (GPU) writes kernels/tuning.json.
+bandwidth and matrix rate measured in the same run, cold and warm L2 apart, and three times apart: of the GPU, of the
+host until the call returns, and of the caller until the answer is there. A time is reported only where the answers
+pass the gate against float64. `--tune` (GPU) writes kernels/tuning.json, an entry at a time.
+
+On a GPU, in this order; every command takes a few minutes (compilation above all) and keeps what it has where it is
+cut off. Rows are added to the output, in the place of older ones of the same shape:
+
+    pytest -q -m gpu tests/kernels                                            # parity, graphs, cubins on this chip
+    python bench/head.py --quick                                              # the targets' shapes, before tuning
+    python bench/head.py --tune --kernels single --shapes none                # tune, measuring nothing
+    python bench/head.py --tune --kernels scan --dtypes bfloat16 --shapes none
+    python bench/head.py --tune --kernels scan --dtypes float32 --shapes none
+    python bench/head.py --tune --kernels tail --shapes none
+    pytest -q -m gpu tests/kernels                                            # again, as tuned
+    for d in 512 768; do for t in float32 float16 bfloat16; do for k in 10,1000 65536 1048576; do
+        python bench/head.py --dims $d --dtypes $t --classes $k
+    done; done; done
+    pytest -q tests/kernels/test_aot.py                                       # the table compiles, fits, no spills
+    git add kernels/tuning.json bench/results/head-cuda.*
 """
 
 from __future__ import annotations
@@ -83,6 +100,18 @@ class AttentionHead(nn.Module):
         return torch.sigmoid(self.head.mlp(torch.cat([v, t[index], z], dim=-1)).squeeze(-1)), index
 
 
+class WithText(nn.Module):
+    """A head with its text embeddings as a buffer: an argument would be copied at every replay of a compiled graph."""
+
+    def __init__(self, module: nn.Module, text_embeddings: Tensor) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("text_embeddings", text_embeddings)
+
+    def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.module(v, self.text_embeddings)
+
+
 @dataclass(frozen=True)
 class Case:
     images: int
@@ -109,31 +138,32 @@ class Case:
             for layer in head.mlp[::2]:
                 layer.weight.normal_(std=1.4 / math.sqrt(layer.in_features))
             head.mlp[0].weight *= math.sqrt(self.dim)
-        centre = torch.randn(self.dim)
-        v = F.normalize(centre + torch.randn(self.images, self.dim), dim=1)
-        t = torch.randn(self.classes, self.dim).add_(centre)
-        return (
-            head.to(device).requires_grad_(False),
-            v.to(device, self.dtype),
-            F.normalize(t, dim=1).to(device, self.dtype),
-        )
+        # Made where they are used: a million rows would take the host longer than all measurements of them.
+        centre = torch.randn(self.dim, device=device)
+        v = torch.randn(self.images, self.dim, device=device).add_(centre)
+        t = torch.randn(self.classes, self.dim, device=device).add_(centre)
+        v, t = (F.normalize(x, dim=1, out=x).to(self.dtype) for x in (v, t))
+        return head.to(device).requires_grad_(False), v, t
 
 
-def contenders(case: Case, head: ViLUHead, v: Tensor, t: Tensor) -> Iterator[tuple[str, Callable[[], Run]]]:
+def contenders(
+    case: Case, head: ViLUHead, v: Tensor, t: Tensor, folded: FoldedHead
+) -> Iterator[tuple[str, Callable[[], Run]]]:
     """(name, build); building is left to the caller, so that one that cannot be built costs only its own row."""
     cast = copy.deepcopy(head).to(case.dtype)
 
-    def with_text(module: Callable[..., Any]) -> Run:
-        return lambda x: module(x, t)
+    def compiled() -> Run:
+        # Else what was compiled for other shapes is kept, made dynamic, and at the eighth given up for eager.
+        torch.compiler.reset()
+        mode = "max-autotune" if v.is_cuda else "default"
+        return torch.compile(WithText(EagerHead(cast), t), mode=mode, dynamic=False)
 
-    yield "authors", lambda: with_text(AuthorsHead(cast))
-    yield "eager", lambda: with_text(EagerHead(cast))
-    mode = "max-autotune" if v.is_cuda else "default"
-    yield "compile", lambda: with_text(torch.compile(EagerHead(cast), mode=mode))
-    yield "sdpa", lambda: with_text(AttentionHead(cast))
+    yield "authors", lambda: WithText(AuthorsHead(cast), t)
+    yield "eager", lambda: WithText(EagerHead(cast), t)
+    yield "compile", compiled
+    yield "sdpa", lambda: WithText(AttentionHead(cast), t)
     if case.dtype == torch.float32:
         yield "onnxruntime", lambda: onnx_session(EagerHead(cast), v, t)
-    folded = fold(head, t, logit_scale=SCALE)
 
     def answer(x: Tensor) -> tuple[Tensor, Tensor]:
         out = fused_head(x, folded)
@@ -153,12 +183,21 @@ def onnx_session(module: nn.Module, v: Tensor, t: Tensor) -> Run:
             module.cpu().eval(), (v.cpu(), t.cpu()), path, dynamo=True, verbose=False,
             input_names=["v", "t"], output_names=["p", "i"],
         )  # fmt: skip
-        wanted = ["CUDAExecutionProvider"] if v.is_cuda else ["CPUExecutionProvider"]
-        if wanted[0] not in onnxruntime.get_available_providers():
-            raise RuntimeError(f"onnxruntime has no {wanted[0]}")
+        wanted, settings = "CPUExecutionProvider", {}
+        if v.is_cuda:
+            # On this stream, where the events are; tf32 would fail the gate, and is this provider's default.
+            wanted = "CUDAExecutionProvider"
+            settings = {"use_tf32": "0", "user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
+        if wanted not in onnxruntime.get_available_providers():
+            raise RuntimeError(f"onnxruntime has no {wanted}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, options, providers=wanted)
+        session = onnxruntime.InferenceSession(path, options, providers=[(wanted, settings)])
+        if session.get_providers()[0] != wanted:
+            raise RuntimeError(f"onnxruntime could not start its {wanted}")
+    how = onnxruntime.RunOptions()
+    if v.is_cuda:  # else every run ends by waiting for the GPU, and the wait would be counted as the GPU's
+        how.add_run_config_entry("disable_synchronize_execution_providers", "1")
     module.to(v.device)
     binding = session.io_binding()
     where = (v.device.type, v.device.index or 0)
@@ -170,7 +209,7 @@ def onnx_session(module: nn.Module, v: Tensor, t: Tensor) -> Run:
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         binding.bind_input("v", *where, np.float32, tuple(x.shape), x.data_ptr())
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, how)
         return p, i
 
     return run
@@ -198,25 +237,46 @@ class Exact(NamedTuple):
         return float((failure.double() - self.failure)[same].abs().max()) if same.any() else math.inf
 
 
-def wall(run: Callable[[], Any], *, seconds: float, sync: Callable[[], None] = lambda: None) -> list[float]:
+def wall(run: Callable[[], Any], *, seconds: float) -> list[float]:
     """Seconds of each call, after a warm-up, until the time is spent (2 calls at least, 2,000 at most)."""
     run()
-    sync()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 2 or (time.perf_counter() < end and len(times) < 2000):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-        sync()
     return times
 
 
-def gpu(run: Callable[[], Any], *, cold: bool, repeats: int = 50) -> list[float]:
-    """Seconds of each call on the GPU; cold: L2 is overwritten before each."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
+def answered(run: Callable[[], Any]) -> None:
+    run()
+    torch.cuda.synchronize()
+
+
+def host(run: Callable[[], Any], repeats: int = 200) -> list[float]:
+    """Seconds until each call returns, its work only queued (or less is repeated, where the queue fills)."""
+    times: list[float] = []
+    end = time.perf_counter() + 1
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
         run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return times
+
+
+def gpu(run: Callable[[], Any], *, cold: bool, repeats: int = 50, seconds: float = 1.0) -> list[float]:
+    """Seconds of each call on the GPU; cold: L2 is overwritten before each. Slow calls are repeated less, 5 times."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    repeats = min(repeats, max(5, int(seconds / (time.perf_counter() - began))))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
         if cold:
@@ -233,6 +293,7 @@ def gpu(run: Callable[[], Any], *, cold: bool, repeats: int = 50) -> list[float]
 def graph(run: Callable[[], Any]) -> Callable[[], None]:
     """The call as a CUDA graph."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
         run()
@@ -254,7 +315,7 @@ def measure(case: Case, device: str, seconds: float, limits: dict[str, float]) -
     folded = fold(head, t, logit_scale=SCALE)
     exact = Exact.of(head, v, t)
     rows, passed = [], []
-    for name, build in contenders(case, head, v, t):
+    for name, build in contenders(case, head, v, t, folded):
         row: dict[str, Any] = {
             "contender": name, "B": case.images, "K": case.classes, "D": case.dim, "dtype": str(case.dtype)[6:],
         }  # fmt: skip
@@ -299,7 +360,8 @@ def gpu_timings(
     row: dict[str, Any], run: Callable[[], Any], case: Case, folded: FoldedHead, seconds: float,
     limits: dict[str, float],
 ) -> None:  # fmt: skip
-    row["wall"] = quantiles(wall(run, seconds=seconds, sync=torch.cuda.synchronize))
+    row["wall"] = quantiles(wall(lambda: answered(run), seconds=seconds))
+    row["host"] = quantiles(host(run))
     row["gpu_warm"], row["gpu_cold"] = (quantiles(gpu(run, cold=cold)) for cold in (False, True))
     if row["contender"] in ("fused", "eager", "authors", "sdpa"):
         replay = graph(run)
@@ -353,7 +415,8 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = sorted({(r["B"], r["K"]) for r in rows if r["D"] == rows[0]["D"] and r["dtype"] == rows[0]["dtype"]})
+    rows = [r for r in rows if (r["D"], r["dtype"]) == (rows[0]["D"], rows[0]["dtype"])]
+    shapes = sorted({(r["B"], r["K"]) for r in rows})
     names = list(dict.fromkeys(row["contender"] for row in rows))
     figure, axes = plt.subplots(figsize=(1.3 * len(shapes) + 3, 4.5))
     for place, name in enumerate(names):
@@ -369,7 +432,7 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
                 )  # fmt: skip
     axes.set(yscale="log", ylabel="median time of a batch (µs), 20/80 quantiles", title=title)
     axes.set_xticks(range(len(shapes)), [f"B={B}\nK={K:,}" for B, K in shapes])
-    axes.legend()
+    axes.legend(title=f"D={rows[0]['D']}, {rows[0]['dtype']}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -384,23 +447,22 @@ CANDIDATES: dict[str, dict[str, list[int]]] = {
 }  # fmt: skip
 
 
-def tune() -> None:
-    """Fastest settings that pass the gate on this GPU, one coordinate at a time, into kernels/tuning.json.
+TUNED_IMAGES = {"single": 1, "scan": 512, "tail": 512}
+TUNED_CLASSES = {"folded": 1000, "plain": 65536}
 
-    A plain bank is tuned at K = 65,536, a folded one at K = 1,000: where each is used.
+
+def tune(device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype], path: Path) -> None:
+    """Fastest settings that pass the gate, one coordinate at a time, into the table at `path` after each search.
+
+    A plain bank is tuned at K = 65,536, a folded one at K = 1,000: where each is used. float16 takes bfloat16's.
     """
     from vilu.kernels import fused
     from vilu.kernels.aot import variant_of
 
-    path = Path(fused.__file__).with_name("tuning.json")
-    table = json.loads(path.read_text("utf-8"))
     arch, _ = fused._device(0)
-    entries: dict[str, list[dict[str, Any]]] = table.setdefault(str(arch), {})
-    for name, dtype, dim, layout in itertools.product(
-        CANDIDATES, (torch.bfloat16, torch.float32), (512, 768), ("folded", "plain")
-    ):
-        case = Case(1 if name == "single" else 512, 1000 if layout == "folded" else 65536, dim, dtype)
-        head, v, t = case.data("cuda")
+    for name, dtype, dim, layout in itertools.product(kernels, dtypes, dims, TUNED_CLASSES):
+        case = Case(TUNED_IMAGES[name], TUNED_CLASSES[layout], dim, dtype)
+        head, v, t = case.data(device)
         folded = fold(head, t, logit_scale=SCALE, layout=layout)
         exact, variant = Exact.of(head, v, t), variant_of(folded)
         settings = {kernel: dict(values) for kernel, values in tuned(arch, variant)}
@@ -414,14 +476,32 @@ def tune() -> None:
                 took = cost(trial, folded, exact, v) if trial != settings else math.inf
                 if took < best:
                     best, settings = took, trial
+        found = f"{name} {layout} {str(dtype)[6:]} D={dim}"
+        if not math.isfinite(best):
+            print(f"{found}: nothing compiles, fits and passes the gate; left as it was", file=sys.stderr)
+            continue
         condition = {"bytes": variant.itemsize, "width": dim, "projected": True, "folded": variant.folded}
+        table = json.loads(path.read_text("utf-8"))
+        entries = table.setdefault(str(arch), {})
         others = [e for e in entries.get(name, []) if any(e.get(key) != condition[key] for key in condition)]
         entries[name] = sorted([condition | settings[name], *others], key=lambda e: e.get("width", math.inf))
-        print(f"{name} {layout} {dtype} D={dim}: {1e6 * best:.1f} us with {settings[name]}", file=sys.stderr)
-    work = path.with_suffix(".new")
-    work.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
-    work.rename(path)
-    tuned.cache_clear()
+        work = path.with_suffix(".new")
+        work.write_text(one_line_an_entry(table), "utf-8")
+        work.rename(path)
+        tuned.cache_clear()
+        print(f"{found}: {1e6 * best:.1f} us with {settings[name]}", file=sys.stderr, flush=True)
+
+
+def one_line_an_entry(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """kernels/tuning.json as it is committed, so that a search shows as the lines it changed."""
+    archs = []
+    for arch, kernels in table.items():
+        lists = []
+        for name, entries in kernels.items():
+            lines = ",\n".join(f"      {json.dumps(entry)}" for entry in entries)
+            lists.append(f'    "{name}": [\n{lines}\n    ]')
+        archs.append(f'  "{arch}": {{\n' + ",\n".join(lists) + "\n  }")
+    return "{\n" + ",\n".join(archs) + "\n}\n"
 
 
 def cost(settings: dict[str, dict[str, int]], folded: FoldedHead, exact: Exact, v: Tensor) -> float:
@@ -445,37 +525,69 @@ def cost(settings: dict[str, dict[str, int]], folded: FoldedHead, exact: Exact, 
         fused.tuned = tuned
 
 
-def shapes(device: str, quick: bool) -> list[Case]:
+def shapes(device: str, given: argparse.Namespace) -> list[Case]:
+    """The grid of a device, or its quick part, cut down to what was asked for; a size outside the grid is taken too."""
     if device == "cpu":
-        sizes: Iterable[tuple[int, int]] = itertools.product((1, 16), (1000,) if quick else (10, 1000, 20000))
-        return [Case(B, K, 512, torch.float32) for B, K in sizes]
-    sizes = itertools.product((1, 64), (1000, 65536)) if quick else itertools.product(
-        (1, 8, 64, 512), (10, 1000, 65536, 1048576)
-    )  # fmt: skip
-    kinds = list(itertools.product((512,) if quick else (512, 768), GATE))
-    return [Case(B, K, D, dtype) for B, K in sizes for D, dtype in kinds]
+        images, classes, dims, dtypes = [1, 16], [1000] if given.quick else [10, 1000, 20000], [512], [torch.float32]
+    elif given.quick:
+        images, classes, dims, dtypes = [1, 512], [1000, 65536], [512], [torch.float32, torch.bfloat16]
+    else:
+        images, classes, dims, dtypes = [1, 8, 64, 512], [10, 1000, 65536, 1048576], [512, 768], list(GATE)
+    sizes = itertools.product(
+        given.images or images, given.classes or classes, given.dims or dims, given.dtypes or dtypes
+    )
+    return [Case(*size) for size in sizes] if given.shapes == "all" else []
+
+
+def write(path: Path, limits: dict[str, float], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add rows to the file, in the place of older ones of the same shape and contender; all that it has then."""
+
+    def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("device", "threads", "dtype", "D", "K", "B", "contender"))
+
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else {"limits": {}, "rows": []}
+    found = list({identity(row): row for row in [*kept["rows"], *rows]}.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_suffix(".new")
+    work.write_text(json.dumps({"limits": limits or kept["limits"], "rows": found}, indent=1) + "\n", "utf-8")
+    work.rename(path)
+    return found
 
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    numbers, names = (lambda text: [int(n) for n in text.split(",")]), {str(dtype)[6:]: dtype for dtype in GATE}
     parser.add_argument("--output", type=Path, default=ROOT / f"bench/results/head-{device}.json")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each wall-clock row")
+    parser.add_argument("--seconds", type=float, default=2.0 if device == "cpu" else 0.5, help="for a wall-clock row")
     parser.add_argument("--quick", action="store_true", help="few shapes, a quarter of the time on each")
     parser.add_argument("--threads", type=int, help="CPU threads; 1 on a machine that others use")
     parser.add_argument("--tune", action="store_true", help="find launch settings for this GPU first")
+    parser.add_argument("--kernels", type=lambda text: text.split(","), default=list(CANDIDATES), help="to tune")
+    parser.add_argument("--images", type=numbers, metavar="B,...")
+    parser.add_argument("--classes", type=numbers, metavar="K,...")
+    parser.add_argument("--dims", type=numbers, metavar="D,...")
+    parser.add_argument("--dtypes", type=lambda text: [names[name] for name in text.split(",")], metavar="NAME,...")
+    parser.add_argument("--shapes", choices=["all", "none"], default="all", help="none: only tune")
     given = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     if given.threads:
         torch.set_num_threads(given.threads)
+    if device == "cuda":
+        # Not the default stream: its handle is 0, which ONNX Runtime cannot be told to run on.
+        torch.cuda.set_stream(torch.cuda.Stream())
     if given.tune:
         if device != "cuda":
             parser.error("--tune needs a GPU")
-        tune()
+        dtypes = given.dtypes or [torch.bfloat16, torch.float32]
+        tune(device, given.kernels, given.dims or [512, 768], dtypes, ROOT / "kernels/tuning.json")
+    cases = shapes(device, given)
+    if not cases:
+        return
     limits = device_limits() if device == "cuda" else {}
     about = machine(device)
-    rows = []
-    for case in shapes(device, given.quick):
+    rows: list[dict[str, Any]] = []
+    for case in cases:
         for row in measure(case, device, given.seconds / (4 if given.quick else 1), limits):
             rows.append(row | about)
             shown = row.get("skipped", "gate is red: no time")
@@ -487,12 +599,15 @@ def main() -> None:
                 f"B={row['B']:<4} K={row['K']:<8} D={row['D']} {row['dtype']:9} {row['contender']:12} {shown}",
                 flush=True,
             )
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    work = given.output.with_suffix(".new")
-    work.write_text(json.dumps({"limits": limits, "rows": rows}, indent=1) + "\n", "utf-8")
-    work.rename(given.output)
+        everything = write(given.output, limits, rows)
+        if device == "cuda":
+            torch.cuda.empty_cache()
     threads = f", {about['threads']} thread(s)" if device == "cpu" else ""
-    picture(rows, given.output.with_suffix(".png"), about["device"] + threads)
+    picture(
+        [row for row in everything if row["device"] == about["device"]],
+        given.output.with_suffix(".png"),
+        about["device"] + threads,
+    )
 
 
 if __name__ == "__main__":

@@ -478,6 +478,8 @@ def scan(
     if SAME:
         b_ma = b_m
         b_la = 1 + b_r
+    # The sums take the place of u, which a slower warp may still be reading.
+    tl.debug_barrier()
     p_state = scratch + state
     tl.store(p_state, b_m, m_b)
     tl.store(p_state + 1, b_r, m_b)
@@ -615,18 +617,31 @@ def _device(index: int) -> tuple[int, int]:
 
 
 _arrivals: dict[tuple[int, int, int], Tensor] = {}
+_spare: dict[int, Tensor] = {}
+SPARE = 1 << 16
 
 
 def _arrived(device: torch.device, images: int) -> Tensor:
-    """Counters of arrivals, zero between launches. One set per stream: launches on a stream never overlap.
+    """Counters of arrivals, zero between launches: one set per stream, whose launches never overlap.
 
-    None is ever freed: a CUDA graph that was captured with it may be replayed at any time.
+    A launch captured in a CUDA graph may be replayed on any stream, so it takes counters that are never given again,
+    from spare ones zeroed by the first launch outside a capture (within one, zeroing would be replayed too).
     """
-    stream = 0 if INTERPRETED else torch.cuda.current_stream(device).cuda_stream
-    size = triton.next_power_of_2(images)
-    key = (device.index or 0, stream, size)
+    if INTERPRETED:
+        return torch.zeros(images, dtype=torch.int32, device=device)
+    place = device.index or 0
+    if torch.cuda.is_current_stream_capturing():
+        images = -(-images // 4) * 4  # every set at a multiple of 16 bytes, as the compiled kernel expects
+        spare = _spare.get(place)
+        if spare is None or len(spare) < images:
+            return torch.zeros(images, dtype=torch.int32, device=device)
+        _spare[place] = spare[images:]
+        return spare[:images]
+    if place not in _spare:
+        _spare[place] = torch.zeros(SPARE, dtype=torch.int32, device=device)
+    key = (place, torch.cuda.current_stream(device).cuda_stream, triton.next_power_of_2(images))
     if key not in _arrivals:
-        _arrivals[key] = torch.zeros(size, dtype=torch.int32, device=device)
+        _arrivals[key] = torch.zeros(key[2], dtype=torch.int32, device=device)
     return _arrivals[key]
 
 

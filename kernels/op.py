@@ -37,11 +37,11 @@ def fused_head(
     if image_embedding.device != t.device:
         raise ValueError(f"image_embedding is on {image_embedding.device}, the folded head on {t.device}")
     if offsets is not None:
-        offsets = _offsets(offsets, image_embedding.shape[0], t.shape[0])
+        offsets = _offsets(offsets, image_embedding.shape[0], t)
     kernel = t.is_cuda or INTERPRETED
     if not kernel or t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         if offsets is None:
-            return folded(image_embedding)
+            return folded.answer(image_embedding)
         bounds = offsets.tolist()
         each = [folded.answer(v[None], slice(*bounds[i : i + 2])) for i, v in enumerate(image_embedding)]
         return HeadOutput(*(torch.cat(column) for column in zip(*each, strict=True)))
@@ -53,7 +53,7 @@ def fused_head(
         folded.predicted if folded.layout == "folded" else None,
         folded.attended if folded.layout == "folded" else None,
         folded.packed,
-        None if offsets is None else offsets.to(t.device),
+        offsets,
         folded.widths,
         folded.packed_offsets(),
         ",".join(folded.parts),
@@ -66,13 +66,14 @@ def fused_head(
     return HeadOutput(failure, index, confidence, entropy, doctor)
 
 
-def _offsets(offsets: Sequence[int] | Tensor, images: int, rows: int) -> Tensor:
-    given = torch.as_tensor(offsets)
-    if given.shape != (images + 1,) or given.is_floating_point():
+def _offsets(offsets: Sequence[int] | Tensor, images: int, bank: Tensor) -> Tensor:
+    given, rows = torch.as_tensor(offsets), bank.shape[0]
+    if given.shape != (images + 1,) or given.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"offsets must be {images + 1} integers for {images} images, got {tuple(given.shape)}")
-    if not given.is_cuda and (given[0] != 0 or given[-1] != rows or bool((given.diff() < 1).any())):
+    unread = given.is_cuda and bank.is_cuda
+    if not unread and (given[0] != 0 or given[-1] != rows or bool((given.diff() < 1).any())):
         raise ValueError(f"offsets must rise from 0 to {rows}, every class set with a row: {given.tolist()}")
-    return given
+    return given.to(bank.device).contiguous()
 
 
 @torch.library.custom_op("vilu::fused_head", mutates_args=(), device_types=("cuda", "cpu"))

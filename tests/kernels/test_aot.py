@@ -54,13 +54,14 @@ def compiled():
 
 
 @pytest.mark.parametrize("arch", sorted(aot.SHARED_LIMIT))
-def test_kernels_fit_and_the_single_query_kernel_never_spills(arch, compiled):
+def test_kernels_fit_and_spill_only_in_half_precision_scans(arch, compiled):
     mine = {key: done for key, done in compiled.items() if key[0][0] == arch}
     assert {name.split("-")[0] for _, name in mine} == {"single", "scan", "tail"}
     for key, done in mine.items():
         assert done.shared <= aot.SHARED_LIMIT[arch], key
         assert 16 < done.registers <= 255, f"{key}: a kernel this small is a trap, not a kernel"
-        if key[1].startswith("single"):
+        # In 16 bits a tile of 64 images keeps (64, D) sums in registers, which at D = 768 is worth a few spills.
+        if not key[1].startswith("scan") or key[0][2] == F32:
             assert done.spilled == 0, key
 
 

@@ -8,11 +8,17 @@ import torch
 
 from tests.conftest import TOLERANCE, unit_rows
 from vilu import ViLUHead
-from vilu.kernels import HeadOutput, fold, fused_head
+from vilu.kernels import HeadOutput, fold, folding, fused_head
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes the place of this path"
 )
+
+
+@pytest.fixture(autouse=True, params=[folding.BLOCK_ROWS, 7], ids="block{}".format)
+def _block_rows(request, monkeypatch):
+    """Every test with the class set in one block, and cut into several."""
+    monkeypatch.setattr(folding, "BLOCK_ROWS", request.param)
 
 
 def make_head(dim: int, **options) -> ViLUHead:
@@ -106,6 +112,24 @@ def test_rows_that_are_not_finite_stay_alone(parts):
         assert getattr(out, name)[1:4].isnan().all(), name
     for mine, theirs in zip(out, clean, strict=True):
         torch.testing.assert_close(mine[[0, 4]], theirs[[0, 4]])
+
+
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+def test_ties_take_the_lowest_index(layout):
+    # Sixteenths: every product is exact, whatever the order of the sum.
+    generator = torch.Generator().manual_seed(16)
+    rows = torch.randint(-4, 5, (15, 64), generator=generator) / 16
+    out = fused_head(rows[:5], fold(make_head(64), rows[5:].repeat(6, 1), layout=layout))
+    assert out.class_index.tolist() == (rows[:5] @ rows[5:].T).argmax(1).tolist()
+
+
+def test_the_blocks_give_what_the_traced_form_gives():
+    """`forward`, which the ONNX graph is made from, and `answer`, which runs on the CPU."""
+    for layout, projection in (("folded", "shared"), ("plain", "separate"), ("plain", "identity")):
+        folded = fold(make_head(64, projection=projection), unit_rows(100, 64, 17).float(), layout=layout)
+        v = unit_rows(9, 64, 18).float()
+        for mine, theirs in zip(folded.answer(v), folded(v), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_compile_and_export_on_the_cpu():

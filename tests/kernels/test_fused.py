@@ -4,10 +4,15 @@ Without a GPU `test_interpreter.py` runs this file in a process of its own, as T
 """
 
 import copy
+import functools
+import importlib.util
+import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +22,13 @@ from hypothesis import strategies as st
 
 from tests.conftest import TOLERANCE, unit_rows
 from vilu import ViLUHead
-from vilu.kernels import FoldedHead, HeadOutput, fold, fused_head
+from vilu.kernels import FoldedHead, HeadOutput, fold, fused_head, plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
+fused = pytest.importorskip("vilu.kernels.fused")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
@@ -100,6 +106,16 @@ def check(head: ViLUHead, v: torch.Tensor, t: torch.Tensor, *, dtype, layout, sc
     got = fused_head(v, folded)
     assert_close(got, reference(head, v, t, scale), dtype, max(scale, head.attention_scale))
     return got
+
+
+def arguments_of(folded: FoldedHead, offsets: torch.Tensor | None = None) -> tuple:
+    """What `fused_head` gives the operator after the image embedding."""
+    query = folded.keys if folded.layout == "folded" else folded.query_map
+    banks = (folded.predicted, folded.attended) if folded.layout == "folded" else (None, None)
+    return (
+        folded.text_embeddings, query, *banks, folded.packed, offsets, list(folded.widths),
+        list(folded.packed_offsets()), ",".join(folded.parts), folded.layout == "folded", 100.0, 100.0, 0.0,
+    )  # fmt: skip
 
 
 SHAPES = [(1, 111, 100), (3, 63, 64), (11, 100, 100), (70, 67, 64)]
@@ -254,6 +270,50 @@ def test_ragged_class_sets(lengths, dtype, layout):
     assert_equal(got, fused_head(v, folded, offsets=torch.tensor(offsets)))
 
 
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+def test_offsets_on_the_gpu_are_not_trusted(layout):
+    """They are not read on the host: a set that is empty, falls back or leaves the bank is NaN, or cut to the bank."""
+    head = make_head(64)
+    v, t = unit_rows(5, 64, 27).float().to(DEVICE), unit_rows(20, 64, 28).float().to(DEVICE)
+    folded = fold(copy.deepcopy(head).to(DEVICE), t, layout=layout)
+    offsets = torch.tensor([0, 7, 7, 3, 20, 99], device=DEVICE)  # 7 rows, none, less than none, 17, none
+    scores, index = torch.ops.vilu.fused_head(v, *arguments_of(folded, offsets))
+    assert scores.isnan().tolist() == [[False, True, True, False, True]] * 4
+    assert index[[1, 2, 4]].tolist() == [0, 0, 0]
+    for i, rows in ((0, slice(0, 7)), (3, slice(3, 20))):
+        want = reference(head, v[i : i + 1], t[rows], 100.0)
+        failure, confidence, entropy, doctor = scores[:, i : i + 1]
+        assert_close(HeadOutput(failure, index[i : i + 1], confidence, entropy, doctor), want, torch.float32)
+    every_second = torch.tensor([0, 9, 4, 9, 9, 9, 12, 9, 15, 9, 20, 9])[::2]
+    assert_equal(fused_head(v, folded, offsets=every_second), fused_head(v, folded, offsets=[0, 4, 9, 12, 15, 20]))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no CUDA graphs here")
+@pytest.mark.parametrize("B", [1, 9])
+def test_graphs_replay_on_any_stream_at_once(B):
+    """Two graphs captured on one stream and replayed on two, besides plain launches: each counts its own arrivals."""
+    t = unit_rows(5000, 64, 29).float().to(DEVICE)
+    folded = fold(make_head(64).to(DEVICE), t)
+    inputs = [unit_rows(B, 64, seed).float().to(DEVICE) for seed in (30, 31)]
+    want = [fused_head(v, folded) for v in inputs]
+    graphs, outputs = [], []
+    for v in inputs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(fused_head(v, folded))
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(200):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        plain = fused_head(inputs[0], folded)
+    torch.cuda.synchronize()
+    assert_equal(plain, want[0])
+    for mine, theirs in zip(outputs, want, strict=True):
+        assert_equal(mine, theirs)
+
+
 @pytest.mark.parametrize("B", [3, 20])
 def test_same_bits_every_run_and_in_every_small_batch(B):
     v, t = unit_rows(B, 64, 19).float().to(DEVICE), unit_rows(150, 64, 20).float().to(DEVICE)
@@ -289,17 +349,64 @@ def test_any_shape(B, K, D, first, layout, projection, seed):
     check(head, unit_rows(B, D, seed), unit_rows(K, D, seed + 1), dtype=torch.float32, layout=layout)
 
 
+@pytest.fixture
+def bench(monkeypatch):
+    path = Path(__file__).parents[2] / "bench" / "head.py"
+    spec = importlib.util.spec_from_file_location("bench_head", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_head", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [("single", {"TILE": 512, "waves": 2}), ("scan", {"BLOCK_N": 64, "RESIDENT": 1}), ("tail", {"BLOCK_N": 64})],
+)
+def test_tuning_takes_the_fastest_settings_that_pass_the_gate(name, chosen, bench, tmp_path, monkeypatch):
+    """The search that `bench/head.py --tune` makes, on the real kernels; only the clock is ours."""
+    condition = {"bytes": 4, "width": 64, "projected": True, "folded": False}
+    old = [condition | {"TILE": 1}, {"bytes": 2, "TILE": 2}]
+    monkeypatch.setattr(
+        bench, "CANDIDATES", {name: {key: [*([0] if "BLOCK" in key else []), value] for key, value in chosen.items()}}
+    )
+    monkeypatch.setattr(bench, "TUNED_CLASSES", {"plain": 40})
+    monkeypatch.setattr(bench, "TUNED_IMAGES", {name: 2 if name == "single" else 9})
+    monkeypatch.setattr(bench, "ViLUHead", functools.partial(ViLUHead, hidden=(24, 8)))
+
+    def clock(run, *, cold):
+        """Each of the wished settings saves a second; a block of 0 compiles nowhere."""
+        current = dict(dict(fused.tuned(0, None))[name])
+        return [20.0 - sum(current[key] == value for key, value in chosen.items())]
+
+    monkeypatch.setattr(bench, "gpu", clock)
+    arch = str(fused._device(0)[0])
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps({arch: {name: old}}))
+    bench.tune(DEVICE, [name], [64], [torch.float32], path)
+    best, kept = json.loads(path.read_text())[arch][name]
+    assert {key: best[key] for key in (*condition, *chosen)} == condition | chosen
+    assert kept == old[1], "an entry for other conditions stays"
+
+    before = path.read_text()
+    monkeypatch.setattr(bench.Exact, "error", lambda self, run, v: math.inf)
+    bench.tune(DEVICE, [name], [64], [torch.float32], path)
+    assert path.read_text() == before, "where nothing passes the gate, nothing is written"
+    assert fused.tuned is plan.tuned
+
+
+def test_the_committed_table_is_written_as_it_is_read(bench):
+    text = Path(plan.__file__).with_name("tuning.json").read_text()
+    assert bench.one_line_an_entry(json.loads(text)) == text
+
+
 @pytest.mark.parametrize("B", [2, 9])
 def test_operator(B):
     """Schema, fake implementation and functional behaviour, as torch.compile and torch.export rely on them."""
     v, t = unit_rows(B, 64, 21).float().to(DEVICE), unit_rows(30, 64, 22).float().to(DEVICE)
     folded = fold(make_head(64).to(DEVICE), t)
-    arguments = (
-        v, t, folded.keys, folded.predicted, folded.attended, folded.packed, None, list(folded.widths),
-        list(folded.packed_offsets()), ",".join(folded.parts), True, 100.0, 100.0, 0.0,
-    )  # fmt: skip
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.vilu.fused_head.default, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.vilu.fused_head.default, (v, *arguments_of(folded)), test_utils=tests)
 
     compiled = torch.compile(lambda x: fused_head(x, folded), fullgraph=True, backend="aot_eager")
     assert_equal(compiled(v), fused_head(v, folded))
