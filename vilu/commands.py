@@ -14,7 +14,7 @@ import click
 from vilu.cli import clip_options, progress_bar
 from vilu.data import data_options
 from vilu.errors import UserError
-from vilu.recipes import FORMS, LOSSES, OPTIMIZERS, RECIPES, recipe_named
+from vilu.recipes import FORMS, LOSSES, OPTIMIZERS, RECIPES, Recipe, recipe_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +59,12 @@ def _setting_options(command: Any) -> Any:
 @click.option("--no-cache", is_flag=True, help="Embed augmented images anew in every epoch, as the authors do; slow.")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option("--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's event files.")
+@click.option(
+    "--estimate/--no-estimate",
+    default=True,
+    help="Where the head is not better than MCM: of how many "
+    "images that takes. Trains on three parts of the data.  [default: --estimate]",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 def train_command(
     data: str | None,
@@ -76,6 +82,7 @@ def train_command(
     no_cache: bool,
     dtype: str,
     tensorboard: Path | None,
+    estimate: bool,
     seed: int,
     **settings: Any,
 ) -> None:
@@ -142,8 +149,13 @@ def train_command(
     for path, head in ((last, trained.last), (output, trained.head)):
         save_checkpoint(Checkpoint(head, spec, class_set, meta=meta), path)
     kind = "captioned images" if train.captions else f"images of {len(train.text)} classes"
-    click.echo(f"{output}: trained on {len(train)} {kind}, epoch {trained.best_epoch} of {len(trained.history) - 1}")
+    left_out = f" ({len(train.skipped)} could not be read)" if train.skipped else ""
+    epochs = f"epoch {trained.best_epoch} of {len(trained.history) - 1}"
+    click.echo(f"{output}: trained on {len(train)} {kind}{left_out}, {epochs}")
     click.echo(verdict(trained.validation))
+    if estimate and trained.validation is not None and not trained.validation.better:
+        with progress_bar() as bar:
+            click.echo(f"how many it takes, by a learning curve over parts of this data: {_needed(train, recipe, bar)}")
 
 
 def verdict(validation: Validation | None) -> str:
@@ -160,8 +172,34 @@ def verdict(validation: Validation | None) -> str:
     said = "significantly WORSE" if v.worse else "not significantly better"
     return (
         f"{line}\nthis head is {said} than the free MCM score here: train on more images "
-        "(`vilu eval --learning-curve` estimates how many)"
+        "(`vilu eval --learning-curve` draws what they bring)"
     )
+
+
+CURVE_SHARES = (0.175, 0.35, 0.7)  # of the training data; what is left is tested on
+
+
+def _needed(train: EmbeddedSet, recipe: Recipe, progress: Callable[[str, int, int], None]) -> str:
+    """In words, the number of training images from which a head of this recipe would beat MCM."""
+    import torch
+
+    from vilu.learning_curve import learning_curve
+    from vilu.train import fit
+
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))
+    sizes = [int(share * len(train)) for share in CURVE_SHARES]
+    try:
+        curve = learning_curve(
+            train[order[: sizes[-1]]],
+            train[order[sizes[-1] :]],
+            sizes,
+            [recipe.seed],
+            lambda part, seed: fit(part, replace(recipe, seed=seed)).head,
+            progress=progress,
+        )
+    except UserError as error:
+        return f"cannot tell: {error}"
+    return curve.needed.text
 
 
 def _augmented(source: Source, train: EmbeddedSet, clip: Clip, seed: int) -> Callable[[Tensor, int], Tensor]:
@@ -287,6 +325,8 @@ def calibrate_command(
     checkpoint = load_checkpoint(ckpt)
     held = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype)
     _check_fits(ckpt, checkpoint, held)
+    for line in held.skipped:
+        click.echo(f"skipped {line}", err=True)
     order = np.random.default_rng(seed).permutation(len(held))
     halves = np.array_split(order, 2) if probability != "none" and wanted else [order, order]
 
@@ -304,6 +344,12 @@ def calibrate_command(
         click.echo(f"P(failure) calibrated by {probability} on {len(rows)} samples: slope {found.slope:.3f}, "
                    f"offset {found.offset:.3f}")  # fmt: skip
     threshold = checkpoint.threshold
+    before = checkpoint.meta.get("calibration") or {}
+    if not wanted and before.get("threshold"):
+        # A threshold that was chosen goes on accepting the same answers: it moves with the probability.
+        threshold = float(np.float32(found(np.array([threshold]))[0]))
+        note["threshold"] = {"data": before["data"], **before["threshold"], "threshold": threshold}
+        click.echo(f"threshold moved from {checkpoint.threshold:.4f} to {threshold:.4f}: it accepts the same answers")
     if wanted:
         rows = halves[1][halves[1] < len(correct)]
         given = (failure[rows], correct[rows])

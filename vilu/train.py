@@ -1,13 +1,15 @@
 """Training of the ViLU head on CLIP embeddings: closed set and captions, deterministic and resumable.
 
-CLIP is frozen, so what of a step depends on it alone is computed once: which answers are wrong, t_pred and the
-prior of a closed set. What is left of a step is matrix products, in the order that costs least (`_head_logit`).
+CLIP is frozen, so what of a step depends on it alone is computed once: which answers are wrong, t_pred, the prior
+and, without projections, the attention of a closed set. What is left of a step is matrix products, in the order that
+costs least (`_head_logit`).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -17,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,6 +44,7 @@ class Batch(NamedTuple):
     wrong: Tensor  # (B,) bool
     log_odds: Tensor | None  # (B,), for a head with the prior
     target: Tensor | None  # (B,), p[true class], for an MSE
+    attended: Tensor | None = None  # (B, D), where it does not change while training
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def fit(
     rank, _ = _ranks()
     if not data.captions:
         data = replace(data, text=data.text.float())  # once, not in every step
-    answers = _answers(data)
+    answers = _answers(data, recipe, kept=augmented is None)
     everything = torch.arange(len(data))
     folds = 1
     if recipe.validation and len(data) <= FOLDED_SAMPLES:
@@ -207,6 +211,7 @@ def fit(
     head.eval().requires_grad_(False)
     if state is not None and rank == 0:
         state.unlink(missing_ok=True)
+        state.with_name(f"{state.name}.part").unlink(missing_ok=True)
     history = watched.history(run.train_losses)
     return Trained(head, last, run.best_epoch, history, watched.validation(run.best_epoch, recipe.seed))
 
@@ -346,23 +351,45 @@ class _Answers(NamedTuple):
     predicted: Tensor
     wrong: Tensor
     log_odds: Tensor
+    target: Tensor
+    attended: Tensor | None  # (N, D) float32
 
 
-def _answers(data: EmbeddedSet) -> _Answers | None:
+def _answers(data: EmbeddedSet, recipe: Recipe, *, kept: bool = True) -> _Answers | None:
+    """CLIP's answers, and with `kept` the attention too where no projection will change it."""
     if data.labels is None:
         if len(data) < 4:
             raise UserError(f"{data.name}: {len(data)} captioned images are too few to train on")
         return None
+    if len(data.text) < 2 or bool((data.labels == data.labels[0]).all()):
+        raise UserError(f"{data.name}: all {len(data)} samples are of one class; at least two are needed")
+    kept = kept and _projection(recipe) == "identity" and "attended" in (recipe.parts or PARTS)
+    attended = _scratch(len(data), data.image.normalised.shape[1]) if kept else None
     columns = []
-    for image in data.image.normalised.split(BLOCK):
-        logits = image.float() @ data.text.normalised.T
-        columns.append((logits.argmax(dim=-1), log_odds(data.logit_scale * logits)))
-    predicted, odds = (torch.cat(column) for column in zip(*columns, strict=True))
+    for start in range(0, len(data), BLOCK):
+        rows = slice(start, start + BLOCK)
+        logits = data.image.normalised[rows].float() @ data.text.normalised.T
+        odds, p = log_odds(data.logit_scale * logits), torch.softmax(data.logit_scale * logits, dim=-1)
+        target = p.gather(1, data.labels[rows, None]).squeeze(1)
+        columns.append((logits.argmax(dim=-1), odds, target))
+        if attended is not None:
+            attended[rows] = p @ data.text.normalised  # the scale is CLIP's own where there are no projections
+    predicted, odds, target = (torch.cat(column) for column in zip(*columns, strict=True))
     wrong = predicted != data.labels
     failures = int(wrong.sum())
     if failures < 2 or failures > len(wrong) - 2:
         raise UserError(f"{data.name}: CLIP is wrong on {failures} of {len(wrong)} samples; both kinds are needed")
-    return _Answers(predicted, wrong, odds)
+    return _Answers(predicted, wrong, odds, target, attended)
+
+
+def _scratch(rows: int, width: int) -> Tensor | None:
+    """(rows, width) float32 in a file without a name, so that memory does not grow with the data; None: no room."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * rows * width)  # a mapping that meets a full disk is a SIGBUS
+            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, width)))
+    except (OSError, AttributeError):  # AttributeError: a system without posix_fallocate
+        return None
 
 
 def _cut(answers: _Answers | None, data: EmbeddedSet, recipe: Recipe, folds: int | None) -> list[Tensor]:
@@ -382,17 +409,22 @@ def _cut(answers: _Answers | None, data: EmbeddedSet, recipe: Recipe, folds: int
     return [(place == fold).nonzero().squeeze(1) for fold in range(folds or 1)]
 
 
+def _projection(recipe: Recipe) -> str:
+    if recipe.form == "paper":
+        return "separate"
+    return "identity" if recipe.freeze_steps is None else "shared"
+
+
 def _start(data: EmbeddedSet, answers: _Answers | None, train: Tensor, recipe: Recipe) -> ViLUHead:
     """The head before the first step; with the prior, its MLP gives a constant and the prior is calibrated."""
     dim = data.image.normalised.shape[1]
-    trained = {"authors": "shared", "paper": "separate"}[recipe.form]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         try:
             head = ViLUHead(
                 dim,
                 parts=PARTS if recipe.parts is None else recipe.parts,
-                projection=trained if recipe.freeze_steps is not None or recipe.form == "paper" else "identity",
+                projection=_projection(recipe),
                 attention_scale=data.logit_scale if recipe.form == "authors" else dim**-0.5,
                 logit_scale=data.logit_scale if recipe.prior else None,
             )
@@ -453,8 +485,10 @@ def _batch(
     else:
         t = data.text.normalised
         target = data.labels[own]
-        if answers is not None and image is None and recipe.loss == "bce":
-            return Batch(v, t, answers.predicted[own], answers.wrong[own], answers.log_odds[own], None)
+        if answers is not None and image is None:
+            attended = None if answers.attended is None else answers.attended[own]
+            chosen = answers.predicted[own], answers.wrong[own], answers.log_odds[own], answers.target[own]
+            return Batch(v, t, *chosen, attended)
     logits = v @ t.T
     at_target = logits.gather(1, target[:, None]).squeeze(1)
     if data.captions:
@@ -478,7 +512,9 @@ def _head_logit(head: ViLUHead, batch: Batch) -> Tensor:
     if "predicted" in head.parts:
         columns.append(batch.text[batch.predicted])
     if "attended" in head.parts:
-        if len(batch.text) < len(batch.image) or head.projection == "identity":
+        if batch.attended is not None:
+            columns.append(batch.attended)
+        elif len(batch.text) < len(batch.image) or head.projection == "identity":
             columns.append(head.attend(batch.image, batch.text))
         else:
             query, key, value = head.projections()
@@ -523,7 +559,7 @@ def _over(
     asked = replace(recipe, prior=True)
     columns: list[list[Tensor]] = [[], [], [], []]
     for batch in _evaluation_batches(data, answers, rows, asked):
-        target = torch.empty(0) if batch.target is None else batch.target
+        target = torch.empty(0) if batch.target is None or recipe.loss != "mse" else batch.target
         assert batch.log_odds is not None
         for column, value in zip(columns, (_head_logit(head, batch), batch.wrong, batch.log_odds, target), strict=True):
             column.append(value)
@@ -543,7 +579,9 @@ class _Run:
                 parameters, lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
             )
         else:
-            self.optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+            )
 
         def rate(epoch: int) -> float:
             warm = 1.0
@@ -595,17 +633,15 @@ class _Run:
             "train_losses": self.train_losses,
             "watched": self.watched.__dict__,
         }
-        temporary = None
+        content = io.BytesIO()  # torch.save itself answers a full disk with its own internals
+        torch.save(document, content)
+        temporary = path.with_name(f"{path.name}.part")  # the same name every time: what a kill left is written over
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-                temporary = Path(handle.name)
-                torch.save(document, handle)
+            temporary.write_bytes(content.getbuffer())
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: the run's state cannot be written ({error})") from None
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path}: the run's state cannot be written ({error.strerror})") from None
 
     def load(self, path: Path, identity: str) -> None:
         try:

@@ -439,7 +439,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_goes_on(tmp_path, clip):
 
 def test_a_disk_too_small_is_told_at_once(tmp_path, clip, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(UserError, match=r"needs 0\.00 GB, the disk has 0\.00 GB free"):
+    with pytest.raises(UserError, match=r"needs 0\.\d MB, the disk has 0\.0 MB free"):
         embed(open_source(str(folder(tmp_path / "d"))), clip, cache=tmp_path / "cache")
 
 

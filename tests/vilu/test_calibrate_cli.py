@@ -78,6 +78,32 @@ def test_the_probability_and_the_threshold_come_from_different_halves(world, tmp
     )
 
 
+def test_a_threshold_moves_with_the_probability(world, tmp_path):
+    """Calibrating P(failure) afterwards must not change which answers a chosen threshold is about."""
+    path = tmp_path / "a.safetensors"
+    calibrate(world, "--target-coverage", 0.8, "--output", path)
+    before = load_checkpoint(path)
+    result = CliRunner().invoke(
+        calibrate_command,
+        ["--ckpt", str(path), "--embeddings", str(world[0] / "held.npz"), "--probability", "platt"],
+        catch_exceptions=False,
+        standalone_mode=False,
+    )
+    after = load_checkpoint(path)
+    assert "threshold moved from" in result.output
+    assert after.threshold != before.threshold
+    # One sample in 2,000 may lie within rounding of the threshold.
+    assert int((accepted(world, before)[0] != accepted(world, after)[0]).sum()) <= 1
+    note = after.meta["calibration"]["threshold"]
+    assert (note["rule"], note["data"], note["threshold"]) == ("coverage", "held", after.threshold)
+
+
+def test_a_probability_alone_leaves_the_default_threshold(world, tmp_path):
+    path = tmp_path / "a.safetensors"
+    calibrate(world, "--probability", "platt", "--output", path)
+    assert load_checkpoint(path).threshold == load_checkpoint(world[0] / "head.safetensors").threshold
+
+
 def test_what_cannot_be_done_changes_nothing(world):
     before = (world[0] / "head.safetensors").read_bytes()
     for options, message in (

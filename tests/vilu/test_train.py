@@ -1,5 +1,6 @@
 """Training: the definitions, both modes, the start from MCM, resuming, several processes."""
 
+import errno
 import math
 import os
 import signal
@@ -19,7 +20,7 @@ from vilu import UserError, ViLUHead, load_checkpoint, metrics, train_head
 from vilu.embeddings import EmbeddedSet, Embeddings
 from vilu.head import LOWEST_LOG_ODDS, log_odds
 from vilu.recipes import RECIPES, Recipe, recipe_named
-from vilu.train import _batch, _head_logit, _loss, fit, weighted_bce
+from vilu.train import _answers, _batch, _head_logit, _loss, fit, weighted_bce
 
 QUICK = Recipe(epochs=3, batch_size=32, min_steps=0, folds=1)
 
@@ -96,6 +97,38 @@ def test_the_cheap_order_of_products_gives_the_heads_logit_and_gradient(projecti
     gradients = [torch.autograd.grad(logit.sum(), list(head.parameters())) for logit in (cheap, plain)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_what_is_computed_once_is_what_a_step_would_compute(loss):
+    data, rows = closed_set(200), torch.arange(0, 200, 3)
+    recipe = replace(QUICK, loss=loss)
+    kept, plain = (_batch(data, a, rows, recipe) for a in (_answers(data, recipe), None))
+    assert kept.attended is not None
+    assert torch.equal(kept.predicted, plain.predicted)
+    assert torch.equal(kept.wrong, plain.wrong)
+    head = ViLUHead(24, projection="identity", logit_scale=100.0).double()
+    # Rounding of float32 under a scale of 100.
+    torch.testing.assert_close(kept.attended, head.float().attend(plain.image, plain.text), rtol=0, atol=1e-5)
+    torch.testing.assert_close(*(_head_logit(head, batch) for batch in (kept, plain)), rtol=0, atol=1e-4)
+    if loss == "mse":
+        torch.testing.assert_close(kept.target, plain.target, rtol=0, atol=1e-5)
+    for changed in ({"freeze_steps": 5}, {"form": "paper"}, {"parts": ("image", "predicted")}):
+        assert _answers(data, replace(recipe, **changed)).attended is None
+    assert _answers(data, recipe, kept=False).attended is None
+
+
+def test_without_room_for_the_attention_every_step_computes_it(monkeypatch):
+    data = closed_set(200)
+    expected = fit(data, QUICK).head
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert _answers(data, QUICK).attended is None
+    logits = [head(data.image.normalised, data.text.normalised) for head in (expected, fit(data, QUICK).head)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-3)
 
 
 def test_log_odds_stay_exact_where_the_softmax_saturates():
@@ -212,6 +245,9 @@ def test_bad_training_data(tmp_path):
         train_head(v, labels[:-1], t)
     with pytest.raises(UserError, match=r"labels must lie in 0\.\.5"):
         train_head(v, labels + 3, t)
+    for one_class in ((labels * 0, t), (labels * 0, t[:1])):
+        with pytest.raises(UserError, match="are of one class"):
+            train_head(v, *one_class)
     with pytest.raises(UserError, match="both kinds are needed"):
         train_head(v, (v @ t.T).argmax(dim=1), t)
     with pytest.raises(UserError, match="too few"):
@@ -228,6 +264,17 @@ def test_bad_training_data(tmp_path):
     v[3, 2] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         train_head(v, labels, t)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, _):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"run\.state: the run's state cannot be written \(No space left on device\)"):
+        fit(closed_set(60), QUICK, state=tmp_path / "run.state")
+    assert not list(tmp_path.iterdir())
 
 
 class KilledError(Exception):
@@ -254,6 +301,7 @@ def test_a_stopped_run_continues_to_the_same_weights(tmp_path, data, optimizer):
     assert same(continued.last, whole.last)
     assert continued.history == whole.history
     assert not state.exists()
+    assert not list(tmp_path.iterdir())
     state.write_bytes(b"not a state")
     with pytest.raises(UserError, match="not the state of a training run"):
         fit(data, recipe, state=state)
@@ -318,6 +366,7 @@ def test_a_head_that_does_not_help_is_not_handed_over_silently(tmp_path):
     done = command("train", *arguments, "--output", tmp_path / "a.safetensors")
     assert done.returncode == 0, done.stderr
     assert "than the free MCM score" in done.stdout
+    assert "how many it takes, by a learning curve over parts of this data: " in done.stdout
 
 
 def test_several_processes_give_the_weights_of_one(prepared, tmp_path):

@@ -204,7 +204,7 @@ class Writer:
         need = self.expected_rows * sum(array[0].nbytes for array in arrays.values())
         free = shutil.disk_usage(self.folder).free
         if need > free:
-            raise UserError(f"{self.folder}: needs {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+            raise UserError(f"{self.folder}: needs {need / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
 
     def finish(self) -> Stored:
         """Write the headers, then the index: from here on the folder is whole."""
