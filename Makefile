@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint serving-env clean
+.PHONY: demo table export-zoo test lint serving-env clean
 
 # --no-deps: of the wheel with NVIDIA's tritonserver only the binary is used, not the Python side's dependencies.
 $(READY): pyproject.toml constraints.txt
@@ -13,6 +13,12 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/vilu demo
+
+table: $(READY)
+	$(BIN)/python bench/table.py --output bench/results/table
+
+export-zoo: $(READY)
+	$(BIN)/python bench/zoo.py --output bench/results/zoo
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -280,7 +280,8 @@ def test_probvlm_confidence(sure):
     for v in f64(image):
         means, variances = [], []
         for mask in f64(score.masks):
-            hidden = np.maximum(slow_linear(weights, "down", v), 0) * mask
+            hidden = np.maximum(slow_linear(weights, "down", v), 0)
+            hidden = np.maximum(slow_linear(weights, "middle", hidden), 0) * mask
             h = v + slow_linear(weights, "up", hidden)
             means.append(slow_mlp(weights, h, "mu."))
             alpha = 1 / (softplus(slow_mlp(weights, h, "inverse_alpha.")) + 1e-3)
@@ -449,6 +450,15 @@ def test_probvlm_trusts_what_it_has_seen():
     far = torch.nn.functional.normalize(torch.randn(100, 16, generator=torch.Generator().manual_seed(1)), dim=1)
     both = score.confidence(torch.cat([near, far]), text)
     assert metrics.auroc(both.numpy(), np.arange(200) < 100) > 0.8
+
+
+def test_probvlm_states_the_error_that_it_makes():
+    """At its own settings and on few images: an adapter that stops too early states some hundred times the error."""
+    image, labels, text = world(500, 3, dim=64, noise=0.05)
+    score = ProbVLM().fit(image, labels, text, 100.0)
+    error = (score.adapter(image, torch.ones(256))[0] - image).square().mean()
+    stated = -score.confidence(image, text).mean()
+    assert error / 4 < stated < error * 4
 
 
 @pytest.mark.parametrize("side", ["right", "wrong"])

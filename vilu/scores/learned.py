@@ -95,7 +95,9 @@ def train(
     order = torch.randperm(len(image), generator=generator)
     held = min(max(2, round(training.validation * len(image))), len(image) - 2)
     validation, rest = order[:held], order[held:]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=training.epochs)
     best_loss, best = math.inf, copy.deepcopy(network.state_dict())
     with torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
@@ -235,13 +237,14 @@ class ConfidNet(Score):
 class Adapter(nn.Module):
     """z (N, D) to the mean, log alpha and beta of a generalised Gaussian, each (N, D), around z.
 
-    D-256-D with a residual, then one two-layer head each for mu, 1/alpha and beta. Softplus keeps 1/alpha and
+    D-256-256-D with a residual, then one two-layer head each for mu, 1/alpha and beta. Softplus keeps 1/alpha and
     beta positive, above 1e-3 and 0.1: the authors' ReLU leaves them at 1e-4, where Γ(3/beta) overflows.
     """
 
     def __init__(self, dim: int, hidden: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
         self.down = nn.Linear(dim, hidden)
+        self.middle = nn.Linear(hidden, hidden)
         self.up = nn.Linear(hidden, dim)
         self.mu, self.inverse_alpha, self.beta = (
             nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)) for _ in range(3)
@@ -249,8 +252,8 @@ class Adapter(nn.Module):
         self.dropout = dropout
 
     def forward(self, z: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """keep: (256,) or (N, 256) factors on the hidden units, drawn by dropout where not given."""
-        hidden = F.relu(self.down(z))
+        """keep: (256,) or (N, 256) factors on the second hidden layer, drawn by dropout where not given."""
+        hidden = F.relu(self.middle(F.relu(self.down(z))))
         hidden = F.dropout(hidden, self.dropout, self.training) if keep is None else hidden * keep
         h = z + self.up(hidden)
         return self.mu(h), -torch.log(F.softplus(self.inverse_alpha(h)) + 1e-3), F.softplus(self.beta(h)) + 0.1
@@ -274,10 +277,14 @@ class ProbVLM(Score):
     """−(aleatoric + epistemic variance) of the image embedding under an adapter trained to reproduce it.
 
     aleatoric: mean over d and dropout passes of alpha² Γ(3/beta) / Γ(1/beta), a generalised Gaussian's
-    variance; epistemic: mean over d of the variance of mu over the passes. One adapter a modality (`Adapter`),
-    trained on pairs (v_i, its class's or its own t_i) with L1 + 0.05 · NLL of each modality plus 1e-4 of the
-    same across modalities; Adam, lr 1e-4. The dropout masks of a pass are drawn from the seed and shared by
-    all images, so an answer does not depend on the batch it rides in.
+    variance; epistemic: mean over d of the variance of mu over the passes. The image's `Adapter` is trained with
+    L1 + 0.05 · NLL to its own embedding plus 1e-4 of the same to its class's or its own text; Adam, lr 1e-4, batches
+    of 64. The text's adapter shares no weight with it, so it is not made. The dropout masks of a pass are drawn from
+    the seed and shared by all images, so an answer does not depend on the batch it rides in.
+
+    Knows nothing of the candidates, and may rank below chance: the variance grows with v's distance from the mean of
+    the training images, and CLIP fails near it, between the classes. On the embedded default −distance alone has AUC
+    21% on digits and 25% on shapes, inside the train split; the authors' loss leaves this score below chance too.
 
     Args:
         passes: dropout passes, at least 2.
@@ -293,27 +300,21 @@ class ProbVLM(Score):
         if passes < 2:
             raise UserError(f"ProbVLM: passes must be at least 2, got {passes}")
         self.passes = passes
-        self.training = training or Training(learning_rate=1e-4)
+        self.training = training or Training(learning_rate=1e-4, batch_size=64)
 
     def _fit(self, image: Embeddings, labels: Tensor | None, text: Embeddings, scale: float) -> None:
-        v, t = image.normalised, text.normalised
-        dim = v.shape[1]
-        of_images, of_texts = (
-            _seeded(lambda: Adapter(dim), self.training.seed + side).to(v.device) for side in range(2)
-        )
+        v = image.normalised
+        adapter = _seeded(lambda: Adapter(v.shape[1]), self.training.seed).to(v.device)
 
-        def reconstruction(parameters: tuple[Tensor, Tensor, Tensor], z: Tensor) -> Tensor:
-            return F.l1_loss(parameters[0], z) + 0.05 * generalised_gaussian_nll(z, *parameters).mean()
+        def reconstruction(law: tuple[Tensor, Tensor, Tensor], z: Tensor) -> Tensor:
+            return F.l1_loss(law[0], z) + 0.05 * generalised_gaussian_nll(z, *law).mean()
 
         def loss(batch: Batch) -> Tensor:
-            own = batch.text[batch.target]
-            image_law, text_law = of_images(batch.image), of_texts(own)
-            within = reconstruction(image_law, batch.image) + reconstruction(text_law, own)
-            across = reconstruction(image_law, own) + reconstruction(text_law, batch.image)
-            return within + 1e-4 * across
+            law = adapter(batch.image)
+            return reconstruction(law, batch.image) + 1e-4 * reconstruction(law, batch.text[batch.target])
 
-        train(nn.ModuleList([of_images, of_texts]), loss, v, labels, t, scale, self.training)
-        self.adapter = of_images
+        train(adapter, loss, v, labels, text.normalised, scale, self.training)
+        self.adapter = adapter
         generator = torch.Generator().manual_seed(self.training.seed)
         kept = torch.rand(self.passes, self.adapter.down.out_features, generator=generator) >= self.adapter.dropout
         self.masks = kept.float() / (1 - self.adapter.dropout)
