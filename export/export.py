@@ -8,6 +8,8 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,76 @@ import torch
 
 from vilu import __version__
 from vilu.checkpoint import Checkpoint, load_checkpoint
-from vilu.class_set import prompts
+from vilu.class_set import ClassSet
 from vilu.clip import Clip, load_clip
 from vilu.errors import UserError
 from vilu.export import gpu, parity, repository
-from vilu.export.graphs import ANSWER, FullGraph, HeadGraph, ImageGraph, TextGraph, write_graph
-from vilu.image import pixels
-from vilu.kernels import fold
+from vilu.export import images as samples
+from vilu.export import precision as precisions
+from vilu.export.graphs import ANSWER, HeadGraph, ImageGraph, TextGraph, merge_full, write_graph
+from vilu.export.ragged import write_ragged
+from vilu.export.tokenizer import write_tokenizer
+from vilu.image import MODES
+from vilu.kernels import FoldedHead, fold
+from vilu.serving.backends.onnxruntime import session
 
 README = repository.TEMPLATES / "README.md"
-MIN_INPUTS = 256
+SAMPLE = 64  # inputs for what is made of proven parts, and for the provider that servers fall back to
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export: what is served, where, and what it is measured on."""
+
+    checkpoint: Checkpoint
+    clip: Clip
+    class_set: ClassSet
+    sample: samples.Sample
+    max_batch_size: int
+    runtime: repository.Runtime
+    archs: tuple[int, ...]
+    preprocess: str
+
+    @property
+    def precision(self) -> str:
+        return self.runtime.precision
+
+    @cached_property
+    def folded(self) -> FoldedHead:
+        text = self.class_set.text_embeddings
+        return fold(self.checkpoint.head, text, logit_scale=self.clip.spec.logit_scale)
+
+    @cached_property
+    def head(self) -> HeadGraph:
+        return HeadGraph(self.folded, self.checkpoint.threshold)
+
+    @cached_property
+    def texts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (N, L) to measure on, and others to calibrate on."""
+        measured, others = samples.texts(self.class_set.names, self.class_set.templates)
+        return self.clip.tokenize(measured), self.clip.tokenize(others)
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[str, Sequence[int]]]:
+        side, dim, length = self.clip.transform.size, self.checkpoint.head.dim, self.texts[0].shape[1]
+        return {
+            "PIXELS": ("TYPE_UINT8", [side, side, 3]),
+            "IMAGE_EMBEDDING": ("TYPE_FP32", [dim]),
+            "TOKENS": ("TYPE_INT64", [length]),
+            "TEXT_EMBEDDING": ("TYPE_FP32", [dim]),
+        }
+
+
+class Ticker:
+    """Counts steps for a progress bar whose total is an estimate."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress or (lambda *_: None), total, 0
+
+    def __call__(self, what: str) -> None:
+        self.done += 1
+        self.progress(what, min(self.done, self.total), self.total)
 
 
 def export(
@@ -36,42 +98,57 @@ def export(
     *,
     clip: Clip | None = None,
     images: Sequence[np.ndarray] | None = None,
+    labels: Sequence[int] | None = None,
+    precision: str = "float32",
+    allow_loss: bool = False,
     max_batch_size: int = 32,
     device: str = "cpu",
+    provider: str | None = None,
+    cores: int | None = None,
     cuda_archs: Sequence[int] = gpu.ARCHS,
-    progress: Callable[[str, int, int], None] | None = None,
+    engines: str = "/tmp/vilu-engines",
+    preprocess: str = "exact",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a Triton model repository, float32.
+    """Write a Triton model repository.
 
     Args:
         checkpoint: a Checkpoint with its clip and class_set, or a path to one.
         output: the repository's folder; replaced whole, by renaming, once everything in it has been proven.
         clip: the loaded CLIP; by default the one the checkpoint names.
         images: at least 256 uint8 images (H, W, 3) to measure parity on; by default held-out digits and shapes
-            of the embedded default.
+            of the embedded default. int8 takes 64 to 128 of them, drawn at random, for calibration alone.
+        labels: the images' class indices, -1 where unknown: what the precision costs in AUC and FPR95 is then measured.
+        precision: "float32", "float16" (GPU), "bfloat16" (CPU) or "int8", of the towers; the head is float32.
+        allow_loss: keep an export that is over its precision's budget; parity.json then says so.
         max_batch_size: the largest batch the server forms.
         device: "cpu", or "gpu": every graph on the GPU, and the head as the fused kernel's cubins.
+        provider: "openvino" or "cpu" (by default the first that is installed); "cuda" (the default) or "tensorrt".
+        cores: what a CPU server may use; by default as many as this process may.
         cuda_archs: compute capabilities to compile the kernel for (90 is 9.0); no GPU is needed. What is proven of
             this head here is the folded form it is compiled from: cubins run on a GPU alone.
+        engines: folder on the server for TensorRT's engines.
+        preprocess: "exact", or "fast": large JPEGs are decoded at reduced scale (vilu.image.Transform).
         progress: called with (what, steps done, steps in all).
 
     Returns:
         What parity.json holds.
 
     Raises:
-        UserError: an unknown device or compute capability, a checkpoint without CLIP or class set, another CLIP than
-            the head's, an output folder that is not a model repository or cannot be written, too few images, or a
-            graph over the parity budget. The old repository is then untouched.
+        UserError: an unknown device, provider or compute capability, a precision that they lack, a checkpoint without
+            CLIP or class set, another CLIP than the head's, an output folder that is not a model repository or cannot
+            be written, too few images, or a graph over the parity budget. The old repository is then untouched.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     output = Path(output)
     _check_output(output)
-    if device not in ("cpu", "gpu"):
-        raise UserError(f"device must be cpu or gpu, got {device!r}")
+    runtime = _runtime(device, provider, precision, cores, engines)
     archs = tuple(sorted(set(cuda_archs))) if device == "gpu" else ()
     if device == "gpu":
         gpu.check_archs(archs)
+    if preprocess not in MODES:
+        raise UserError(f"preprocess must be one of {', '.join(MODES)}, got {preprocess!r}")
     if max_batch_size < 2:
         raise UserError(f"max_batch_size must be at least 2, got {max_batch_size}")
     if checkpoint.clip is None or checkpoint.class_set is None:
@@ -79,26 +156,40 @@ def export(
     if clip is None:
         spec = checkpoint.clip
         clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
-    if checkpoint.head.dim != checkpoint.class_set.text_embeddings.shape[1]:
-        raise UserError(
-            f"the head is {checkpoint.head.dim} wide, its class set {checkpoint.class_set.text_embeddings.shape[1]}"
-        )
+    _check_width(checkpoint, clip, checkpoint.class_set)
+    sample = samples.sample(clip, checkpoint.class_set.names, images, labels, calibrate=precision == "int8")
+    job = Job(checkpoint, clip, checkpoint.class_set, sample, max_batch_size, runtime, archs, preprocess)
+    staging = _stage(output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o777 & ~umask)
-        report = _write(checkpoint, clip, staging, images, max_batch_size, archs, progress or (lambda *_: None))
+        tick = Ticker(progress, 12 + len(archs) + len(parity.batch_sizes(max_batch_size)))
+        report = _write(job, staging, allow_loss, tick)
         _replace(staging, output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def _runtime(device: str, provider: str | None, precision: str, cores: int | None, engines: str) -> repository.Runtime:
+    if device not in ("cpu", "gpu"):
+        raise UserError(f"device must be cpu or gpu, got {device!r}")
+    openvino = session.has_openvino()
+    if provider is None:
+        provider = "cuda" if device == "gpu" else "openvino" if openvino else "cpu"
+    precisions.check(precision, device, provider, has_openvino=openvino, has_bfloat16=session.has_bfloat16())
+    if cores is not None and cores < 1:
+        raise UserError(f"cores must be at least 1, got {cores}")
+    return repository.Runtime(device, provider, precision, cores or session.cores(), engines)
+
+
+def _check_width(checkpoint: Checkpoint, clip: Clip, class_set: ClassSet) -> None:
+    side = clip.transform.size
+    with torch.no_grad():
+        width = clip.encode_pixels(torch.zeros(1, side, side, 3, dtype=torch.uint8)).shape[1]
+    for what, found in (("CLIP " + clip.spec.name, width), ("its class set", class_set.text_embeddings.shape[1])):
+        if found != checkpoint.head.dim:
+            raise UserError(f"the head reads embeddings {checkpoint.head.dim} wide, {what} gives {found}")
 
 
 def _check_output(output: Path) -> None:
@@ -110,6 +201,19 @@ def _check_output(output: Path) -> None:
     names = {entry.name for entry in output.iterdir()} - {"README.md", ".gitkeep"}
     if names and "parity.json" not in names:
         raise UserError(f"{output}: holds files that no export wrote; name an empty or new folder")
+
+
+def _stage(output: Path) -> Path:
+    """A folder beside the output, with the mode that any new folder would have."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+    umask = os.umask(0)
+    os.umask(umask)
+    staging.chmod(0o777 & ~umask)
+    return staging
 
 
 def _replace(staging: Path, output: Path) -> None:
@@ -128,123 +232,202 @@ def _replace(staging: Path, output: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(
-    checkpoint: Checkpoint,
-    clip: Clip,
-    root: Path,
-    images: Sequence[np.ndarray] | None,
-    max_batch_size: int,
-    archs: Sequence[int],
-    progress: Callable[[str, int, int], None],
-) -> dict[str, Any]:
-    """Everything in the repository; `archs` is empty for CPU servers."""
-    device = "gpu" if archs else "cpu"
-    class_set = checkpoint.class_set
-    assert class_set is not None
-    feed = torch.from_numpy(_parity_pixels(clip, images))
-    tokens = clip.tokenize(_parity_texts(class_set.names, class_set.templates))
-    dim = class_set.text_embeddings.shape[1]
-    folded = fold(checkpoint.head, class_set.text_embeddings, logit_scale=clip.spec.logit_scale)
-    head = HeadGraph(folded, checkpoint.threshold)
-    side = clip.transform.size
-    answer = {name: [1] for name in ANSWER if name != "LABEL"}
-    graphs: dict[str, tuple[torch.nn.Module, torch.Tensor, str, dict[str, list[int]]]] = {
-        "clip_image": (ImageGraph(clip), feed[:2], "PIXELS", {"IMAGE_EMBEDDING": [dim]}),
-        "vilu_head": (head, clip.encode_pixels(feed[:2]), "IMAGE_EMBEDDING", answer),
-        "vilu_full": (FullGraph(clip, head), feed[:2], "PIXELS", answer),
-        "clip_text": (TextGraph(clip), tokens[:2], "TOKENS", {"TEXT_EMBEDDING": [dim]}),
-    }
-    batches = tuple(sorted({1, 2, max_batch_size}))
-    total = len(graphs) + len(archs) + 2 * len(graphs) * len(batches)
-    done = 0
-
-    def tick(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(what, min(done, total), total)
-
-    types = {"PIXELS": ("TYPE_UINT8", [side, side, 3]), "IMAGE_EMBEDDING": ("TYPE_FP32", [dim])}
-    types |= {"TOKENS": ("TYPE_INT64", [tokens.shape[1]]), "TEXT_EMBEDDING": ("TYPE_FP32", [dim])}
-    for name, (module, example, input_name, outputs) in graphs.items():
-        answers = "CLASS_INDEX" in outputs
-        labels = class_set.names if answers else None
-        if name == "vilu_head" and archs:
-            gpu.write_head(root / name, folded, class_set.names, checkpoint.threshold, archs, max_batch_size, tick)
-            continue
-        write_graph(module, example, root / name / "1" / "model.onnx", input_name, outputs, labels)
-        repository.write_config(
-            root / name,
-            backend="onnxruntime",
-            inputs={input_name: types[input_name]},
-            outputs=repository.ANSWER_TENSORS if answers else {n: types[n] for n in outputs},
-            max_batch_size=max_batch_size,
-            device=device,
-        )
-        tick(f"writing {name}")
-    repository.write_preprocess(root / "preprocess", clip.transform, max_batch_size)
-    repository.write_ensemble(root / "vilu", max_batch_size)
-    (root / "labels.txt").write_text("".join(f"{name}\n" for name in class_set.names), "utf-8")
+def _write(job: Job, root: Path, allow_loss: bool, tick: Ticker) -> dict[str, Any]:
+    """Everything in the repository."""
+    _write_graphs(job, root, tick)
+    _write_configs(job, root)
+    (root / "labels.txt").write_text("".join(f"{name}\n" for name in job.class_set.names), "utf-8")
     shutil.copyfile(README, root / "README.md")
-
-    references = _references(checkpoint, clip, feed, tokens)
-    measured = {
-        name: parity.measure(
-            root / name / "1" / "model.onnx", reference, batches, lambda name=name: tick(f"checking {name}")
-        )
-        for name, reference in references.items()
-        if (root / name / "1" / "model.onnx").is_file()
-    }
-    if archs:
-        measured["vilu_head"] = {"folded": parity.measure_head(head, class_set.names, references["vilu_head"], batches)}
-    progress("checked", total, total)
-    problems = list(parity.failures(measured))
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"export refused: {problems[0]}{more}")
-    report = {
-        "tolerance": parity.TOLERANCE,
-        "precision": "float32",
-        "device": device,
-        "threshold": checkpoint.threshold,
-        "calibration": checkpoint.meta.get("calibration"),
-        "clip": vars(clip.spec),
-        "head": digest(checkpoint),
-        "graphs": measured,
-        "versions": {
-            "vilu": __version__,
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    (root / "parity.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    measured, answers, reference = _measure(job, root, tick)
+    report = _report(job, measured)
+    problems = list(parity.failures(report))
+    broken = [problem for problem in problems if parity.NOT_FINITE in problem]
+    if broken or (problems and not allow_loss):
+        first, more = (broken or problems)[0], len(problems) - 1
+        raise UserError(f"export refused: {first}" + (f" (and {more} more)" if more else ""))
+    report["over_budget"] = problems
+    (root / "parity.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
+    (root / "parity.md").write_text(parity.markdown(report), "utf-8")
+    (root / "parity.png").write_bytes(parity.picture(answers, reference, job.precision))
+    tick.progress("checked", tick.total, tick.total)
     return report
 
 
-def _references(
-    checkpoint: Checkpoint, clip: Clip, feed: torch.Tensor, tokens: torch.Tensor
-) -> dict[str, parity.Reference]:
+def _write_graphs(job: Job, root: Path, tick: Ticker) -> None:
+    """clip_image and clip_text in the precision asked for, vilu_head in float32, vilu_full made of the first and it."""
+    dim = job.checkpoint.head.dim
+    pixels, (tokens, _) = torch.from_numpy(job.sample.pixels[:2]), job.texts
+    fused = job.runtime.provider != "tensorrt"  # which knows none of ONNX Runtime's own operators
+    paths = {name: root / name / "1" / "model.onnx" for name in ("clip_image", "clip_text", "vilu_head", "vilu_full")}
+    image, text = {"IMAGE_EMBEDDING": [dim]}, {"TEXT_EMBEDDING": [dim]}
+    write_graph(ImageGraph(job.clip), pixels, paths["clip_image"], "PIXELS", image, fused=fused)
+    tick("writing clip_image")
+    write_graph(TextGraph(job.clip), tokens[:2], paths["clip_text"], "TOKENS", text, fused=fused)
+    tick("writing clip_text")
+    for name, feed in (("clip_image", job.sample.calibration), ("clip_text", job.texts[1].numpy())):
+        if job.precision == "float16":
+            precisions.to_float16(paths[name])
+        elif job.precision == "int8":
+            entry = {"clip_image": "PIXELS", "clip_text": "TOKENS"}[name]
+            symmetric = job.runtime.provider != "cpu"
+            precisions.quantise(paths[name], {entry: feed}, symmetric=symmetric)
+        tick(f"{job.precision}: {name}")
+
+    head = paths["vilu_head"] if not job.archs else root / "head" / "1" / "model.onnx"
+    answer = {name: [1] for name in ANSWER if name != "LABEL"}
+    with torch.no_grad():
+        embedding = job.clip.encode_pixels(pixels)
+    write_graph(job.head, embedding, head, "IMAGE_EMBEDDING", answer, job.class_set.names)
+    merge_full(paths["clip_image"], head, paths["vilu_full"])
+    tick("writing vilu_head and vilu_full")
+    if job.archs:
+        shutil.rmtree(root / "head")
+        threshold = job.checkpoint.threshold
+        gpu.write_head(
+            root / "vilu_head", job.folded, job.class_set.names, threshold, job.archs, job.max_batch_size, tick
+        )
+
+
+def _write_configs(job: Job, root: Path) -> None:
+    for name, entry, outputs in (
+        ("clip_image", "PIXELS", {"IMAGE_EMBEDDING": job.tensors["IMAGE_EMBEDDING"]}),
+        ("clip_text", "TOKENS", {"TEXT_EMBEDDING": job.tensors["TEXT_EMBEDDING"]}),
+        ("vilu_head", "IMAGE_EMBEDDING", repository.ANSWER_TENSORS),
+        ("vilu_full", "PIXELS", repository.ANSWER_TENSORS),
+    ):
+        if name == "vilu_head" and job.archs:
+            continue  # the fused kernel wrote its own
+        repository.write_graph_config(
+            root / name,
+            inputs={entry: job.tensors[entry]},
+            outputs=outputs,
+            max_batch_size=job.max_batch_size,
+            runtime=job.runtime,
+            tower=name.startswith("clip_"),
+        )
+    repository.write_preprocess(
+        root / "preprocess", replace(job.clip.transform, mode=job.preprocess), job.max_batch_size
+    )
+    repository.write_ensemble(root / "vilu", job.max_batch_size)
+    repository.write_ensemble(root / "vilu_open", job.max_batch_size, head="vilu_embeddings", candidates=True)
+    spec = job.clip.spec
+    plain = fold(job.checkpoint.head, job.class_set.text_embeddings, logit_scale=spec.logit_scale, layout="plain")
+    write_ragged(plain, job.checkpoint.threshold, root / "vilu_embeddings" / "1" / "ragged.onnx")
+    tokenizer = root / "clip_text" / "1" / "tokenizer.json"
+    transform = write_tokenizer(job.clip, tokenizer)
+    repository.write_embeddings(
+        root / "vilu_embeddings", job.class_set, tokenizer, transform, spec.fingerprint, job.max_batch_size
+    )
+
+
+def _measure(job: Job, root: Path, tick: Ticker) -> tuple[dict[str, Any], dict[str, parity.Answers], parity.Answers]:
+    """The report's figures; answers by provider and the eager model's, for the picture."""
+    references = _references(job)
+    batch = job.max_batch_size
+    label = str(batch)
+    head = _head(job, root)
+    truth = references["vilu_head"]
+    eager = _answers(truth.feed, truth.outputs)
+    graphs: dict[str, Any] = {name: {} for name in references}
+    answers: dict[str, parity.Answers] = {}
+    figures: dict[str, Any] = {"answers": {}, "batches": {}}
+    chained = None
+    for provider, whole in _providers(job):
+        count = len(job.sample.pixels) if whole else SAMPLE
+        for name in ("clip_image", "clip_text"):
+            reference = references[name].head(count)
+            opened = session.open_session(
+                root / name / "1" / "model.onnx", provider, job.precision, threads=job.runtime.cores
+            )
+            outputs = parity.run(opened, reference.input_name, reference.feed, batch)
+            graphs[name][provider] = {label: parity.compare(outputs, reference)}
+            tick(f"checking {name} ({provider})")
+            if name == "clip_text":
+                continue
+            embedding = outputs["IMAGE_EMBEDDING"]
+            answered = head(embedding, batch)
+            if provider == "cpu":
+                chained = {key: value[:SAMPLE] for key, value in answered.items()}
+            answers[provider] = _answers(embedding, answered)
+            labels = job.sample.labels[:count]
+            figures["answers"][provider] = parity.cost(answers[provider], _first(eager, count), labels)
+            if whole:
+
+                def answer(pixels: np.ndarray, size: int, opened: Any = opened) -> parity.Answers:
+                    v = parity.run(opened, "PIXELS", pixels, size)["IMAGE_EMBEDDING"]
+                    return _answers(v, head(v, size))
+
+                sizes = parity.batch_sizes(batch)
+                figures["batches"][provider] = parity.batch_effect(
+                    answer, reference.feed, sizes, lambda: tick("checking batch sizes")
+                )
+    assert chained is not None
+    graphs["vilu_head"]["folded" if job.archs else "cpu"] = {label: parity.compare(head(truth.feed, batch), truth)}
+    graphs["vilu_embeddings"] = {"cpu": {label: _measure_ragged(job, root, truth)}}
+    full = references["vilu_full"].head(SAMPLE)
+    if job.precision in ("float16", "int8"):  # what the joined graph owes is its parts' own answer
+        full = parity.Reference(full.input_name, full.feed, {name: chained[name] for name in full.outputs})
+    opened = session.open_session(root / "vilu_full" / "1" / "model.onnx", threads=job.runtime.cores)
+    graphs["vilu_full"]["cpu"] = {label: parity.compare(parity.run(opened, "PIXELS", full.feed, batch), full)}
+    tick("checking vilu_full")
+    return figures | {"graphs": graphs}, {p: answers[p] for p in figures["batches"]}, eager
+
+
+def _measure_ragged(job: Job, root: Path, truth: parity.Reference) -> dict[str, Any]:
+    """The head over candidates of a request's own, with the class set as those of every image."""
+    opened = session.open_session(root / "vilu_embeddings" / "1" / "ragged.onnx", threads=job.runtime.cores)
+    feed = {
+        "IMAGE_EMBEDDING": truth.feed,
+        "TEXT_EMBEDDINGS": job.class_set.text_embeddings.numpy(),
+        "CANDIDATES": np.tile(np.array([[0, len(job.class_set)]], np.int64), (len(truth), 1)),
+    }
+    outputs = dict(zip(opened.outputs, opened.run(opened.outputs, feed), strict=True))
+    expected = {name: value for name, value in truth.outputs.items() if name in outputs}
+    return parity.compare(outputs, parity.Reference("IMAGE_EMBEDDING", truth.feed, expected))
+
+
+def _providers(job: Job) -> list[tuple[str, bool]]:
+    """(provider, whether it is the one that serves): where OpenVINO is asked for, a server without it falls back."""
+    if job.runtime.provider == "openvino":
+        return [("openvino", True), ("cpu", False)]
+    return [("cpu", True)]
+
+
+def _head(job: Job, root: Path) -> Callable[[np.ndarray, int], dict[str, np.ndarray]]:
+    if job.archs:
+        return lambda embedding, batch: parity.run_head(job.head, job.class_set.names, embedding, batch)
+    opened = session.open_session(root / "vilu_head" / "1" / "model.onnx", threads=1)
+    return lambda embedding, batch: parity.run(opened, "IMAGE_EMBEDDING", embedding, batch)
+
+
+def _answers(embedding: np.ndarray, outputs: parity.Arrays) -> parity.Answers:
+    return parity.Answers(embedding, outputs["CLASS_INDEX"][:, 0], outputs["FAILURE_PROBABILITY"][:, 0])
+
+
+def _first(answers: parity.Answers, count: int) -> parity.Answers:
+    return parity.Answers(*(value[:count] for value in vars(answers).values()))
+
+
+def _references(job: Job) -> dict[str, parity.Reference]:
     """What the eager model, head unfolded, answers for every graph's inputs."""
-    class_set = checkpoint.class_set
-    assert class_set is not None
-    t = class_set.text_embeddings
+    t = job.class_set.text_embeddings
+    feed, tokens = torch.from_numpy(job.sample.pixels), job.texts[0]
+    with torch.no_grad():
+        v = torch.cat([job.clip.encode_pixels(chunk) for chunk in feed.split(32)])
+        text = torch.cat([job.clip.encode_tokens(chunk) for chunk in tokens.split(64)])
+        similarity = v @ t.T
+        confidence = torch.softmax(job.clip.spec.logit_scale * similarity, dim=-1).amax(dim=-1)
+        answer = {
+            "CLASS_INDEX": similarity.argmax(dim=-1).int()[:, None].numpy(),
+            "CONFIDENCE": confidence[:, None].numpy(),
+            "FAILURE_PROBABILITY": job.checkpoint.head.failure_probability(v, t)[:, None].numpy(),
+        }
+    labels = np.array(job.class_set.names, dtype=object)
+    answer["LABEL"] = labels[answer["CLASS_INDEX"]]
 
     def predict(embedding: np.ndarray) -> np.ndarray:
         return (torch.from_numpy(embedding) @ t.T).argmax(dim=-1).numpy()
 
-    with torch.no_grad():
-        v = torch.cat([clip.encode_pixels(chunk) for chunk in feed.split(32)])
-        text = torch.cat([clip.encode_tokens(chunk) for chunk in tokens.split(64)])
-        similarity = v @ t.T
-        confidence = torch.softmax(clip.spec.logit_scale * similarity, dim=-1).amax(dim=-1)
-        answer = {
-            "CLASS_INDEX": similarity.argmax(dim=-1).int()[:, None].numpy(),
-            "CONFIDENCE": confidence[:, None].numpy(),
-            "FAILURE_PROBABILITY": checkpoint.head.failure_probability(v, t)[:, None].numpy(),
-        }
-    labels = np.array(class_set.names, dtype=object)
-    answer["LABEL"] = labels[answer["CLASS_INDEX"]]
     images, embedding = feed.numpy(), v.numpy()
     return {
         "clip_image": parity.Reference("PIXELS", images, {"IMAGE_EMBEDDING": embedding}, predict),
@@ -254,26 +437,39 @@ def _references(
     }
 
 
-def _parity_pixels(clip: Clip, images: Sequence[np.ndarray] | None) -> np.ndarray:
-    from PIL import Image
-
-    if images is None:
-        from vilu.tiny import data
-
-        half = MIN_INPUTS // 2
-        images = [*data.digits("test").images[:half], *data.shapes("test", half).images]
-    if len(images) < MIN_INPUTS:
-        raise UserError(f"parity needs at least {MIN_INPUTS} images, got {len(images)}")
-    return np.stack([pixels(Image.fromarray(image), clip.transform) for image in images])
-
-
-def _parity_texts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    texts = prompts(names, templates)[:MIN_INPUTS]
-    if len(texts) < MIN_INPUTS:
-        from vilu.tiny import data
-
-        texts += data.shapes("test", MIN_INPUTS - len(texts)).captions
-    return texts
+def _report(job: Job, measured: dict[str, Any]) -> dict[str, Any]:
+    runtime = job.runtime
+    notes = []
+    if runtime.device == "gpu":
+        notes.append(
+            "No GPU took part: ONNX Runtime's CPU provider rounds float16 as a GPU does, but sums in float32; "
+            "the fused head was measured in the folded form it is compiled from."
+        )
+    if runtime.provider == "openvino":
+        notes.append("vilu_full holds strings, so it stays on ONNX Runtime's CPU provider, with its clip_image.")
+    return {
+        "tolerance": precisions.HEAD.error,
+        "precision": runtime.precision,
+        "budget": precisions.BUDGETS[runtime.precision].as_dict(),
+        "over_budget": [],
+        "device": runtime.device,
+        "provider": runtime.provider,
+        "preprocess": job.preprocess,
+        "threshold": job.checkpoint.threshold,
+        "calibration": job.checkpoint.meta.get("calibration"),
+        "clip": vars(job.clip.spec),
+        "head": digest(job.checkpoint),
+        "images": {"measured": len(job.sample.pixels), "calibrated": len(job.sample.calibration)},
+        **measured,
+        "notes": notes,
+        "versions": {
+            "vilu": __version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def digest(checkpoint: Checkpoint) -> str:

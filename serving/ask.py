@@ -32,6 +32,7 @@ ROWS = 1024  # answers held at once for a Parquet file
 @click.argument("images", nargs=-1, required=True)
 @connection_options
 @click.option("--model", default="vilu", show_default=True)
+@click.option("--label", "labels", multiple=True, help="A candidate of your own, instead of the class set; repeat.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Seconds."
 )
@@ -44,6 +45,7 @@ def ask_command(
     url: str,
     token: str | None,
     model: str,
+    labels: tuple[str, ...],
     timeout: float,
     batch_size: int,
     in_flight: int,
@@ -73,7 +75,7 @@ def ask_command(
         progress_bar() as bar,
         _Sink.open(output) as sink,
     ):
-        for done, answer in enumerate(client.stream(names), 1):
+        for done, answer in enumerate(client.stream(names, labels or None), 1):
             sink.add(answer)
             if answer.error is not None:
                 bad += 1

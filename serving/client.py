@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import ssl
 import threading
 import time
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ImageLike = Union[str, "os.PathLike[str]", bytes, np.ndarray, "Image.Image"]
+OPEN = "vilu_open"  # the ensemble that reads LABELS
 OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 DEFAULT_URL = "127.0.0.1:8001"
 TOKEN = "vilu-token"  # the header's name; gRPC's has tritonserver's prefix before it
@@ -256,24 +258,25 @@ class AsyncClient:
         await self._unregister()
         await self._client.close()
 
-    async def ask(self, images: Iterable[ImageLike]) -> list[Answer]:
+    async def ask(self, images: Iterable[ImageLike], labels: Sequence[str] | None = None) -> list[Answer]:
         """One Answer per image, in order; a bad image has `error` set and costs the others nothing.
 
         Args:
             images: paths, encoded bytes, Pillow images or (H, W, 3) uint8 arrays.
+            labels: the candidates, asked of the ensemble `vilu_open`; None: the class set of `model`.
 
         Raises:
             ServerUnavailable: no server, an overload, or (DeadlineExceeded) no answer in time.
             AccessDenied: a token is missing or wrong.
         """
-        return [answer async for answer in self.stream(images)]
+        return [answer async for answer in self.stream(images, labels)]
 
-    async def stream(self, images: Iterable[ImageLike]) -> AsyncIterator[Answer]:
+    async def stream(self, images: Iterable[ImageLike], labels: Sequence[str] | None = None) -> AsyncIterator[Answer]:
         """`ask` for any number of images: answers come in order while later images are read and asked."""
         pending: deque[asyncio.Task[list[Answer]]] = deque()
         try:
             for batch in _batches(images, self.batch_size):
-                pending.append(asyncio.create_task(self.ask_batch(batch)))
+                pending.append(asyncio.create_task(self.ask_batch(batch, labels)))
                 if len(pending) == self.in_flight:
                     for answer in await pending.popleft():
                         yield answer
@@ -284,13 +287,13 @@ class AsyncClient:
             for task in pending:
                 task.cancel()
 
-    async def ask_batch(self, items: list[Item]) -> list[Answer]:
+    async def ask_batch(self, items: list[Item], labels: Sequence[str] | None = None) -> list[Answer]:
         """One request. Where the server refuses it for one bad image, each is asked for alone."""
         good = [(name, data) for name, data in items if isinstance(data, bytes)]
         found: Iterator[Answer] = iter(())
         if good:
             try:
-                result = await self._infer([data for _, data in good])
+                result = await self._infer([data for _, data in good], labels)
                 found = iter(_answers(result, [name for name, _ in good]))
             except AccessDenied:
                 raise
@@ -298,15 +301,15 @@ class AsyncClient:
                 if len(good) == 1:
                     found = iter([Answer(good[0][0], error=str(error))])
                 else:
-                    found = iter([answer for item in good for answer in await self.ask_batch([item])])
+                    found = iter([answer for item in good for answer in await self.ask_batch([item], labels)])
         return [data if isinstance(data, Answer) else next(found) for _, data in items]
 
-    async def _infer(self, batch: Sequence[bytes]) -> Any:
+    async def _infer(self, batch: Sequence[bytes], labels: Sequence[str] | None) -> Any:
         end = time.monotonic() + self.timeout
         pause = FIRST_PAUSE
         while True:
             try:
-                return await asyncio.wait_for(self._infer_once(batch), end - time.monotonic())
+                return await asyncio.wait_for(self._infer_once(batch, labels), end - time.monotonic())
             except Exception as error:
                 told, again = self._told(error)
             # Half of the pause is random: clients that were refused together must not come back together.
@@ -316,7 +319,7 @@ class AsyncClient:
             await asyncio.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    async def _infer_once(self, batch: Sequence[bytes]) -> Any:
+    async def _infer_once(self, batch: Sequence[bytes], labels: Sequence[str] | None) -> Any:
         tensor = self._api.InferInput("IMAGE", [len(batch), 1], "BYTES")
         outputs = [self._api.InferRequestedOutput(name) for name in OUTPUTS]
         size = sum(map(len, batch)) + 4 * len(batch)
@@ -326,9 +329,15 @@ class AsyncClient:
         else:
             region.fill(batch)
             tensor.set_shared_memory(region.name, size)
+        inputs, model = [tensor], self.model
+        if labels is not None:
+            row = [label.encode("utf-8", "surrogateescape") for label in labels]
+            inputs.append(self._api.InferInput("LABELS", [len(batch), len(row)], "BYTES"))
+            inputs[1].set_data_from_numpy(np.array([row] * len(batch), dtype=np.object_).reshape(len(batch), -1))
+            model = OPEN
         answered = False
         try:
-            result = await self._client.infer(self.model, [tensor], outputs=outputs, headers=self._headers)
+            result = await self._client.infer(model, inputs, outputs=outputs, headers=self._headers)
             answered = True
             return result
         except InferenceServerException:
@@ -382,7 +391,7 @@ class AsyncClient:
             return AccessDenied(f"{self.url}: the server wants another token"), False
         if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "INTERNAL", "500"):
             # The ensemble's own words around the message say nothing to the client.
-            return RequestRefused(text.removeprefix(f"in ensemble '{self.model}', ")), False
+            return RequestRefused(re.sub(r"^in ensemble '[^']*', ", "", text)), False
         again = status in ("UNAVAILABLE", "503") or type(error).__name__ == "ClientConnectorError"
         return ServerUnavailable(f"{self.url}: {text}"), again
 
@@ -431,16 +440,16 @@ class Client:
             self._run(self._asker.close())
             self._end()
 
-    def ask(self, images: Iterable[ImageLike]) -> list[Answer]:
+    def ask(self, images: Iterable[ImageLike], labels: Sequence[str] | None = None) -> list[Answer]:
         """As `AsyncClient.ask`."""
-        return list(self.stream(images))
+        return list(self.stream(images, labels))
 
-    def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
+    def stream(self, images: Iterable[ImageLike], labels: Sequence[str] | None = None) -> Iterator[Answer]:
         """As `AsyncClient.stream`; the images are read in the caller's thread."""
         pending: deque[Any] = deque()
         try:
             for batch in _batches(images, self._asker.batch_size):
-                pending.append(asyncio.run_coroutine_threadsafe(self._asker.ask_batch(batch), self._loop))
+                pending.append(asyncio.run_coroutine_threadsafe(self._asker.ask_batch(batch, labels), self._loop))
                 if len(pending) == self._asker.in_flight:
                     yield from pending.popleft().result()
             while pending:

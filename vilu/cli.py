@@ -122,10 +122,39 @@ def clip_options(command: Any) -> Any:
 @click.option("--classes", type=click.Path(path_type=Path), help="Other class names, one a line.")
 @click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for several.")
 @clip_options
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of images to measure parity on (at least 256).")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of images to measure parity on (at least 256; int8: 320); sub-folders named as classes label them.",
+)
+@click.option(
+    "--parity-images", type=click.IntRange(min=256), default=256, show_default=True, help="How many are drawn from it."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of the CLIP towers: float16 for GPUs, bfloat16 for CPUs that have it, int8 calibrated on --images.",
+)
+@click.option("--allow-loss", is_flag=True, help="Keep an export over its precision's budget; parity.json says so.")
+@click.option(
+    "--preprocess",
+    type=click.Choice(["exact", "fast"]),
+    default="exact",
+    show_default=True,
+    help="fast: decode large JPEGs at reduced scale.",
+)
 @click.option("--threshold", type=click.FloatRange(0, 1), help="Accept below this failure probability.")
 @click.option("--max-batch-size", type=click.IntRange(2, 1024), default=32, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="What the servers have.  [default: cpu]")
+@click.option(
+    "--provider",
+    type=click.Choice(["openvino", "cpu", "cuda", "tensorrt"]),
+    help="What runs the towers.  [default: openvino where installed, else cpu; for GPUs cuda]",
+)
+@click.option("--cores", type=click.IntRange(min=1), help="Of a CPU server.  [default: this machine's]")
+@click.option("--engines", default="/tmp/vilu-engines", show_default=True, help="TensorRT's engines, on the server.")
 @click.option(
     "--cuda-arch",
     metavar="LIST",
@@ -139,12 +168,21 @@ def export_command(
     clip_name: str | None,
     pretrained: str | None,
     images: Path | None,
+    parity_images: int,
+    precision: str,
+    allow_loss: bool,
+    preprocess: str,
     threshold: float | None,
     max_batch_size: int,
     device: str | None,
+    provider: str | None,
+    cores: int | None,
+    engines: str,
     cuda_arch: str | None,
 ) -> None:
     """Write ONNX graphs and a Triton model repository, proven equal to the eager model.
+
+    What the precision costs on the images is in the repository's parity.md; over its budget nothing is written.
 
     The authors' .ckpt files name no CLIP and no classes: give --clip, --pretrained and --classes for them.
     """
@@ -154,9 +192,10 @@ def export_command(
     from vilu.class_set import DEFAULT_TEMPLATES, read_names
     from vilu.clip import load_clip
     from vilu.export import export
-    from vilu.images import image_files, read_rgb
+    from vilu.export.images import CALIBRATION, from_folder
 
-    target: dict[str, Any] = {"device": device or ("gpu" if cuda_arch else "cpu")}
+    target: dict[str, Any] = {"device": device or ("gpu" if cuda_arch else "cpu"), "provider": provider, "cores": cores}
+    target |= {"precision": precision, "allow_loss": allow_loss, "engines": engines, "preprocess": preprocess}
     if cuda_arch is not None:
         if device == "cpu":
             raise UserError("--cuda-arch is for --device gpu")
@@ -191,15 +230,14 @@ def export_command(
         threshold=checkpoint.threshold if threshold is None else threshold,
     )
     with progress_bar() as bar:
-        feed = [read_rgb(path) for path in image_files(images)] if images else None
-        report = export(
-            checkpoint, output, clip=clip, images=feed, max_batch_size=max_batch_size, **target, progress=bar
-        )
-    worst = max(
-        error
-        for providers in report["graphs"].values()
-        for rows in providers.values()
-        for row in rows.values()
-        for error in row["max_abs_error"].values()
+        if images is not None:
+            wanted = parity_images + (CALIBRATION if precision == "int8" else 0)
+            target["images"], target["labels"] = from_folder(images, class_set.names, wanted)
+        report = export(checkpoint, output, clip=clip, max_batch_size=max_batch_size, **target, progress=bar)
+    cost = report["answers"][next(iter(report["answers"]))]
+    click.echo(
+        f"{output}: {precision}, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
+        f"P(failure) within {cost['failure_probability_error']['max']:.1e}"
     )
-    click.echo(f"{output}: {len(report['graphs'])} graphs, largest difference from the eager model {worst:.1e}")
+    for problem in report["over_budget"]:
+        click.echo(f"over budget, kept by --allow-loss: {problem}", err=True)

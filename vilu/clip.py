@@ -1,4 +1,9 @@
-"""CLIP towers through open_clip: any of its models, a local folder, or the embedded default."""
+"""CLIP towers through open_clip: any of its models, a local folder, or the embedded default.
+
+Models trained with the sigmoid loss (SigLIP) are served as all others: one answer among K candidates, with confidence
+max softmax(logit_scale · v · t). Their logit_bias is added to every candidate alike, so it cancels in a softmax and is
+not kept; the sigmoid of one pair, which it does move, is no probability among candidates.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +48,7 @@ class Clip(nn.Module):
         spec: its name, weights, logit scale and fingerprint.
         transform: image bytes to (S, S, 3) uint8 pixels.
         mean, std: (3,) normalisation of pixels in [0, 1].
-        tokenize: list of strings to (N, L) int64 token ids.
+        tokenize: open_clip's tokenizer: list of strings to (N, L) int64 token ids.
     """
 
     mean: Tensor
@@ -61,7 +66,9 @@ class Clip(nn.Module):
             raise UserError(f"CLIP {spec.name}: image size {size} is not square")
         if config["resize_mode"] not in RESIZE_MODES:
             raise UserError(f"CLIP {spec.name}: resize mode {config['resize_mode']!r} is not supported")
-        self.transform = Transform(side, config["resize_mode"], config["interpolation"])
+        self.transform = Transform(
+            side, config["resize_mode"], config["interpolation"], fill_color=config["fill_color"]
+        )
         self.register_buffer("mean", torch.tensor(config["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]), persistent=False)
 
@@ -195,7 +202,7 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
             f"CLIP {name}: these weights ({digest[:12]}) are not those the head was trained on ({fingerprint[:12]})"
         )
     scale = float(model.logit_scale.detach().exp())
-    return Clip(model, ClipSpec(name, pretrained, scale, digest), _tokenizer(source))
+    return Clip(model, ClipSpec(name, pretrained, scale, digest), _tokenizer(source, name))
 
 
 def _needs_quick_gelu(name: str, pretrained: str | None) -> bool:
@@ -211,12 +218,35 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer(source: str) -> Callable[[list[str]], Tensor]:
-    # A folder may carry its own merges: a config cannot name them, as open_clip wants an absolute path.
+def _tokenizer(source: str, name: str) -> Callable[[list[str]], Tensor]:
+    """open_clip's tokenizer object; where its files cannot be had, a stand-in that says so once it is asked."""
     folder = Path(source.removeprefix(LOCAL))
     merges = folder / "bpe.txt.gz"
-    if source.startswith(LOCAL) and merges.is_file():
-        config = json.loads((folder / "open_clip_config.json").read_text())
-        length = config["model_cfg"]["text_cfg"]["context_length"]
-        return open_clip.SimpleTokenizer(bpe_path=str(merges), context_length=length)
-    return open_clip.get_tokenizer(source)
+    try:
+        # A folder may carry its own merges: a config cannot name them, as open_clip wants an absolute path.
+        if source.startswith(LOCAL) and merges.is_file():
+            text = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+            options = {"context_length": text["context_length"], **text.get("tokenizer_kwargs", {})}
+            return open_clip.SimpleTokenizer(bpe_path=str(merges), **options)
+        return open_clip.get_tokenizer(source)
+    except Exception as error:  # transformers and the hub raise many types
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return _MissingTokenizer(f"CLIP {name}: its tokenizer cannot be loaded ({reason[0]}){_advice(error, source)}")
+
+
+def _advice(error: Exception, source: str) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"; pip install {error.name}"
+    if source.startswith(LOCAL):
+        return ""
+    return "; put its tokenizer.json beside the weights in a folder of open_clip's layout and name local-dir:FOLDER"
+
+
+class _MissingTokenizer:
+    """The image tower, and embeddings made elsewhere, need no tokenizer: the error waits until text does."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        raise UserError(self.message)

@@ -1,6 +1,8 @@
 import json
 import shutil
+import subprocess
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +22,52 @@ from vilu.tiny import data
 
 # The package's attribute of this name is the function.
 module = import_module("vilu.export.export")
-MODELS = {"preprocess", "clip_image", "vilu_head", "vilu_full", "clip_text", "vilu"}
+MODELS = {"preprocess", "clip_image", "clip_text", "vilu_head", "vilu_full", "vilu_embeddings", "vilu", "vilu_open"}
+ENSEMBLES = {"vilu": "vilu_head", "vilu_open": "vilu_embeddings"}  # and which model ends it
 
 
-def test_every_graph_is_proven_at_three_batch_sizes(repository):
+def test_every_graph_is_proven(repository):
     report = json.loads((repository / "parity.json").read_text())
-    assert set(report["graphs"]) == MODELS - {"preprocess", "vilu"}
-    for providers in report["graphs"].values():
-        assert set(providers["cpu"]) == {"1", "2", "8"}
-        for row in providers["cpu"].values():
-            assert row["inputs"] >= 256
+    assert set(report["graphs"]) == MODELS - {"preprocess", *ENSEMBLES}
+    assert (report["precision"], report["over_budget"]) == ("float32", [])
+    for name, providers in report["graphs"].items():
+        rows = [row for by_batch in providers.values() for row in by_batch.values()]
+        assert all(set(by_batch) == {"8"} for by_batch in providers.values())
+        assert rows[0]["inputs"] >= (64 if name == "vilu_full" else 256)
+        for row in rows:
             assert row["argmax_agreement"] == 1
             assert max(row["max_abs_error"].values()) <= 1e-4
-    assert "FAILURE_PROBABILITY" in report["graphs"]["vilu_full"]["cpu"]["1"]["max_abs_error"]
+    assert "FAILURE_PROBABILITY" in report["graphs"]["vilu_full"]["cpu"]["8"]["max_abs_error"]
+
+
+def test_answers_are_measured_as_they_are_served(repository):
+    report = json.loads((repository / "parity.json").read_text())
+    answers = report["answers"][report["provider"]]
+    assert answers["images"] == 256
+    assert answers["cosine"]["min"] > 1 - 1e-6
+    assert answers["failure_probability_error"]["max"] <= 1e-4
+    assert 100 < answers["ranking"]["images"] < 156, "half of the default images are digits, and their labels are known"
+    assert abs(answers["ranking"]["change"]["AUC"]) < 1e-6
+    batches = report["batches"][report["provider"]]
+    assert batches["sizes"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert batches["argmax_changes"] == 0
+    assert batches["failure_probability_moves"] <= 1e-6
+    text = (repository / "parity.md").read_text()
+    assert "float32, cpu" in text
+    assert "100.00%" in text
+    assert (repository / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_graphs_load_in_old_runtimes_and_name_no_machine(repository):
-    for name in MODELS - {"preprocess", "vilu"}:
-        path = repository / name / "1" / "model.onnx"
+    for name in MODELS - {"preprocess", *ENSEMBLES}:
+        path = repository / name / "1" / ("ragged.onnx" if name == "vilu_embeddings" else "model.onnx")
         model = onnx.load(path)
         assert model.ir_version <= 10
         assert all(item.version <= 20 for item in model.opset_import)
-        assert {item.domain for item in model.opset_import} <= {""}
+        assert {item.domain for item in model.opset_import} <= {"", "com.microsoft"}
         for value in [*model.graph.input, *model.graph.output]:
-            assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+            axis = "classes" if value.name == "TEXT_EMBEDDINGS" else "batch"
+            assert value.type.tensor_type.shape.dim[0].dim_param == axis
         assert str(Path(__file__).parents[2]).encode() not in path.read_bytes()
 
 
@@ -53,11 +77,11 @@ def test_configs_are_complete(repository):
         config = text_format.Parse((repository / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         assert config.name == name
         assert config.max_batch_size == 8
-        if name == "vilu":
+        if name in ENSEMBLES:
             assert [step.model_name for step in config.ensemble_scheduling.step] == [
                 "preprocess",
                 "clip_image",
-                "vilu_head",
+                ENSEMBLES[name],
             ]
             assert (repository / name / "1").is_dir()
         else:
@@ -65,7 +89,10 @@ def test_configs_are_complete(repository):
                 (model_config_pb2.ModelInstanceGroup.KIND_CPU, 1)
             ]
             assert (repository / name / "1" / config.default_model_filename).is_file()
-            assert config.HasField("dynamic_batching")
+            queue = config.dynamic_batching.default_queue_policy
+            assert 0 < queue.max_queue_size <= 1024
+            assert queue.default_timeout_microseconds > 0
+            assert queue.allow_timeout_override
     assert (repository / "labels.txt").read_text().splitlines() == list(data.digits("test").names)
 
 
@@ -124,7 +151,9 @@ def test_a_vision_transformer_and_names_with_accents_are_exported(tmp_path):
     for layer in (head.query, head.key, head.value):
         torch.nn.init.normal_(layer.weight, std=0.3)
     report = export(Checkpoint(head, clip.spec, class_set), tmp_path / "repository", clip=clip, max_batch_size=3)
-    assert set(report["graphs"]["vilu_full"]["cpu"]) == {"1", "2", "3"}
+    assert set(report["graphs"]["vilu_full"]["cpu"]) == {"3"}
+    (batches,) = report["batches"].values()
+    assert batches["sizes"] == [1, 2, 3]
     assert (tmp_path / "repository" / "labels.txt").read_text("utf-8").splitlines() == list(class_set.names)
 
 
@@ -134,7 +163,8 @@ def test_disagreeing_answers_and_nan_are_over_the_budget():
     row = parity.compare({"CLASS_INDEX": np.array([[0], [0]]), "P": np.array([[0.1], [np.nan]])}, reference)
     assert row["argmax_agreement"] == 0.5
     assert row["max_abs_error"]["P"] == float("inf")
-    assert len(list(parity.failures({"g": {"cpu": {"1": row}}}))) == 2
+    report = {"precision": "float32", "graphs": {"g": {"cpu": {"1": row}}}, "answers": {}}
+    assert len(list(parity.failures(report))) == 2
 
 
 def test_bad_requests_write_nothing(tmp_path, clip, checkpoint):
@@ -149,7 +179,12 @@ def test_bad_requests_write_nothing(tmp_path, clip, checkpoint):
         (tmp_path / "absent.safetensors", tmp_path / "r", {}, "cannot be read"),
         (checkpoint, tmp_path / "r", {"max_batch_size": 1}, "at least 2"),
         (checkpoint, tmp_path / "r", {"images": [np.zeros((8, 8, 3), np.uint8)]}, "at least 256 images"),
-        (Checkpoint(ViLUHead(64), clip.spec, checkpoint.class_set), tmp_path / "r", {}, "the head is 64 wide"),
+        (
+            Checkpoint(ViLUHead(64), clip.spec, checkpoint.class_set),
+            tmp_path / "r",
+            {},
+            "reads embeddings 64 wide, CLIP vilu-tiny gives 128",
+        ),
     ]
     for ckpt, output, options, message in cases:
         with pytest.raises(UserError, match=message):
@@ -166,11 +201,95 @@ def test_other_weights_than_the_heads_are_refused(tmp_path, checkpoint):
         export(stranger, tmp_path / "r")
 
 
-def test_unknown_clip_names_suggest_near_ones():
-    with pytest.raises(UserError, match=r"near: .*ViT-B-32"):
-        load_clip("ViT-B32", "openai")
+@pytest.fixture
+def command(tmp_path, checkpoint, monkeypatch, capsys):
+    """`vilu export` in this process: what it prints to stderr, after exit code 2 and with nothing new on the disk."""
+    from vilu import save_checkpoint
+    from vilu.cli import run
+
+    save_checkpoint(checkpoint, tmp_path / "head.safetensors")
+
+    def refuse(*arguments, ckpt=tmp_path / "head.safetensors", output=tmp_path / "repository"):
+        before = snapshot(tmp_path)
+        given = ["--ckpt", ckpt, *arguments, "--output", output]
+        monkeypatch.setattr("sys.argv", ["vilu-export", *map(str, given)])
+        with pytest.raises(SystemExit) as ended:
+            run(export_command, "vilu-export")
+        assert ended.value.code == 2
+        assert snapshot(tmp_path) == before
+        assert not [path for path in tmp_path.rglob(".*") if path.is_dir()]
+        (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("vilu-export: ")]
+        return line
+
+    return refuse
+
+
+def authors_file(path, dim):
+    """A checkpoint in the authors' layout, which names neither CLIP nor classes."""
+    widths = [3 * dim, 512, 256, 128, 1]
+    state = {"iteration_count": torch.tensor(0)}
+    for i, (wide, narrow) in enumerate(pairwise(widths)):
+        state |= {f"mlp.{2 * i}.weight": torch.zeros(narrow, wide), f"mlp.{2 * i}.bias": torch.zeros(narrow)}
+    state |= {f"in_proj_{side}.weight": torch.eye(dim) for side in "vt"}
+    torch.save({"epoch": 1, "state_dict": state}, path)
+    return path
+
+
+def test_unknown_clip_names_suggest_near_ones(command):
+    assert "near: ViT-B-32" in command("--clip", "ViT-B32", "--pretrained", "openai")
     with pytest.raises(UserError, match="name its weights"):
         load_clip("ViT-B-32")
+
+
+def test_weights_of_another_architecture(command, tmp_path):
+    save_file({"logit_scale": torch.zeros(()), "visual.proj": torch.zeros(3, 5)}, tmp_path / "other.safetensors")
+    line = command("--clip", "RN50", "--pretrained", tmp_path / "other.safetensors")
+    assert "weights cannot be loaded" in line
+
+
+def test_a_head_of_another_width(command, tmp_path):
+    ckpt = authors_file(tmp_path / "authors.ckpt", 64)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    line = command("--clip", "vilu-tiny", "--classes", tmp_path / "classes.txt", ckpt=ckpt)
+    assert "reads embeddings 64 wide, CLIP vilu-tiny gives 128" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("cat\ndog\ncat\n", "class name 3 ('cat') repeats class name 1"), ("cat\n\ndog\n", "class name 2 is empty")],
+)
+def test_bad_class_files(command, tmp_path, text, message):
+    (tmp_path / "classes.txt").write_text(text)
+    assert message in command("--classes", tmp_path / "classes.txt")
+
+
+def test_too_few_images_to_calibrate_on(command, tmp_path):
+    from PIL import Image
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(300):
+        Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(photos / f"{i}.png")
+    line = command("--precision", "int8", "--images", photos)
+    assert "at least 320 images (64 to calibrate on, 256 others to measure on), got 300" in line
+
+
+def test_an_unwritable_output(command, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be written" in command(output=tmp_path / "file" / "repository")
+
+
+def test_a_full_disk_leaves_the_old_repository(command, tmp_path, repository):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in repository.rglob("*") if path.is_file()) + (2 << 20)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no permission to mount a small file system")
+    try:
+        shutil.copytree(repository, disk / "repository")
+        assert "No space left on device" in command("--max-batch-size", "2", output=disk / "repository")
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_command_line_help_names_its_options():

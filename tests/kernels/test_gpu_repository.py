@@ -76,7 +76,9 @@ def test_configs(root):
     on_gpu = [pb.ModelInstanceGroup.KIND_GPU]
     assert kinds == dict.fromkeys(["clip_image", "clip_text", "vilu_full", "vilu_head"], on_gpu) | {
         "preprocess": [pb.ModelInstanceGroup.KIND_CPU],
+        "vilu_embeddings": [pb.ModelInstanceGroup.KIND_CPU],
         "vilu": [],
+        "vilu_open": [],
     }
     head = configs["vilu_head"]
     assert (head.backend, head.default_model_filename, head.max_batch_size) == ("python", "model.py", MAX_BATCH)

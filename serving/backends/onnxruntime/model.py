@@ -1,38 +1,19 @@
 """A Python-based Triton backend named `onnxruntime`, for servers that carry no native one.
 
-The same model repository then runs here and on the native backend of NVIDIA's container. OpenVINO's provider is used
-when its plugin is installed, knows this CPU, and the graph holds no strings; else ONNX Runtime's own CPU provider.
+The same model repository then runs here and on the native backend of NVIDIA's container. What the model's parameters
+ask for is what it gets where this machine has it: see session.py.
 """
 
 import json
 import os
+import sys
 
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
-_TYPES = {
-    "tensor(bool)": np.bool_,
-    "tensor(uint8)": np.uint8,
-    "tensor(int8)": np.int8,
-    "tensor(int32)": np.int32,
-    "tensor(int64)": np.int64,
-    "tensor(float16)": np.float16,
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(string)": np.object_,
-}
-
-
-def _openvino_cpu():
-    try:
-        import onnxruntime_ep_openvino as plugin
-    except ImportError:
-        return []
-    name = plugin.get_ep_name()
-    onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
-    devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == name]
-    return [d for d in devices if d.ep_metadata.get("ov_device") == "CPU"][:1]
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from session import open_session
 
 
 class TritonPythonModel:
@@ -45,23 +26,17 @@ class TritonPythonModel:
         path = os.path.join(
             args["model_repository"], args["model_version"], config.get("default_model_filename") or "model.onnx"
         )
-        options = onnxruntime.SessionOptions()
-        threads = config.get("parameters", {}).get("intra_op_thread_count", {}).get("string_value")
-        if threads:  # the native backend's own parameter
-            options.intra_op_num_threads = int(threads)
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        provider = "CPU"
-        tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
-        if all(t.type != "tensor(string)" for t in tensors):
-            devices = _openvino_cpu()
-            if devices:
-                # bfloat16 is OpenVINO's own choice on a CPU with AMX; float32 was proven by the export.
-                precision = {"load_config": '{"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}'}
-                options.add_provider_for_devices(devices, precision)
-                self.session = onnxruntime.InferenceSession(path, options)
-                provider = "OpenVINO"
-        pb_utils.Logger.log_info(f"{args['model_name']}: ONNX Runtime {onnxruntime.__version__}, {provider} provider")
-        self.inputs = {i.name: _TYPES[i.type] for i in self.session.get_inputs()}
+        asked = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        self.session = open_session(
+            path,
+            asked.get("provider", "cpu"),
+            asked.get("precision", "float32"),
+            int(asked.get("intra_op_thread_count", 0)),  # the native backend's own parameter
+        )
+        pb_utils.Logger.log_info(
+            f"{args['model_name']}: {self.session.provider} (onnxruntime {onnxruntime.__version__})"
+        )
+        self.inputs = self.session.inputs
         self.batched = config["max_batch_size"] > 0
 
     def _feed(self, request):

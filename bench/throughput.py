@@ -1,0 +1,410 @@
+"""CLIP with a ViLU head, every way to run it, side by side: the same images, weights and cores, correctness first.
+
+    python bench/throughput.py [--clip ViT-B-32 --pretrained random | --ckpt FILE] [--quick] [--output BASE]
+
+Measures (a) the image tower alone, pixels in and embedding out; (b) encoded JPEG in, answer out, in one process; (c)
+the real server over gRPC, closed and open loop; and what these cores allow. Contenders take turns in every round, so
+that what else the machine does falls on all alike. A row whose answers are over the parity budget is marked and has no
+rank. Writes BASE.json and BASE.png. On a GPU machine (not tried so far) the same program takes CUDA eager and
+the CUDA provider.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from contenders import CLASSES, Way, cores, exported, peers, photos, stand_in
+from head import machine
+from loadgen import Load, Processes, request
+from rich.console import Console
+from throughput_rows import BATCH, Reference, Row, Served, Timing, document, picture, print_report, targets
+
+from vilu import Checkpoint, load_checkpoint, load_clip
+from vilu.checkpoint import save_checkpoint
+from vilu.cli import progress_bar
+from vilu.clip import Clip
+from vilu.errors import UserError
+from vilu.image import decode
+
+ROOT = Path(__file__).parents[1]
+PHOTOS = 384  # what an int8 export wants for parity and calibration; the timed ones are the first of them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long everything is measured."""
+
+    rounds: int
+    timed: int  # images
+    seconds: float  # of one contender's turn at one batch size
+    window: float  # of one load on the server
+    levels: tuple[int, ...]  # closed-loop concurrency
+    shares: tuple[float, ...]  # open-loop rates, of the closed loop's throughput at 16
+
+
+FULL = Plan(5, 64, 1.0, 4.0, (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.95))
+QUICK = Plan(2, 32, 0.5, 2.0, (1, 16), (0.8,))
+
+
+class Bench:
+    """One run: rows of contenders and servers over one set of images."""
+
+    def __init__(self, plan: Plan, images: Sequence[bytes], device: str) -> None:
+        self.plan, self.images, self.device = plan, images, device
+        self.rows: list[Row] = []
+        self.servers: list[Served] = []
+        self.reference: Reference | None = None
+
+    def add(self, found: Iterable[tuple[str, str, Callable[[], Way]]], tick: Callable[[str], None]) -> None:
+        """Build contenders and check each; the first is the reference."""
+        for name, precision, build in found:
+            tick(f"{name}, {precision}")
+            row = Row(name, precision)
+            self.rows.append(row)
+            try:
+                row.way = build()
+                row.ours, row.note = row.way.ours, row.way.note
+                with torch.inference_mode():
+                    self._check(row)
+            except Exception as error:  # whatever a peer raises costs its own row only
+                row.way = None
+                row.note = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+    def _check(self, row: Row) -> None:
+        """Parity, by way of which every shape that is timed later is warm: batches of 16 and of 1."""
+        way = row.way
+        assert way is not None
+        parts = []
+        for start in range(0, len(self.images), BATCH):
+            v = way.tower(way.batch(self.images[start : start + BATCH]))
+            parts.append((np.asarray(torch.as_tensor(v).float().cpu()), *way.head(v)))
+        embedding, failure, index = (np.concatenate(column) for column in zip(*parts, strict=True))
+        alone = way.answer(self.images[:1])
+        if self.reference is None:
+            self.reference = Reference(embedding, failure.astype(np.float64), index)
+        row.parity = self.reference.judge(row.precision, failure, index, embedding)
+        row.parity["batch_effect"] = float(abs(alone[0][0] - failure[0]))
+
+    def measure(self, tick: Callable[[str], None]) -> None:
+        """All rounds: every contender's tower and whole answer at batch 1 and 16, every server at every concurrency."""
+        passed = [row for row in self.rows if row.way is not None]
+        ready = {id(row): self._prepared(row) for row in passed}
+        for turn in range(self.plan.rounds):
+            with torch.inference_mode():
+                for row in passed:
+                    tick(f"round {turn + 1}: {row.name}, {row.precision}")
+                    for kind, call in ready[id(row)].items():
+                        timing = row.timings.setdefault(kind, Timing(int(kind.split()[1])))
+                        timing.take(call, self.plan.seconds)
+            for served in self.servers:
+                for level in self.plan.levels:
+                    tick(f"round {turn + 1}: server, {served.precision}, {level} at a time")
+                    served.closed.setdefault(level, []).append(served.load.closed(level, self.plan.window))
+        for served in self.servers:
+            for rate in served.rates or [share * served.peak() for share in self.plan.shares]:
+                tick(f"server, {served.precision}, {rate:.1f} a second")
+                if rate > 0:
+                    served.open[rate] = [served.load.open(rate, 2 * self.plan.window)]
+
+    def _prepared(self, row: Row) -> dict[str, Callable[[], Any]]:
+        way = row.way
+        assert way is not None
+        calls: dict[str, Callable[[], Any]] = {}
+        batches = [self.images[i : i + BATCH] for i in range(0, len(self.images) - BATCH + 1, BATCH)]
+        turns = [0, 0]
+
+        def answer_one() -> None:
+            turns[0] += 1
+            way.answer([self.images[turns[0] % len(self.images)]])
+
+        def answer_many() -> None:
+            turns[1] += 1
+            way.answer(batches[turns[1] % len(batches)])
+
+        for size in (1, BATCH):
+            batch = way.batch(self.images[:size])
+            calls[f"tower {size}"] = synchronised(functools.partial(way.tower, batch), self.device)
+        return calls | {"answer 1": answer_one, f"answer {BATCH}": answer_many}
+
+
+def synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    if device != "cuda":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def serve_parity(
+    url: str, images: Sequence[bytes], precision: str, reference: Reference | None
+) -> dict[str, Any] | None:
+    """The server's answers against the reference; None without one. Raises UserError where it answers an error."""
+    from vilu.serving import Client
+
+    with Client(url, timeout=120) as client:
+        answers = [answer.raise_for_error() for answer in client.ask(images)]
+    if reference is None:
+        return None
+    failure = np.array([answer.failure_probability for answer in answers])
+    return reference.judge(precision, failure, np.array([answer.class_index for answer in answers]))
+
+
+def decode_timing(images: Sequence[bytes], clip: Clip, threads: int, rounds: int) -> Timing:
+    """vilu.image.decode of all images, `threads` at a time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    timing = Timing(len(images))
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(rounds):
+            timing.take(lambda: list(pool.map(lambda data: decode(data, clip.transform), images)), 0.2)
+    return timing
+
+
+def export_measured(checkpoint: Path, output: Path, images: Path, precision: str, device: str) -> dict[str, Any]:
+    """`vilu export` in a process of its own: seconds, and the most memory it held.
+
+    Raises:
+        UserError: with the last line it printed.
+    """
+    command = [sys.executable, "-m", "vilu", "export", "--ckpt", str(checkpoint), "--output", str(output)]
+    command += ["--images", str(images), "--device", "gpu" if device == "cuda" else "cpu"]
+    if precision != "float32":
+        command += ["--precision", precision]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        printed.seek(0)
+        lines = printed.read().decode(errors="replace").strip().splitlines()
+    if process.returncode:
+        raise UserError(lines[-1] if lines else f"vilu export ended with code {process.returncode}")
+    return {"precision": precision, "seconds": seconds, "peak_gib": usage.ru_maxrss / 2**20}
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """The machine, versions and commit that every figure belongs to."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError):
+        line = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags"))
+        flags = {f for f in line.split() if f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni") or
+                 f.startswith("amx")}  # fmt: skip
+    found = machine(device) | {"threads": threads, "cores": cores(), "cpu_flags": sorted(flags)}
+    for package in ("vilu", "open_clip_torch", "onnx", "openvino", "onnxruntime-ep-openvino", "nvidia-pytriton",
+                    "tritonclient", "numpy", "pillow"):  # fmt: skip
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--clip", "clip_name", default="ViT-B-32", show_default=True, help="open_clip model name or vilu-tiny.")
+@click.option("--pretrained", help="Weights: a tag, a file or 'random'.  [default: random]")
+@click.option("--ckpt", type=click.Path(path_type=Path), help="A trained head; brings its CLIP and classes.")
+@click.option("--url", help="HOST:PORT of a running server: measured in (c) instead of one of this run's.")
+@click.option("--images", "folder", type=click.Path(path_type=Path), help="Folder of images.  [default: sample photos]")
+@click.option("--repository", "repositories", multiple=True, type=click.Path(path_type=Path, exists=True),
+              help="An export of this very checkpoint, instead of exporting; may be repeated.")  # fmt: skip
+@click.option(
+    "--keep", type=click.Path(path_type=Path), help="Folder for the checkpoint and the exports, kept for --repository."
+)
+@click.option(
+    "--precisions",
+    default=None,
+    help="To export, by comma; with --url that of the server.  [default: all that `vilu export` has]",
+)
+@click.option(
+    "--rates", default="", help="Open-loop rates, images/s, by comma.  [default: shares of the closed loop's]"
+)
+@click.option("--threads", type=click.IntRange(1), default=None, help="For every contender.  [default: the cores]")
+@click.option("--quick", is_flag=True, help="Under two minutes: fewer contenders, loads and rounds; float32 alone.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Without suffix.  [default: bench/results/throughput-DEVICE]"
+)
+def main(**given: Any) -> None:
+    """Every way to run a CLIP with a ViLU head, side by side."""
+    try:
+        run(**given)
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def run(
+    *,
+    clip_name: str = "ViT-B-32",
+    pretrained: str | None = None,
+    ckpt: Path | None = None,
+    url: str | None = None,
+    folder: Path | None = None,
+    repositories: Sequence[Path] = (),
+    keep: Path | None = None,
+    precisions: str | None = None,
+    rates: str = "",
+    threads: int | None = None,
+    quick: bool = False,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """The whole run; returns what BASE.json holds. Raises UserError for the user's mistakes."""
+    from vilu.serving import Server
+
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = threads or cores()
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    plan = QUICK if quick else FULL
+    output = output or ROOT / f"bench/results/throughput-{device}"
+    asked = numbers(rates)
+    if url is not None:
+        url = url.removeprefix("grpc://")
+        if "://" in url:
+            raise UserError(f"{url}: the load is sent over gRPC, give HOST:PORT of that")
+    jpegs = photos(PHOTOS, folder)
+    images = jpegs[: plan.timed]
+    bench = Bench(plan, images, device)
+    exports: list[dict[str, Any]] = []
+    decoding = None
+    about = environment(device, threads)
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vilu-bench-")))
+        bar = stack.enter_context(progress_bar())
+        steps = [0]
+
+        def tick(what: str) -> None:
+            steps[0] += 1
+            bar(what, steps[0], steps[0] + 1)
+
+        if url is None or ckpt is not None:
+            if ckpt is not None:
+                checkpoint = load_checkpoint(ckpt)
+                if checkpoint.clip is None or checkpoint.class_set is None:
+                    raise UserError(f"{ckpt}: names no CLIP and no classes")
+                spec = checkpoint.clip
+                clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+            else:
+                clip = load_clip(clip_name, pretrained or (None if clip_name == "vilu-tiny" else "random"))
+                checkpoint = stand_in(clip, images if quick else jpegs)
+            about |= {"clip": clip.spec.name, "pretrained": clip.spec.pretrained,
+                      "classes": len(checkpoint.class_set.names) if checkpoint.class_set else CLASSES}  # fmt: skip
+            ready = export_all(checkpoint, jpegs, repositories, precisions, quick, device, keep or work, exports, tick)
+            bench.add(peers(clip, checkpoint, device, threads, work, quick), tick)
+            for precision, repository in ready:
+                bench.add(exported(repository, precision, clip, device, threads), tick)
+            decoding = decode_timing(images, clip, threads, plan.rounds)
+        else:
+            ready = []
+        requests = [request(image) for image in images]
+        if url is not None:
+            precision = (precisions or "float32").split(",")[0]
+            parity = serve_parity(url, images, precision, bench.reference)
+            bench.servers.append(Served(precision, Load(url, requests), asked, parity))
+        else:
+            for precision, repository in ready:
+                tick(f"starting a server, {precision}")
+                server = stack.enter_context(Server(repository, log=work / f"{precision}.log", startup_seconds=180))
+                assert server.process is not None
+                parity = serve_parity(server.grpc_url, images, precision, bench.reference)
+                load = Load(server.grpc_url, requests, processes=Processes(server.process.pid))
+                bench.servers.append(Served(precision, load, asked, parity))
+        bench.measure(tick)
+        bar("measured", 1, 1)
+
+    goals = targets(bench.rows, bench.servers, decoding, exports)
+    about["load_after"] = os.getloadavg()[0]
+    extra = {"images": len(images), "export": exports, "decode": decoding and decoding.rate(), "targets": goals}
+    report = document(bench.rows, bench.servers, about, extra)
+    print_report(console, bench.rows, bench.servers, report, decoding)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.json")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    temporary.replace(output.with_name(f"{output.name}.json"))
+    picture(
+        bench.rows,
+        bench.servers,
+        output.with_name(f"{output.name}.png"),
+        f"{about.get('clip', url)}, {about['device']}, {threads} threads",
+    )
+    return report
+
+
+def numbers(text: str) -> list[float]:
+    """Rates above 0, by comma."""
+    try:
+        found = [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < rate < float("inf") for rate in found):
+        raise UserError(f"--rates {text!r}: expected numbers above 0, as in 10,20")
+    return found
+
+
+def precision_of(repository: Path) -> str:
+    try:
+        return str(json.loads((repository / "parity.json").read_text("utf-8"))["precision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{repository}: no model repository of `vilu export` (parity.json)") from None
+
+
+def export_all(
+    checkpoint: Checkpoint,
+    jpegs: Sequence[bytes],
+    repositories: Sequence[Path],
+    precisions: str | None,
+    quick: bool,
+    device: str,
+    work: Path,
+    exports: list[dict[str, Any]],
+    tick: Callable[[str], None],
+) -> list[tuple[str, Path]]:
+    """(precision, model repository): those given, else one exported here for every precision that can be."""
+    if repositories:
+        return [(precision_of(repository), repository) for repository in repositories]
+    file, folder = work / "checkpoint.safetensors", work / "photos"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(checkpoint, file)
+    for i, jpeg in enumerate(jpegs):
+        (folder / f"{i:04}.jpg").write_bytes(jpeg)
+    ready = []
+    for precision in precisions.split(",") if precisions else export_precisions(quick, device):
+        tick(f"exporting, {precision}")
+        try:
+            exports.append(export_measured(file, work / precision, folder, precision, device))
+            ready.append((precision, work / precision))
+        except UserError as error:
+            exports.append({"precision": precision, "note": str(error)})
+    return ready
+
+
+def export_precisions(quick: bool, device: str) -> list[str]:
+    """What `vilu export --precision` offers for this device, float32 first."""
+    from vilu.cli import export_command
+
+    offered = [o for o in export_command.params if o.name == "precision" and isinstance(o.type, click.Choice)]
+    known = [str(choice) for o in offered for choice in o.type.choices]  # type: ignore[attr-defined]
+    useful = ("bfloat16", "int8") if device == "cpu" else ("float16", "bfloat16")
+    return ["float32"] if quick else ["float32", *(p for p in known if p in useful)]
+
+
+if __name__ == "__main__":
+    main()
