@@ -1,7 +1,8 @@
 """A head against no head, from few training images up: `python bench/small_data.py --output bench/results/small-data`.
 
-For every size and seed a part of the embedded default's train split is drawn, a head is trained by the recipes
-"default" and "plain", and AUC and FPR95 on the whole test split are put beside MCM's, which needs no training.
+For every size and seed a part of the embedded default's train split is drawn (of as many shapes as the largest size
+wants), a head is trained by the recipes "default" and "plain", and AUC and FPR95 on the whole test split are put beside
+MCM's, which needs no training.
 Writes OUTPUT.json (with versions, commit and machine) and OUTPUT.png.
 """
 
@@ -19,7 +20,7 @@ import torch
 
 from vilu import __version__, load_clip
 from vilu.cli import progress_bar
-from vilu.data import embed, open_source
+from vilu.data import embed, open_source, registry
 from vilu.data.options import default_cache
 from vilu.evaluate import confidences, correct
 from vilu.metrics import auroc, fpr_at_tpr, paired_bootstrap
@@ -33,12 +34,13 @@ RECIPES = ("default", "plain")
 @click.command()
 @click.option("--dataset", "datasets", multiple=True, default=("digits", "shapes"), show_default=True)
 @click.option(
-    "--sizes", default="200,800,3200,10000", show_default=True, help="Those above a set's size mean all of it."
+    "--sizes", default="200,800,3200,12800,50000", show_default=True, help="Those above a set's size mean all of it."
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Without suffix.")
 def main(datasets: tuple[str, ...], sizes: str, seeds: int, output: Path) -> None:
     """Train heads on growing parts of a data set and compare them with MCM."""
+    registry.SHAPES["train"] = max(registry.SHAPES["train"], *map(int, sizes.split(",")))
     clip, rows = load_clip(), []
     with progress_bar() as bar:
         for dataset in datasets:

@@ -365,16 +365,16 @@ def _answers(data: EmbeddedSet, recipe: Recipe, *, kept: bool = True) -> _Answer
         raise UserError(f"{data.name}: all {len(data)} samples are of one class; at least two are needed")
     kept = kept and _projection(recipe) == "identity" and "attended" in (recipe.parts or PARTS)
     attended = _scratch(len(data), data.image.normalised.shape[1]) if kept else None
-    columns = []
+    # Made before the loop: small tensors kept from each block would lie between the large ones and pin their memory.
+    predicted, odds, target = torch.empty(len(data), dtype=torch.int64), torch.empty(len(data)), torch.empty(len(data))
     for start in range(0, len(data), BLOCK):
         rows = slice(start, start + BLOCK)
         logits = data.image.normalised[rows].float() @ data.text.normalised.T
-        odds, p = log_odds(data.logit_scale * logits), torch.softmax(data.logit_scale * logits, dim=-1)
-        target = p.gather(1, data.labels[rows, None]).squeeze(1)
-        columns.append((logits.argmax(dim=-1), odds, target))
+        p = torch.softmax(data.logit_scale * logits, dim=-1)
+        predicted[rows], odds[rows] = logits.argmax(dim=-1), log_odds(data.logit_scale * logits)
+        target[rows] = p.gather(1, data.labels[rows, None]).squeeze(1)
         if attended is not None:
             attended[rows] = p @ data.text.normalised  # the scale is CLIP's own where there are no projections
-    predicted, odds, target = (torch.cat(column) for column in zip(*columns, strict=True))
     wrong = predicted != data.labels
     failures = int(wrong.sum())
     if failures < 2 or failures > len(wrong) - 2:
