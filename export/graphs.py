@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from vilu.clip import Clip
 from vilu.export import fusion
 from vilu.kernels import FoldedHead
-from vilu.kernels.folding import HeadOutput
 
 # What the onnxruntime in two-year-old server containers reads: IR 10 at most, opset 20 at most.
 OPSET = 20
@@ -67,37 +66,9 @@ class HeadGraph(nn.Module):
         self.threshold = threshold
 
     def forward(self, image_embedding: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _columns(self.folded(image_embedding), self.threshold)
-
-
-class OpenHeadGraph(nn.Module):
-    """IMAGE_EMBEDDING (B, D), TEXT_EMBEDDINGS (K, D) -> as HeadGraph, over the K candidates of the request.
-
-    Raises:
-        ValueError: a head that is folded over one class set; its layout must be "plain".
-    """
-
-    def __init__(self, folded: FoldedHead, threshold: float) -> None:
-        super().__init__()
-        if folded.layout != "plain":
-            raise ValueError("an open vocabulary needs layout='plain': a folded bank belongs to one class set")
-        self.folded = folded
-        self.threshold = threshold
-
-    def forward(self, image_embedding: Tensor, text_embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _columns(self.folded.with_text(text_embeddings)(image_embedding), self.threshold)
-
-
-def _columns(out: HeadOutput, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    failure = out.failure_probability[:, None]
-    return out.class_index.int()[:, None], out.confidence[:, None], failure, failure < threshold
-
-
-def example_tokens(clip: Clip, rows: int = 2, seed: int = 0) -> Tensor:
-    """Random token ids (rows, L), int64, in the text tower's vocabulary: to trace it, no tokenizer is needed."""
-    text = getattr(clip.model, "text", clip.model)
-    size = (rows, clip.model.context_length)
-    return torch.randint(1, text.vocab_size, size, generator=torch.Generator().manual_seed(seed))
+        out = self.folded(image_embedding)
+        failure = out.failure_probability[:, None]
+        return out.class_index.int()[:, None], out.confidence[:, None], failure, failure < self.threshold
 
 
 def _single_branch(clip: Clip) -> Clip:

@@ -23,7 +23,8 @@ from vilu import ViLUHead, load_clip
 from vilu.checkpoint import ClipSpec
 from vilu.clip import Clip
 from vilu.export import fusion, graphs
-from vilu.export.graphs import HeadGraph, ImageGraph, OpenHeadGraph, TextGraph, example_tokens, merge_full, write_graph
+from vilu.export.graphs import HeadGraph, ImageGraph, TextGraph, example_tokens, merge_full, write_graph
+from vilu.export.ragged import write_ragged
 from vilu.kernels import fold
 
 # Largest absolute difference of an embedding or a probability from the eager model, by the dtype computed in.
@@ -369,13 +370,11 @@ OPEN = {
 @pytest.fixture(scope="module", params=OPEN)
 def open_head(request, tmp_path_factory):
     """(eager head, session of its graph), its candidates an input."""
-    path = tmp_path_factory.mktemp("open") / "vilu_open_head" / "1" / "model.onnx"
+    path = tmp_path_factory.mktemp("open") / "vilu_embeddings" / "1" / "ragged.onnx"
     head, t = head_of(512, **OPEN[request.param]), unit_rows(3, 512, 6).float()
-    graph = OpenHeadGraph(fold(head, t, logit_scale=50.0, layout="plain"), 0.5)
-    inputs = ("IMAGE_EMBEDDING", "TEXT_EMBEDDINGS")
-    write_graph(graph, (t[:2].clone(), t), path, inputs, ANSWER)
+    write_ragged(fold(head, t, logit_scale=50.0, layout="plain"), 0.5, path)
     dims = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in onnx.load(path).graph.input]
-    assert dims == [["batch", 512], ["classes", 512]]
+    assert dims == [["batch", 512], ["classes", 512], ["batch", 2]]
     return head, session(path)
 
 
@@ -396,7 +395,8 @@ def test_candidates_may_be_real_text(open_head, shared_data):
 
 def check_open(open_head, v, t):
     head, runner = open_head
-    index, confidence, failure, accept = runner.run(None, {"IMAGE_EMBEDDING": v.numpy(), "TEXT_EMBEDDINGS": t.numpy()})
+    feed = {"IMAGE_EMBEDDING": v.numpy(), "TEXT_EMBEDDINGS": t.numpy(), "CANDIDATES": np.array([[0, len(t)]] * len(v))}
+    index, confidence, failure, accept = runner.run(None, feed)
     similarity = v.double() @ t.double().T
     p = torch.softmax(50 * similarity, dim=-1).amax(dim=-1)
     expected = head.double().failure_probability(v.double(), t.double()).numpy()
@@ -405,11 +405,6 @@ def check_open(open_head, v, t):
     assert np.abs(confidence[:, 0] - p.numpy()).max() < TOLERANCE[torch.float32]
     assert np.abs(failure[:, 0] - expected).max() < TOLERANCE[torch.float32]
     assert np.array_equal(accept[:, 0], failure[:, 0] < 0.5)
-
-
-def test_a_folded_bank_cannot_take_other_candidates():
-    with pytest.raises(ValueError, match="plain"):
-        OpenHeadGraph(fold(head_of(8), unit_rows(3, 8, 0).float(), layout="folded"), 0.5)
 
 
 def write_tiny(root):
