@@ -71,6 +71,13 @@ class HeadGraph(nn.Module):
         return out.class_index.int()[:, None], out.confidence[:, None], failure, failure < self.threshold
 
 
+def example_tokens(clip: Clip, rows: int = 2, seed: int = 0) -> Tensor:
+    """Random token ids (rows, L), int64, in the text tower's vocabulary: to trace it, no tokenizer is needed."""
+    text = getattr(clip.model, "text", clip.model)
+    size = (rows, clip.model.context_length)
+    return torch.randint(1, text.vocab_size, size, generator=torch.Generator().manual_seed(seed))
+
+
 def _single_branch(clip: Clip) -> Clip:
     """The same CLIP with the parallel branches that training used merged into one convolution (MobileCLIP)."""
     trunk = getattr(clip.model.visual, "trunk", None)
