@@ -145,6 +145,12 @@ class _Region:
     def __init__(self, size: int) -> None:
         self.memory = SharedMemory(f"vilu_client_{os.getpid()}_{uuid.uuid4().hex[:12]}", create=True, size=size)
         self.name, self.size = self.memory.name, self.memory.size
+        try:
+            with open(f"/dev/shm/{self.name}", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # else writing to a full /dev/shm would be a SIGBUS
+        except OSError:
+            self.close()
+            raise
 
     def fill(self, batch: Sequence[bytes]) -> None:
         """Triton's layout of BYTES: every string after its length, 4 bytes little endian."""

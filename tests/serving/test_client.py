@@ -146,13 +146,16 @@ def test_large_requests_go_through_shared_memory_and_leave_none(server, protocol
     assert not {path.name for path in Path("/dev/shm").glob("vilu_client_*")} - before
 
 
-def test_where_shared_memory_cannot_be_had_requests_are_sent(server, monkeypatch):
+@pytest.mark.parametrize("where", ["vilu.serving.client.SharedMemory", "vilu.serving.client.os.posix_fallocate"])
+def test_where_shared_memory_cannot_be_had_requests_are_sent(server, monkeypatch, where):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("vilu.serving.client.SharedMemory", full)
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    monkeypatch.setattr(where, full)
     with Client(server.grpc_url) as client:
         assert all(answer.error is None for answer in client.ask(large()))
+        assert not {path.name for path in Path("/dev/shm").glob("vilu_client_*")} - before
 
 
 @pytest.mark.parametrize(
