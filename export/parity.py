@@ -12,7 +12,6 @@ import torch
 
 from vilu import metrics
 from vilu.export.precision import BATCH_MOVE, BUDGETS, HEAD, Budget
-from vilu.serving.backends.onnxruntime.session import openvino_cpu  # noqa: F401 - bench/ asks it here
 
 NOT_FINITE = "holds a value that is not finite"  # no budget allows that
 Arrays = Mapping[str, np.ndarray]

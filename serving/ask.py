@@ -19,10 +19,10 @@ from rich.table import Column, Table
 
 from vilu.cli import progress_bar
 from vilu.errors import UserError
+from vilu.images import SUFFIXES
 from vilu.serving.access import connection_options, token_from
 from vilu.serving.client import Answer, Client
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = (".jsonl", ".csv", ".parquet")
 FIELDS = tuple(field.name for field in fields(Answer))
 ROWS = 1024  # answers held at once for a Parquet file

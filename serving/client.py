@@ -217,9 +217,8 @@ class AsyncClient:
         prefix = "" if self.http else "triton-grpc-protocol-"
         self._headers = None if token is None else {prefix + TOKEN: token}
         host = self.url.rpartition(":")[0].strip("[]")
-        self._shared = (host in ("localhost", "::1") or host.startswith("127.")) if shared_memory is None else True
-        if shared_memory is False:
-            self._shared = False
+        near = host in ("localhost", "::1") or host.startswith("127.")
+        self._shared = near if shared_memory is None else shared_memory
         self._regions: list[_Region] = []
         self._given_up: list[str] = []  # regions of requests that nobody waited for
         self._client: Any
