@@ -141,15 +141,16 @@ def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
 
 
 def batch_effect(
-    answer: Callable[[np.ndarray, int], Answers], feed: np.ndarray, sizes: Sequence[int], tick: Callable[[], None]
+    answer: Callable[[np.ndarray, int], Answers],
+    feed: np.ndarray,
+    base: Answers,
+    sizes: Sequence[int],
+    tick: Callable[[], None],
 ) -> dict[str, Any]:
-    """How much an image's answer depends on the batch it rode in: against its answer in the largest batch."""
+    """How much an image's answer depends on the batch it rode in: against `base`, the first images' in one batch."""
     moved, changed = 0.0, 0
-    largest = max(sizes)
-    images = feed[np.arange(largest) % len(feed)]
-    base = answer(images, largest)
     for size in sizes:
-        one = answer(images[:size], size)
+        one = answer(feed[:size], size)
         error = np.abs(one.failure_probability.astype(np.float64) - base.failure_probability[:size])
         moved = max(moved, float(np.where(np.isfinite(error), error, np.inf).max()))
         changed += int((one.class_index != base.class_index[:size]).sum())

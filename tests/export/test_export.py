@@ -33,7 +33,7 @@ def test_every_graph_is_proven(repository):
     for name, providers in report["graphs"].items():
         rows = [row for by_batch in providers.values() for row in by_batch.values()]
         assert all(set(by_batch) == {"8"} for by_batch in providers.values())
-        assert rows[0]["inputs"] >= (64 if name == "vilu_full" else 256)
+        assert rows[0]["inputs"] >= (module.SAMPLE if name in ("vilu_full", "clip_text") else 256)
         for row in rows:
             assert row["argmax_agreement"] == 1
             assert max(row["max_abs_error"].values()) <= 1e-4

@@ -51,14 +51,14 @@ def test_batch_sizes(largest, sizes):
 
 @pytest.mark.parametrize(("move", "independent"), [(0.0, True), (5e-7, True), (1e-5, False)])
 def test_an_answer_that_depends_on_its_batch_is_told(move, independent):
-    feed = np.arange(5)
+    feed = np.arange(7)
 
     def answer(images, size):
         assert len(images) == size
         failure = 0.5 + move * (size == 3)
         return Answers(np.ones((size, 1)), images % 2, np.full(size, failure))
 
-    row = parity.batch_effect(answer, feed, (1, 3, 7), lambda: None)
+    row = parity.batch_effect(answer, feed, answer(feed, 7), (1, 3, 7), lambda: None)
     assert row["failure_probability_moves"] == pytest.approx(move)
     assert row["argmax_changes"] == 0
     assert row["independent"] is independent
