@@ -27,7 +27,7 @@ from vilu.export import gpu, parity, repository
 from vilu.export import images as samples
 from vilu.export import precision as precisions
 from vilu.export.graphs import ANSWER, HeadGraph, ImageGraph, TextGraph, merge_full, write_graph
-from vilu.export.ragged import write_ragged
+from vilu.export.ragged import write_details, write_ragged
 from vilu.export.tokenizer import write_tokenizer
 from vilu.image import MODES
 from vilu.kernels import FoldedHead, fold
@@ -109,7 +109,7 @@ def export(
     provider: str | None = None,
     cores: int | None = None,
     cuda_archs: Sequence[int] = gpu.ARCHS,
-    engines: str = "/tmp/vilu-engines",
+    engines: str = "/var/cache/vilu/engines",
     preprocess: str = "exact",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def export(
         cores: what a CPU server may use; by default as many as this process may.
         cuda_archs: compute capabilities to compile the kernel for (90 is 9.0); no GPU is needed. What is proven of
             this head here is the folded form it is compiled from: cubins run on a GPU alone.
-        engines: folder on the server for TensorRT's engines.
+        engines: folder on the server for TensorRT's engines; they are code, so nobody else may write there.
         preprocess: "exact", or "fast": large JPEGs are decoded at reduced scale (vilu.image.Transform).
         progress: called with (what, steps done, steps in all).
 
@@ -295,11 +295,8 @@ def _write_configs(job: Job, root: Path) -> None:
     for name, entry, outputs in (
         ("clip_image", "PIXELS", {"IMAGE_EMBEDDING": job.tensors["IMAGE_EMBEDDING"]}),
         ("clip_text", "TOKENS", {"TEXT_EMBEDDING": job.tensors["TEXT_EMBEDDING"]}),
-        ("vilu_head", "IMAGE_EMBEDDING", repository.ANSWER_TENSORS),
         ("vilu_full", "PIXELS", repository.ANSWER_TENSORS),
     ):
-        if name == "vilu_head" and job.archs:
-            continue  # the fused kernel wrote its own
         repository.write_graph_config(
             root / name,
             inputs={entry: job.tensors[entry]},
@@ -308,18 +305,25 @@ def _write_configs(job: Job, root: Path) -> None:
             runtime=job.runtime,
             tower=name.startswith("clip_"),
         )
-    repository.write_preprocess(
-        root / "preprocess", replace(job.clip.transform, mode=job.preprocess), job.max_batch_size
-    )
-    repository.write_ensemble(root / "vilu", job.max_batch_size)
-    repository.write_ensemble(root / "vilu_open", job.max_batch_size, head="vilu_embeddings", candidates=True)
-    spec = job.clip.spec
+    batch, spec, dim = job.max_batch_size, job.clip.spec, job.checkpoint.head.dim
+    served = job.class_set, job.checkpoint.threshold, spec.fingerprint, batch
+    heads = ["vilu_embeddings"] if job.archs else ["vilu_head", "vilu_embeddings"]
+    repository.write_preprocess(root / "preprocess", replace(job.clip.transform, mode=job.preprocess), batch)
+    repository.write_embeddings(root / "vilu_embeddings", *served)
+    repository.write_class_sets(root / "class_sets", *served)
+    if not job.archs:  # else the fused kernel wrote its own
+        repository.write_folded_head(root / "vilu_head", *served)
     plain = fold(job.checkpoint.head, job.class_set.text_embeddings, logit_scale=spec.logit_scale, layout="plain")
-    write_ragged(plain, job.checkpoint.threshold, root / "vilu_embeddings" / "1" / "ragged.onnx")
+    for name in heads:
+        write_ragged(plain, job.checkpoint.threshold, root / name / "1" / "ragged.onnx")
+        write_details(plain, root / name / "1" / "details.onnx")
     tokenizer = root / "clip_text" / "1" / "tokenizer.json"
     transform = write_tokenizer(job.clip, tokenizer)
-    repository.write_embeddings(
-        root / "vilu_embeddings", job.class_set, tokenizer, transform, spec.fingerprint, job.max_batch_size
+    repository.write_tokenize(root / "tokenize", tokenizer, transform, job.texts[0].shape[1], batch)
+    repository.write_text(root / "vilu_text", dim, batch)
+    repository.write_answering(root / "vilu", dim, batch, head="vilu_head", details_from=heads[0])
+    repository.write_answering(
+        root / "vilu_open", dim, batch, head=heads[-1], details_from=heads[-1], candidates=True
     )
 
 

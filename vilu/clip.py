@@ -30,6 +30,7 @@ from vilu.errors import UserError
 from vilu.image import RESIZE_MODES, Transform
 
 LOCAL = "local-dir:"
+MAX_REASON = 300  # characters of what a library said
 
 
 class Projected(NamedTuple):
@@ -194,7 +195,7 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
                 require_pretrained=pretrained != "random",
             )
     except Exception as error:  # open_clip raises many types; each means the weights cannot be had
-        raise UserError(f"CLIP {name}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise UserError(f"CLIP {name}: weights cannot be loaded ({_reason(error)})") from None
     model.eval().requires_grad_(False)
     digest = _fingerprint(model)
     if fingerprint and fingerprint != digest:
@@ -203,6 +204,13 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
         )
     scale = float(model.logit_scale.detach().exp())
     return Clip(model, ClipSpec(name, pretrained, scale, digest), _tokenizer(source, name))
+
+
+def _reason(error: Exception) -> str:
+    """One line; of torch's list of tensors that do not fit, the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+    return told if len(told) <= MAX_REASON else told[: MAX_REASON - 1] + "…"
 
 
 def _needs_quick_gelu(name: str, pretrained: str | None) -> bool:

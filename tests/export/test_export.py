@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 from importlib import import_module
@@ -244,7 +245,7 @@ def test_unknown_clip_names_suggest_near_ones(command):
 def test_weights_of_another_architecture(command, tmp_path):
     save_file({"logit_scale": torch.zeros(()), "visual.proj": torch.zeros(3, 5)}, tmp_path / "other.safetensors")
     line = command("--clip", "RN50", "--pretrained", tmp_path / "other.safetensors")
-    assert "weights cannot be loaded" in line
+    assert re.search(r"weights cannot be loaded \(.*(logit_scale|visual\.proj|key\(s\))", line)
 
 
 def test_a_head_of_another_width(command, tmp_path):
