@@ -23,10 +23,12 @@ from vilu.checkpoint import Checkpoint, load_checkpoint
 from vilu.class_set import ClassSet
 from vilu.clip import Clip, load_clip
 from vilu.errors import UserError
-from vilu.export import gpu, parity, repository
+from vilu.export import gpu, parity, repository, versions
 from vilu.export import images as samples
 from vilu.export import precision as precisions
 from vilu.export.graphs import ANSWER, HeadGraph, ImageGraph, TextGraph, merge_full, write_graph
+from vilu.export.limits import Limits
+from vilu.export.limits import write as write_limits
 from vilu.export.ragged import write_details, write_ragged
 from vilu.export.tokenizer import write_tokenizer
 from vilu.image import MODES
@@ -111,6 +113,8 @@ def export(
     cuda_archs: Sequence[int] = gpu.ARCHS,
     engines: str = "/var/cache/vilu/engines",
     preprocess: str = "exact",
+    version: int | None = None,
+    limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a Triton model repository.
@@ -132,6 +136,9 @@ def export(
             this head here is the folded form it is compiled from: cubins run on a GPU alone.
         engines: folder on the server for TensorRT's engines; they are code, so nobody else may write there.
         preprocess: "exact", or "fast": large JPEGs are decoded at reduced scale (vilu.image.Transform).
+        version: keep what the folder holds and add this export beside it, as the version that is served from the
+            server's next start on (`vilu.export.versions.use` goes back); None: replace the folder.
+        limits: what the server refuses.
         progress: called with (what, steps done, steps in all).
 
     Returns:
@@ -140,12 +147,15 @@ def export(
     Raises:
         UserError: an unknown device, provider or compute capability, a precision that they lack, a checkpoint without
             CLIP or class set, another CLIP than the head's, an output folder that is not a model repository or cannot
-            be written, too few images, or a graph over the parity budget. The old repository is then untouched.
+            be written, too few images, a version that is there already, or a graph over the parity budget. The old
+            repository is then untouched.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     output = Path(output)
     _check_output(output)
+    if version is not None:
+        versions.check(output, version)
     runtime = _runtime(device, provider, precision, cores, engines)
     archs = tuple(sorted(set(cuda_archs))) if device == "gpu" else ()
     if device == "gpu":
@@ -162,11 +172,14 @@ def export(
     _check_width(checkpoint, clip, checkpoint.class_set)
     sample = samples.sample(clip, checkpoint.class_set.names, images, labels, calibrate=precision == "int8")
     job = Job(checkpoint, clip, checkpoint.class_set, sample, max_batch_size, runtime, archs, preprocess)
-    staging = _stage(output)
+    staging = stage(output)
     try:
         tick = Ticker(progress, 12 + len(archs) + len(parity.batch_sizes(max_batch_size)))
         report = _write(job, staging, allow_loss, tick)
-        _replace(staging, output)
+        write_limits(staging, limits or Limits())
+        if version is not None:
+            versions.add(staging, output, version)
+        replace_folder(staging, output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
     finally:
@@ -206,7 +219,7 @@ def _check_output(output: Path) -> None:
         raise UserError(f"{output}: holds files that no export wrote; name an empty or new folder")
 
 
-def _stage(output: Path) -> Path:
+def stage(output: Path) -> Path:
     """A folder beside the output, with the mode that any new folder would have."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +232,7 @@ def _stage(output: Path) -> Path:
     return staging
 
 
-def _replace(staging: Path, output: Path) -> None:
+def replace_folder(staging: Path, output: Path) -> None:
     old = None
     if output.exists():
         old = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.old."))
@@ -307,24 +320,24 @@ def _write_configs(job: Job, root: Path) -> None:
         )
     batch, spec, dim = job.max_batch_size, job.clip.spec, job.checkpoint.head.dim
     served = job.class_set, job.checkpoint.threshold, spec.fingerprint, batch
-    heads = ["vilu_embeddings"] if job.archs else ["vilu_head", "vilu_embeddings"]
     repository.write_preprocess(root / "preprocess", replace(job.clip.transform, mode=job.preprocess), batch)
     repository.write_embeddings(root / "vilu_embeddings", *served)
+    repository.write_details_model(root / "vilu_details", *served)
     repository.write_class_sets(root / "class_sets", *served)
     if not job.archs:  # else the fused kernel wrote its own
         repository.write_folded_head(root / "vilu_head", *served)
     plain = fold(job.checkpoint.head, job.class_set.text_embeddings, logit_scale=spec.logit_scale, layout="plain")
-    for name in heads:
+    for name in ("vilu_embeddings",) if job.archs else ("vilu_head", "vilu_embeddings"):
         write_ragged(plain, job.checkpoint.threshold, root / name / "1" / "ragged.onnx")
+    for name in ("vilu_details", "vilu_embeddings"):
         write_details(plain, root / name / "1" / "details.onnx")
     tokenizer = root / "clip_text" / "1" / "tokenizer.json"
     transform = write_tokenizer(job.clip, tokenizer)
     repository.write_tokenize(root / "tokenize", tokenizer, transform, job.texts[0].shape[1], batch)
     repository.write_text(root / "vilu_text", dim, batch)
-    repository.write_answering(root / "vilu", dim, batch, head="vilu_head", details_from=heads[0])
-    repository.write_answering(
-        root / "vilu_open", dim, batch, head=heads[-1], details_from=heads[-1], candidates=True
-    )
+    repository.write_answering(root / "vilu", dim, batch, head="vilu_head", details_from="vilu_details")
+    own = "vilu_embeddings"
+    repository.write_answering(root / "vilu_open", dim, batch, head=own, details_from=own, candidates=True)
 
 
 def _measure(job: Job, root: Path, tick: Ticker) -> tuple[dict[str, Any], dict[str, parity.Answers], parity.Answers]:

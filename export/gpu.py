@@ -44,18 +44,19 @@ def write_head(
 
     version = folder / "1"
     manifest = aot.build(folded, archs, version / "cubins", progress=progress)
-    shutil.copyfile(repository.TEMPLATES / "vilu_head" / "model.py", version / "model.py")
+    shutil.copyfile(repository.TEMPLATES / "vilu_head" / "gpu.py", version / "model.py")
+    shutil.copyfile(repository.TEMPLATES / "shared" / "sets.py", version / "sets.py")
     (version / "fused").mkdir()
     (version / "fused" / "__init__.py").touch()
     for name in RUNTIME:
         shutil.copyfile(Path(vilu.kernels.__file__).with_name(name), version / "fused" / name)
-    (version / "labels.txt").write_text("".join(f"{label}\n" for label in labels), "utf-8")
+    repository.write_labels(version / "labels.txt", labels)
     repository.write_config(
         folder,
         backend="python",
         device="gpu",
         inputs={"IMAGE_EMBEDDING": ("TYPE_FP32", [folded.text_embeddings.shape[1]])},
-        outputs=repository.ANSWER_TENSORS,
+        outputs=repository.HEAD_TENSORS,
         max_batch_size=max_batch_size,
         # Else the server copies every input to the host first.
         parameters={"threshold": repr(threshold), "FORCE_CPU_ONLY_INPUT_TENSORS": "no"},

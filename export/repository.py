@@ -24,9 +24,29 @@ Tensors = Mapping[str, tuple[str, Sequence[int]]]
 
 _ANSWER_TYPES = dict(zip(ANSWER, ("TYPE_STRING", "TYPE_INT32", "TYPE_FP32", "TYPE_FP32", "TYPE_BOOL"), strict=True))
 ANSWER_TENSORS: Tensors = {name: (kind, [1]) for name, kind in _ANSWER_TYPES.items()}
+CLASS_SET: Tensors = {"CLASS_SET": ("TYPE_STRING", [1])}  # NAME@VERSION; empty for candidates of the request's own
+VERSION: Tensors = {"CLASS_SET_VERSION": ("TYPE_INT32", [1])}
+HEAD_TENSORS: Tensors = {**ANSWER_TENSORS, **CLASS_SET, **VERSION}
+
+
+def details(dim: int) -> Tensors:
+    """What is computed only for who asks for it."""
+    return {
+        "TOP_LABELS": ("TYPE_STRING", [-1]),
+        "TOP_PROBABILITIES": ("TYPE_FP32", [-1]),
+        "ENTROPY": ("TYPE_FP32", [1]),
+        "DOCTOR": ("TYPE_FP32", [1]),
+        "CONCEPTS": ("TYPE_STRING", [-1]),
+        "CONCEPT_WEIGHTS": ("TYPE_FP32", [-1]),
+        "IMAGE_EMBEDDING": ("TYPE_FP32", [dim]),
+    }
+
 
 # A label set of a request's own; a label is a name or a caption, not a text.
 MAX_LABELS, MAX_LABEL_BYTES = 1000, 256
+MAX_TEXT_BYTES = 4096  # a label in its prompt
+# Class sets that are put while the server runs.
+MAX_CLASSES, MAX_CLASS_SETS = 100_000, 100
 KEPT_PROMPTS = 16384  # whose text embeddings an open-vocabulary server keeps: 32 MB at D = 512
 # Requests that may wait before one model, and for how long: more are refused at once, with UNAVAILABLE.
 MAX_QUEUE, QUEUE_SECONDS = 256, 30.0
@@ -159,35 +179,72 @@ def write_preprocess(folder: Path, transform: Transform, max_batch_size: int) ->
     )
 
 
-def write_embeddings(
-    folder: Path, class_set: ClassSet, tokenizer: Path, transform: TextTransform, fingerprint: str, max_batch_size: int
+def write_folded_head(
+    folder: Path, class_set: ClassSet, threshold: float, fingerprint: str, max_batch_size: int
 ) -> None:
-    """The Python model for embeddings in, with the class set's candidates or each request's own.
+    """The Python model around the folded head's graph, which answers from other class sets through ragged.onnx.
 
-    Its graph, ragged.onnx, is written by `vilu.export.ragged`.
+    The graphs, model.onnx and ragged.onnx, are written by `vilu.export`.
+    """
+    _write_head(folder, class_set, threshold, fingerprint, max_batch_size, {}, HEAD_TENSORS)
+
+
+def write_details_model(
+    folder: Path, class_set: ClassSet, threshold: float, fingerprint: str, max_batch_size: int
+) -> None:
+    """The Python model of what is told of an answer when asked for, from the class set that was answered from.
+
+    A model, so a process, of its own: neither does the text tower hold it up, as it does vilu_embeddings, nor is it asked
+    the moment after it has answered, as the head would be; the server's batcher may then wait for half a second. Its
+    graph, details.onnx, is written by `vilu.export.ragged`.
+    """
+    outputs = details(class_set.text_embeddings.shape[1])
+    _write_head(folder, class_set, threshold, fingerprint, max_batch_size, VERSION, outputs)
+
+
+def _write_head(
+    folder: Path,
+    class_set: ClassSet,
+    threshold: float,
+    fingerprint: str,
+    max_batch_size: int,
+    inputs: Tensors,
+    outputs: Tensors,
+) -> None:
+    _write_head_files(folder, class_set, "vilu_head/cpu.py")
+    write_config(
+        folder,
+        backend="python",
+        inputs={"IMAGE_EMBEDDING": ("TYPE_FP32", [class_set.text_embeddings.shape[1]]), **inputs},
+        outputs=outputs,
+        max_batch_size=max_batch_size,
+        parameters={"threshold": repr(threshold), "fingerprint": fingerprint, "intra_op_thread_count": "1"},
+    )
+
+
+def write_embeddings(
+    folder: Path, class_set: ClassSet, threshold: float, fingerprint: str, max_batch_size: int
+) -> None:
+    """The Python model for embeddings in, with a class set's candidates or each request's own.
+
+    Its graphs, ragged.onnx and details.onnx, are written by `vilu.export.ragged`.
 
     Args:
-        tokenizer: the file that `write_tokenizer` wrote, and `transform` what it returned.
         fingerprint: of the CLIP; with a prompt, the key of an embedding that is kept.
     """
-    version = folder / "1"
-    version.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(TEMPLATES / "vilu_embeddings" / "model.py", version / "model.py")
-    shutil.copyfile(Path(vilu.text.__file__), version / "text.py")
-    shutil.copyfile(tokenizer, version / "tokenizer.json")
-    (version / "labels.txt").write_text("".join(f"{name}\n" for name in class_set.names), "utf-8")
-    np.save(version / "text_embeddings.npy", class_set.text_embeddings.numpy(), allow_pickle=False)
+    _write_head_files(folder, class_set, "vilu_embeddings/model.py")
     dim = class_set.text_embeddings.shape[1]
+    rows: Tensors = {"TEXT_EMBEDDINGS": ("TYPE_FP32", [-1, dim])}
     config = _model(
         folder.name,
         "python",
-        {"IMAGE_EMBEDDING": ("TYPE_FP32", [dim]), **_CANDIDATES, "TEXT_EMBEDDINGS": ("TYPE_FP32", [-1, dim])},
-        ANSWER_TENSORS,
+        {"IMAGE_EMBEDDING": ("TYPE_FP32", [dim]), **_CANDIDATES, **rows},
+        {**HEAD_TENSORS, **details(dim)},
         max_batch_size,
         "cpu",
         {
             "templates": json.dumps(class_set.templates),
-            "text_transform": json.dumps(vars(transform)),
+            "threshold": repr(threshold),
             "fingerprint": fingerprint,
             "text_batch_size": str(max_batch_size),
             "text_cache_prompts": str(KEPT_PROMPTS),
@@ -202,25 +259,134 @@ def write_embeddings(
     _write(folder, config)
 
 
+def _write_head_files(folder: Path, class_set: ClassSet, model: str) -> None:
+    version = folder / "1"
+    version.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(TEMPLATES / model, version / "model.py")
+    for shared in ("head.py", "sets.py"):
+        shutil.copyfile(TEMPLATES / "shared" / shared, version / shared)
+    write_labels(version / "labels.txt", class_set.names)
+    np.save(version / "text_embeddings.npy", class_set.text_embeddings.numpy(), allow_pickle=False)
+
+
+def write_class_sets(
+    folder: Path, class_set: ClassSet, threshold: float, fingerprint: str, max_batch_size: int
+) -> None:
+    """The Python model that lists class sets and, loaded with a change in its config, puts or removes one."""
+    version = folder / "1"
+    version.mkdir(parents=True)
+    shutil.copyfile(TEMPLATES / "class_sets" / "model.py", version / "model.py")
+    shutil.copyfile(TEMPLATES / "shared" / "sets.py", version / "sets.py")
+    write_labels(version / "labels.txt", class_set.names)
+    write_config(
+        folder,
+        backend="python",
+        inputs={"NAME": ("TYPE_STRING", [1])},
+        outputs={"CLASS_SETS": ("TYPE_STRING", [1])},
+        max_batch_size=max_batch_size,
+        parameters={
+            "templates": json.dumps(class_set.templates),
+            "threshold": repr(threshold),
+            "fingerprint": fingerprint,
+            "dim": str(class_set.text_embeddings.shape[1]),
+            "max_classes": str(MAX_CLASSES),
+            "max_class_sets": str(MAX_CLASS_SETS),
+            "max_label_bytes": str(MAX_LABEL_BYTES),
+        },
+    )
+
+
+def write_tokenize(folder: Path, tokenizer: Path, transform: TextTransform, length: int, max_batch_size: int) -> None:
+    """The Python model from strings to token ids.
+
+    Args:
+        tokenizer: the file that `write_tokenizer` wrote, and `transform` what it returned.
+        length: how many ids a text has.
+    """
+    version = folder / "1"
+    version.mkdir(parents=True)
+    shutil.copyfile(TEMPLATES / "tokenize" / "model.py", version / "model.py")
+    shutil.copyfile(Path(vilu.text.__file__), version / "text.py")
+    shutil.copyfile(tokenizer, version / "tokenizer.json")
+    write_config(
+        folder,
+        backend="python",
+        inputs={"TEXT": ("TYPE_STRING", [1])},
+        outputs={"TOKENS": ("TYPE_INT64", [length])},
+        max_batch_size=max_batch_size,
+        parameters={"text_transform": json.dumps(vars(transform)), "max_text_bytes": str(MAX_TEXT_BYTES)},
+    )
+
+
+def write_labels(path: Path, names: Sequence[str]) -> None:
+    path.write_text("".join(f"{name}\n" for name in names), "utf-8")
+
+
 _CANDIDATES: Tensors = {"LABELS": ("TYPE_STRING", [-1])}
 
 
-def write_ensemble(folder: Path, max_batch_size: int, *, head: str = "vilu_head", candidates: bool = False) -> None:
-    """An ensemble: IMAGE through preprocess, clip_image and `head` to the answer, with LABELS of the request's own
-    where `candidates` is set."""
-    own = _CANDIDATES if candidates else {}
-    config = _config(folder.name, {"IMAGE": ("TYPE_STRING", [1]), **own}, ANSWER_TENSORS, max_batch_size)
+@dataclass(frozen=True)
+class Step:
+    """A model of an ensemble: its inputs and outputs, by the names they have among the ensemble's tensors."""
+
+    model: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+def write_ensemble(folder: Path, inputs: Tensors, outputs: Tensors, steps: Sequence[Step], max_batch_size: int) -> None:
+    config = _config(folder.name, inputs, outputs, max_batch_size)
     config.platform = "ensemble"
-    answer = {name: name for name in ANSWER}
-    for model, inputs, outputs in (
-        ("preprocess", {"IMAGE": "IMAGE"}, {"PIXELS": "PIXELS"}),
-        ("clip_image", {"PIXELS": "PIXELS"}, {"IMAGE_EMBEDDING": "IMAGE_EMBEDDING"}),
-        (head, {name: name for name in ("IMAGE_EMBEDDING", *own)}, answer),
-    ):
-        config.ensemble_scheduling.step.add(model_name=model, model_version=-1, input_map=inputs, output_map=outputs)
+    for step in steps:
+        config.ensemble_scheduling.step.add(
+            model_name=step.model, model_version=-1, input_map=step.inputs, output_map=step.outputs
+        )
     _write(folder, config)
     (folder / "1").mkdir()
     (folder / "1" / ".gitkeep").touch()
+
+
+def write_answering(
+    folder: Path, dim: int, max_batch_size: int, *, head: str, details_from: str, candidates: bool = False
+) -> None:
+    """An ensemble: IMAGE through preprocess, clip_image and `head` to the answer, with LABELS of the request's own
+    where `candidates` is set.
+
+    Details are another step, which Triton leaves out where none of its outputs is asked for: inside an ensemble a
+    model cannot see what was. That works only where no output of the ensemble is also a step's input (the server
+    would count it twice and leave out too much), so the embedding comes back out of that step, and what tells it
+    which version of a class set was answered from is not an output.
+    """
+    own = _CANDIDATES if candidates else {}
+    chosen = {"IMAGE_EMBEDDING": "embedding", **dict.fromkeys(own, "LABELS")}
+    pinned = {} if candidates else {"CLASS_SET_VERSION": "version"}
+    optional = details(dim)
+    write_ensemble(
+        folder,
+        {"IMAGE": ("TYPE_STRING", [1]), **own},
+        {**ANSWER_TENSORS, **CLASS_SET, **optional},
+        [
+            Step("preprocess", {"IMAGE": "IMAGE"}, {"PIXELS": "pixels"}),
+            Step("clip_image", {"PIXELS": "pixels"}, {"IMAGE_EMBEDDING": "embedding"}),
+            Step(head, chosen, {name: name for name in (*ANSWER_TENSORS, *CLASS_SET)} | pinned),
+            Step(details_from, chosen | pinned, {name: name for name in optional}),
+        ],
+        max_batch_size,
+    )
+
+
+def write_text(folder: Path, dim: int, max_batch_size: int) -> None:
+    """The ensemble from a text to its embedding."""
+    write_ensemble(
+        folder,
+        {"TEXT": ("TYPE_STRING", [1])},
+        {"TEXT_EMBEDDING": ("TYPE_FP32", [dim])},
+        [
+            Step("tokenize", {"TEXT": "TEXT"}, {"TOKENS": "tokens"}),
+            Step("clip_text", {"TOKENS": "tokens"}, {"TEXT_EMBEDDING": "TEXT_EMBEDDING"}),
+        ],
+        max_batch_size,
+    )
 
 
 def _config(name: str, inputs: Tensors, outputs: Tensors, max_batch_size: int) -> pb.ModelConfig:

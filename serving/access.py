@@ -17,9 +17,8 @@ from typing import Any
 import click
 
 from vilu.errors import UserError
-from vilu.serving.client import DEFAULT_URL, TOKEN
+from vilu.serving.client import CONTROL, DEFAULT_URL, TOKEN
 
-CONTROL = "vilu-control"  # the header of the control token, as TOKEN is of the other
 LOOPBACK = re.compile(r"127\.\d+\.\d+\.\d+|localhost|::1")
 _WORD = re.compile(r"[A-Za-z0-9._~-]{16,256}")  # no comma, = or space: it stands in a flag and in a header
 

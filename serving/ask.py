@@ -9,12 +9,12 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from vilu.cli import progress_bar
@@ -24,7 +24,8 @@ from vilu.serving.access import connection_options, token_from
 from vilu.serving.client import Answer, Client
 
 FORMATS = (".jsonl", ".csv", ".parquet")
-FIELDS = tuple(field.name for field in fields(Answer))
+FIELDS = ("source", "label", "class_index", "confidence", "failure_probability", "accept", "error")
+DETAILS = ("class_set", "top", "entropy", "doctor", "concepts")  # only where they were asked for
 ROWS = 1024  # answers held at once for a Parquet file
 
 
@@ -33,6 +34,8 @@ ROWS = 1024  # answers held at once for a Parquet file
 @connection_options
 @click.option("--model", default="vilu", show_default=True)
 @click.option("--label", "labels", multiple=True, help="A candidate of your own, instead of the class set; repeat.")
+@click.option("--class-set", metavar="NAME", help="A class set that the server has (`vilu classes list`).")
+@click.option("--details", is_flag=True, help="Also the likeliest labels, what the doubt is between, and other scores.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Seconds."
 )
@@ -46,6 +49,8 @@ def ask_command(
     token: str | None,
     model: str,
     labels: tuple[str, ...],
+    class_set: str | None,
+    details: bool,
     timeout: float,
     batch_size: int,
     in_flight: int,
@@ -60,6 +65,9 @@ def ask_command(
     """
     if output is not None and as_json:
         raise UserError("--json prints: give either it or --output")
+    if labels and class_set is not None:
+        raise UserError("--label and --class-set: give one or the other")
+    columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
     names = list(find_images(images))
     bad = 0
     with (
@@ -73,9 +81,10 @@ def ask_command(
             **tls,
         ) as client,
         progress_bar() as bar,
-        _Sink.open(output) as sink,
+        _Sink.open(output, columns) as sink,
     ):
-        for done, answer in enumerate(client.stream(names, labels or None), 1):
+        answers = client.stream(names, labels or None, class_set=class_set, details=details)
+        for done, answer in enumerate(answers, 1):
             sink.add(answer)
             if answer.error is not None:
                 bad += 1
@@ -83,7 +92,7 @@ def ask_command(
             bar("asking", done, len(names))
     if isinstance(sink, _Memory):
         if as_json:
-            click.echo(json.dumps([row(answer) for answer in sink.answers], indent=2))
+            click.echo(json.dumps([row(answer, columns) for answer in sink.answers], indent=2))
         elif len(sink.answers) > bad:
             print_answers([answer for answer in sink.answers if answer.error is None])
     else:
@@ -111,13 +120,18 @@ def _some(name: str, found: Iterable[str]) -> list[str]:
     return files
 
 
-def row(answer: Answer) -> dict[str, Any]:
+def row(answer: Answer, columns: Sequence[str] = FIELDS) -> dict[str, Any]:
     """An answer for a program: without an error, or nothing but it."""
-    return asdict(answer) if answer.error is None else {"source": answer.source, "error": answer.error}
+    if answer.error is not None:
+        return {"source": answer.source, "error": answer.error}
+    return {name: getattr(answer, name) for name in columns}
 
 
 class _Sink:
-    """Where answers go, one by one."""
+    """Where answers go, one by one; columns: the fields of an Answer that are written."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = columns
 
     def add(self, answer: Answer) -> None:
         raise NotImplementedError
@@ -127,20 +141,20 @@ class _Sink:
 
     @staticmethod
     @contextlib.contextmanager
-    def open(path: Path | None) -> Iterator[_Sink]:
+    def open(path: Path | None, columns: Sequence[str]) -> Iterator[_Sink]:
         """A sink for a file, whole or not there: what an interrupted run had is kept beside it, and told.
 
         Raises:
             UserError: an unknown kind of file, or one that cannot be written.
         """
         if path is None:
-            yield _Memory()
+            yield _Memory(columns)
             return
         if path.suffix.lower() not in FORMATS:
             raise UserError(f"{path}: the name must end in {', '.join(FORMATS)}")
         part = path.with_name(f"{path.stem}.part{path.suffix}")
         try:
-            sink = {".jsonl": _Lines, ".csv": _Csv, ".parquet": _Parquet}[path.suffix.lower()](part)
+            sink = {".jsonl": _Lines, ".csv": _Csv, ".parquet": _Parquet}[path.suffix.lower()](columns, part)
             try:
                 yield sink
             except UserError as error:
@@ -153,7 +167,8 @@ class _Sink:
 
 
 class _Memory(_Sink):
-    def __init__(self) -> None:
+    def __init__(self, columns: Sequence[str]) -> None:
+        super().__init__(columns)
         self.answers: list[Answer] = []
 
     def add(self, answer: Answer) -> None:
@@ -161,45 +176,54 @@ class _Memory(_Sink):
 
 
 class _Lines(_Sink):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, columns: Sequence[str], path: Path) -> None:
+        super().__init__(columns)
         self.file = path.open("w", encoding="utf-8", errors="surrogateescape")
 
     def add(self, answer: Answer) -> None:
-        self.file.write(json.dumps(row(answer)) + "\n")
+        self.file.write(json.dumps(row(answer, self.columns)) + "\n")
 
     def close(self) -> None:
         self.file.close()
 
 
 class _Csv(_Sink):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, columns: Sequence[str], path: Path) -> None:
+        super().__init__(columns)
         self.file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-        self.table = csv.DictWriter(self.file, FIELDS)
+        self.table = csv.DictWriter(self.file, columns)
         self.table.writeheader()
 
     def add(self, answer: Answer) -> None:
-        self.table.writerow(row(answer))
+        cells = row(answer, self.columns).items()
+        self.table.writerow({k: json.dumps(value) if isinstance(value, tuple) else value for k, value in cells})
 
     def close(self) -> None:
         self.file.close()
 
 
 class _Parquet(_Sink):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, columns: Sequence[str], path: Path) -> None:
+        super().__init__(columns)
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ModuleNotFoundError:
             raise UserError("Parquet needs a package: pip install 'vilu[parquet]'") from None
-        kinds = {"class_index": pa.int32(), "confidence": pa.float32(), "failure_probability": pa.float32()}
-        kinds["accept"] = pa.bool_()
+        kinds = {"class_index": pa.int32(), "accept": pa.bool_()}
+        kinds |= dict.fromkeys(("confidence", "failure_probability", "entropy", "doctor"), pa.float32())
+        pairs = pa.list_(pa.struct([("label", pa.string()), ("weight", pa.float32())]))
+        kinds |= dict.fromkeys(("top", "concepts"), pairs)
         self.pa = pa
-        self.schema = pa.schema([(name, kinds.get(name, pa.string())) for name in FIELDS])
+        self.schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
         self.file = pq.ParquetWriter(path, self.schema)
         self.rows: list[dict[str, Any]] = []
 
     def add(self, answer: Answer) -> None:
-        self.rows.append(row(answer))
+        cells = row(answer, self.columns)
+        for name in {"top", "concepts"} & cells.keys():
+            cells[name] = [{"label": label, "weight": weight} for label, weight in cells[name]]
+        self.rows.append(cells)
         if len(self.rows) == ROWS:
             self._write()
 
@@ -218,7 +242,12 @@ class _Parquet(_Sink):
 def print_answers(answers: Sequence[Answer]) -> None:
     """The table of `vilu ask`."""
     table = Table(Column("file", overflow="fold"), "label", "confidence", "P(failure)", "")
+    detailed = any(a.concepts for a in answers)
+    if detailed:
+        table.add_column("doubt between", min_width=13)
     for a in answers:
         verdict = "[green]accept[/]" if a.accept else "[red]reject[/]"
-        table.add_row(a.source, a.label, f"{a.confidence:.3f}", f"{a.failure_probability:.3f}", verdict)
+        doubt = [escape(", ".join(f"{label} {weight:.0%}" for label, weight in a.concepts[:3]))] if detailed else []
+        cells = (escape(a.source), escape(a.label), f"{a.confidence:.3f}", f"{a.failure_probability:.3f}", verdict)
+        table.add_row(*cells, *doubt)
     Console(file=sys.stdout).print(table)

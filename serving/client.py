@@ -18,8 +18,8 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import TracebackType
@@ -37,8 +37,10 @@ T = TypeVar("T")
 ImageLike = Union[str, "os.PathLike[str]", bytes, np.ndarray, "Image.Image"]
 OPEN = "vilu_open"  # the ensemble that reads LABELS
 OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
+DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
 DEFAULT_URL = "127.0.0.1:8001"
-TOKEN = "vilu-token"  # the header's name; gRPC's has tritonserver's prefix before it
+# The headers' names; gRPC's have tritonserver's prefix before them.
+TOKEN, CONTROL = "vilu-token", "vilu-control"
 SCHEMES = ("grpc", "grpcs", "http", "https")
 REQUEST_BYTES = 32 << 20  # a batch of large images is cut here, whatever its number
 SHARED_FROM = 1 << 20  # below, registering and copying cost more than sending
@@ -65,7 +67,14 @@ class AccessDenied(RequestRefused):
 class Answer:
     """One image's answer; `error` says why there is none, and the other fields are then empty.
 
-    accept is True when failure_probability is below the checkpoint's threshold.
+    accept is True when failure_probability is below the class set's threshold. Only where they were asked for:
+
+    class_set: "NAME@VERSION" of the set that was answered from; "" for labels of the request's own.
+    top: (label, probability) of CLIP's likeliest labels, at most 5. concepts: (label, weight) where the head looked,
+        the classes that its doubt is between.
+    entropy, doctor: two other confidences, higher is better: Σ p log p / log K in [-1, 0], and -(1 - g) / g with
+        g = Σ p², in [1 - K, 0].
+    embedding: (D,) float32, unit length.
     """
 
     source: str
@@ -75,12 +84,39 @@ class Answer:
     failure_probability: float = float("nan")
     accept: bool = False
     error: str | None = None
+    class_set: str | None = None
+    top: tuple[tuple[str, float], ...] = ()
+    entropy: float | None = None
+    doctor: float | None = None
+    concepts: tuple[tuple[str, float], ...] = ()
+    embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def raise_for_error(self) -> Answer:
         """This answer, or RequestRefused with its error."""
         if self.error is not None:
             raise RequestRefused(f"{self.source}: {self.error}")
         return self
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about images.
+
+    labels: candidates of one's own, asked of the ensemble `vilu_open`; class_set: the name of one that the server
+        has; neither: the model's own.
+    details: tell class_set, top, entropy, doctor and concepts of every Answer, too; embedding: its embedding.
+    """
+
+    labels: Sequence[str] | None = None
+    class_set: str | None = None
+    details: bool = False
+    embedding: bool = False
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        named = ("CLASS_SET",) if self.class_set is not None or self.details else ()
+        embedding = ("IMAGE_EMBEDDING",) if self.embedding else ()
+        return (*OUTPUTS, *named, *(DETAILS if self.details else ()), *embedding)
 
 
 Item = tuple[str, "bytes | Answer"]  # an image's name and its encoded bytes, or an answer that says why there are none
@@ -124,19 +160,33 @@ def _batches(images: Iterable[ImageLike], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _answers(result: Any, sources: Sequence[str]) -> list[Answer]:
-    columns = [result.as_numpy(name).reshape(-1) for name in OUTPUTS]
-    return [
-        Answer(
-            source,
-            label.decode("utf-8") if isinstance(label, bytes) else str(label),
-            int(i),
-            float(c),
-            float(f),
-            bool(a),
-        )
-        for source, label, i, c, f, a in zip(sources, *columns, strict=True)
-    ]
+def _text(value: Any) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _pairs(labels: np.ndarray, weights: np.ndarray) -> tuple[tuple[str, float], ...]:
+    return tuple((_text(label), float(weight)) for label, weight in zip(labels, weights, strict=True))
+
+
+def _answers(result: Any, sources: Sequence[str], question: Question) -> list[Answer]:
+    found = {name: result.as_numpy(name) for name in question.outputs}
+    missing = [name for name, column in found.items() if column is None]
+    if missing:
+        raise RequestRefused(f"the server did not answer {', '.join(missing)}")
+    columns = [found[name].reshape(-1) for name in OUTPUTS]
+    answers = []
+    for row, (source, label, i, c, f, a) in enumerate(zip(sources, *columns, strict=True)):
+        more: dict[str, Any] = {}
+        if "CLASS_SET" in found:
+            more["class_set"] = _text(found["CLASS_SET"][row, 0])
+        if question.details:
+            more["top"] = _pairs(found["TOP_LABELS"][row], found["TOP_PROBABILITIES"][row])
+            more["concepts"] = _pairs(found["CONCEPTS"][row], found["CONCEPT_WEIGHTS"][row])
+            more |= {name.lower(): float(found[name][row, 0]) for name in ("ENTROPY", "DOCTOR")}
+        if question.embedding:
+            more["embedding"] = found["IMAGE_EMBEDDING"][row]
+        answers.append(Answer(source, _text(label), int(i), float(c), float(f), bool(a), **more))
+    return answers
 
 
 class _Region:
@@ -214,8 +264,8 @@ class AsyncClient:
         self.url, self.model, self.timeout = rest.rstrip("/"), model, timeout
         self.batch_size, self.in_flight = batch_size, in_flight
         self.http = scheme.startswith("http")
-        prefix = "" if self.http else "triton-grpc-protocol-"
-        self._headers = None if token is None else {prefix + TOKEN: token}
+        self._prefix = "" if self.http else "triton-grpc-protocol-"
+        self._headers = None if token is None else {self._prefix + TOKEN: token}
         host = self.url.rpartition(":")[0].strip("[]")
         near = host in ("localhost", "::1") or host.startswith("127.")
         self._shared = near if shared_memory is None else shared_memory
@@ -263,25 +313,37 @@ class AsyncClient:
         await self._unregister()
         await self._client.close()
 
-    async def ask(self, images: Iterable[ImageLike], labels: Sequence[str] | None = None) -> list[Answer]:
+    async def ask(
+        self,
+        images: Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        class_set: str | None = None,
+        details: bool = False,
+        embedding: bool = False,
+    ) -> list[Answer]:
         """One Answer per image, in order; a bad image has `error` set and costs the others nothing.
 
         Args:
             images: paths, encoded bytes, Pillow images or (H, W, 3) uint8 arrays.
-            labels: the candidates, asked of the ensemble `vilu_open`; None: the class set of `model`.
+            labels, class_set, details, embedding: as `Question`'s.
 
         Raises:
             ServerUnavailable: no server, an overload, or (DeadlineExceeded) no answer in time.
             AccessDenied: a token is missing or wrong.
         """
-        return [answer async for answer in self.stream(images, labels)]
+        asked = {"class_set": class_set, "details": details, "embedding": embedding}
+        return [answer async for answer in self.stream(images, labels, **asked)]
 
-    async def stream(self, images: Iterable[ImageLike], labels: Sequence[str] | None = None) -> AsyncIterator[Answer]:
+    async def stream(
+        self, images: Iterable[ImageLike], labels: Sequence[str] | None = None, **asked: Any
+    ) -> AsyncIterator[Answer]:
         """`ask` for any number of images: answers come in order while later images are read and asked."""
+        question = Question(labels, **asked)
         pending: deque[asyncio.Task[list[Answer]]] = deque()
         try:
             for batch in _batches(images, self.batch_size):
-                pending.append(asyncio.create_task(self.ask_batch(batch, labels)))
+                pending.append(asyncio.create_task(self.ask_batch(batch, question)))
                 if len(pending) == self.in_flight:
                     for answer in await pending.popleft():
                         yield answer
@@ -292,29 +354,56 @@ class AsyncClient:
             for task in pending:
                 task.cancel()
 
-    async def ask_batch(self, items: list[Item], labels: Sequence[str] | None = None) -> list[Answer]:
+    async def ask_batch(self, items: list[Item], question: Question) -> list[Answer]:
         """One request. Where the server refuses it for one bad image, each is asked for alone."""
         good = [(name, data) for name, data in items if isinstance(data, bytes)]
         found: Iterator[Answer] = iter(())
         if good:
             try:
-                result = await self._infer([data for _, data in good], labels)
-                found = iter(_answers(result, [name for name, _ in good]))
+                result = await self._retry(lambda: self._infer([data for _, data in good], question))
+                found = iter(_answers(result, [name for name, _ in good], question))
             except AccessDenied:
                 raise
             except RequestRefused as error:
                 if len(good) == 1:
                     found = iter([Answer(good[0][0], error=str(error))])
                 else:
-                    found = iter([answer for item in good for answer in await self.ask_batch([item], labels)])
+                    found = iter([answer for item in good for answer in await self.ask_batch([item], question)])
         return [data if isinstance(data, Answer) else next(found) for _, data in items]
 
-    async def _infer(self, batch: Sequence[bytes], labels: Sequence[str] | None) -> Any:
+    async def infer(self, model: str, strings: Mapping[str, np.ndarray], output: str) -> np.ndarray:
+        """One output of any model for BYTES inputs, with the same retries.
+
+        Raises:
+            UserError: as `ask` does, and RequestRefused.
+        """
+        inputs = []
+        for name, value in strings.items():
+            inputs.append(self._api.InferInput(name, list(value.shape), "BYTES"))
+            inputs[-1].set_data_from_numpy(value)
+        outputs = [self._api.InferRequestedOutput(output)]
+        result = await self._retry(lambda: self._client.infer(model, inputs, outputs=outputs, headers=self._headers))
+        return result.as_numpy(output)
+
+    async def config(self, model: str) -> dict[str, Any]:
+        """A model's configuration, as the server has it."""
+        more = {} if self.http else {"as_json": True}
+        found = await self._retry(lambda: self._client.get_model_config(model, headers=self._headers, **more))
+        return found if self.http else found["config"]
+
+    async def load(self, model: str, config: str, control_token: str | None) -> None:
+        """Load a model with another configuration: Triton's model control, guarded by a token of its own."""
+        headers = dict(self._headers or {})
+        if control_token is not None:
+            headers[self._prefix + CONTROL] = control_token
+        await self._retry(lambda: self._client.load_model(model, headers=headers, config=config))
+
+    async def _retry(self, once: Callable[[], Awaitable[Any]]) -> Any:
         end = time.monotonic() + self.timeout
         pause = FIRST_PAUSE
         while True:
             try:
-                return await asyncio.wait_for(self._infer_once(batch, labels), end - time.monotonic())
+                return await asyncio.wait_for(once(), end - time.monotonic())
             except Exception as error:
                 told, again = self._told(error)
             # Half of the pause is random: clients that were refused together must not come back together.
@@ -324,9 +413,9 @@ class AsyncClient:
             await asyncio.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    async def _infer_once(self, batch: Sequence[bytes], labels: Sequence[str] | None) -> Any:
+    async def _infer(self, batch: Sequence[bytes], question: Question) -> Any:
         tensor = self._api.InferInput("IMAGE", [len(batch), 1], "BYTES")
-        outputs = [self._api.InferRequestedOutput(name) for name in OUTPUTS]
+        outputs = [self._api.InferRequestedOutput(name) for name in question.outputs]
         size = sum(map(len, batch)) + 4 * len(batch)
         region = await self._region(size) if self._shared and size >= SHARED_FROM else None
         if region is None:
@@ -335,14 +424,15 @@ class AsyncClient:
             region.fill(batch)
             tensor.set_shared_memory(region.name, size)
         inputs, model = [tensor], self.model
-        if labels is not None:
-            row = [label.encode("utf-8", "surrogateescape") for label in labels]
+        if question.labels is not None:
+            row = [label.encode("utf-8", "surrogateescape") for label in question.labels]
             inputs.append(self._api.InferInput("LABELS", [len(batch), len(row)], "BYTES"))
             inputs[1].set_data_from_numpy(np.array([row] * len(batch), dtype=np.object_).reshape(len(batch), -1))
             model = OPEN
+        named = {} if question.class_set is None else {"parameters": {"class_set": question.class_set}}
         answered = False
         try:
-            result = await self._client.infer(model, inputs, outputs=outputs, headers=self._headers)
+            result = await self._client.infer(model, inputs, outputs=outputs, headers=self._headers, **named)
             answered = True
             return result
         except InferenceServerException:
@@ -445,16 +535,19 @@ class Client:
             self._run(self._asker.close())
             self._end()
 
-    def ask(self, images: Iterable[ImageLike], labels: Sequence[str] | None = None) -> list[Answer]:
+    def ask(self, images: Iterable[ImageLike], labels: Sequence[str] | None = None, **asked: Any) -> list[Answer]:
         """As `AsyncClient.ask`."""
-        return list(self.stream(images, labels))
+        return list(self.stream(images, labels, **asked))
 
-    def stream(self, images: Iterable[ImageLike], labels: Sequence[str] | None = None) -> Iterator[Answer]:
+    def stream(
+        self, images: Iterable[ImageLike], labels: Sequence[str] | None = None, **asked: Any
+    ) -> Iterator[Answer]:
         """As `AsyncClient.stream`; the images are read in the caller's thread."""
+        question = Question(labels, **asked)
         pending: deque[Any] = deque()
         try:
             for batch in _batches(images, self._asker.batch_size):
-                pending.append(asyncio.run_coroutine_threadsafe(self._asker.ask_batch(batch, labels), self._loop))
+                pending.append(asyncio.run_coroutine_threadsafe(self._asker.ask_batch(batch, question), self._loop))
                 if len(pending) == self._asker.in_flight:
                     yield from pending.popleft().result()
             while pending:

@@ -20,12 +20,15 @@ from vilu.errors import UserError
 _COMMANDS = {
     "ask": "vilu.serving.ask:ask_command",
     "calibrate": "vilu.commands:calibrate_command",
+    "classes": "vilu.serving.classes:classes_command",
     "demo": "vilu.demo:demo_command",
     "eval": "vilu.eval_cli:eval_command",
     "export": "vilu.cli:export_command",
     "health": "vilu.serving.cli:health_command",
     "serve": "vilu.serving.cli:serve_command",
     "train": "vilu.commands:train_command",
+    "versions": "vilu.export.versions:versions_command",
+    "web": "vilu.serving.web:web_command",
 }
 
 
@@ -42,7 +45,8 @@ class _Lazy(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] == "vilu":
                 raise
-            extra = {"ask": "client", "health": "server", "serve": "server"}.get(cmd_name, "export")
+            extras = {"ask": "client", "classes": "client", "health": "server", "serve": "server", "web": "web"}
+            extra = extras.get(cmd_name, "export")
             raise UserError(
                 f"`vilu {cmd_name}` needs the package {error.name!r}: pip install 'vilu[{extra}]'"
             ) from None
@@ -154,12 +158,23 @@ def clip_options(command: Any) -> Any:
     help="What runs the towers.  [default: openvino where installed, else cpu; for GPUs cuda]",
 )
 @click.option("--cores", type=click.IntRange(min=1), help="Of a CPU server.  [default: this machine's]")
-@click.option("--engines", default="/tmp/vilu-engines", show_default=True, help="TensorRT's engines, on the server.")
+@click.option(
+    "--engines", default="/var/cache/vilu/engines", show_default=True, help="TensorRT's engines, on the server."
+)
 @click.option(
     "--cuda-arch",
     metavar="LIST",
     help="Compute capabilities to compile the head for, as 80,90; means --device gpu.  [default: all known]",
 )
+@click.option(
+    "--version", type=click.IntRange(1), help="Add it beside what is there, as this version.  [default: replace]"
+)
+@click.option("--max-queue", type=int, help="Requests that may wait before one model.  [default: 256]")
+@click.option("--queue-seconds", type=float, help="That a request may wait there.  [default: 30]")
+@click.option("--max-image-bytes", type=int, help="Of an encoded image.  [default: 20 MiB]")
+@click.option("--max-image-pixels", type=int, help="Of an image.  [default: 50,000,000]")
+@click.option("--max-labels", type=int, help="Candidates of a request's own.  [default: 1000]")
+@click.option("--max-label-bytes", type=int, help="Of one of them, in UTF-8.  [default: 256]")
 def export_command(
     ckpt: Path,
     output: Path,
@@ -179,6 +194,8 @@ def export_command(
     cores: int | None,
     engines: str,
     cuda_arch: str | None,
+    version: int | None,
+    **limits: float | None,
 ) -> None:
     """Write ONNX graphs and a Triton model repository, proven equal to the eager model.
 
@@ -193,9 +210,12 @@ def export_command(
     from vilu.clip import load_clip
     from vilu.export import export
     from vilu.export.images import CALIBRATION, from_folder
+    from vilu.export.limits import Limits
 
     target: dict[str, Any] = {"device": device or ("gpu" if cuda_arch else "cpu"), "provider": provider, "cores": cores}
     target |= {"precision": precision, "allow_loss": allow_loss, "engines": engines, "preprocess": preprocess}
+    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    target |= {"version": version, "limits": Limits(**given)}
     if cuda_arch is not None:
         if device == "cpu":
             raise UserError("--cuda-arch is for --device gpu")

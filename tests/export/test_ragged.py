@@ -2,14 +2,16 @@
 
 import itertools
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 
 from tests.conftest import TOLERANCE, unit_rows
 from vilu import ViLUHead
-from vilu.export.ragged import RaggedHeadGraph, write_ragged
+from vilu.export.ragged import DetailsGraph, RaggedHeadGraph, write_details, write_ragged
 from vilu.kernels import fold
+from vilu.scores import Doctor, Entropy
 
 DIM, SCALE = 24, 100.0
 
@@ -77,3 +79,54 @@ def test_a_bank_of_one_class_set_is_refused():
     folded = fold(spread("shared"), unit_rows(5, DIM, seed=1).float(), logit_scale=SCALE, layout="folded")
     with pytest.raises(ValueError, match="plain"):
         RaggedHeadGraph(folded, 0.5)
+    with pytest.raises(ValueError, match="plain"):
+        DetailsGraph(folded)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 10, 63])
+@pytest.mark.parametrize(
+    ("projection", "parts"),
+    [
+        ("identity", ("image", "predicted", "attended")),
+        ("shared", ("image", "predicted", "attended")),
+        ("separate", ("predicted", "attended")),
+        ("identity", ("image",)),
+    ],
+)
+def test_details_are_the_formulas(projection, parts, rows, tmp_path):
+    """Against NumPy in float64 from the formulas, and against the scores that `vilu eval` compares."""
+    head = spread(projection, parts)
+    t, v = unit_rows(rows, DIM, seed=rows).float(), unit_rows(5, DIM, seed=0).float()
+    write_details(fold(head, t, logit_scale=SCALE, layout="plain"), tmp_path / "details" / "1" / "model.onnx")
+    session = onnxruntime.InferenceSession(
+        tmp_path / "details" / "1" / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    found = dict(
+        zip(names, session.run(names, {"IMAGE_EMBEDDING": v.numpy(), "TEXT_EMBEDDINGS": t.numpy()}), strict=True)
+    )
+
+    def softmax(x):
+        e = np.exp(x - x.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+    exact_v, exact_t = v.double().numpy(), t.double().numpy()
+    p = softmax(SCALE * exact_v @ exact_t.T)
+    expected = {
+        "PROBABILITIES": p,
+        "ENTROPY": (p * np.log(p)).sum(axis=1, keepdims=True) / (np.log(rows) if rows > 1 else 1),
+        "DOCTOR": 1 - 1 / (p * p).sum(axis=1, keepdims=True),
+    }
+    if "attended" in parts:
+        w_q, w_k, _ = (w.detach().double().numpy() for w in head.projections())
+        expected["ATTENTION"] = softmax(head.attention_scale * (exact_v @ w_q.T) @ (exact_t @ w_k.T).T)
+    assert set(found) == set(expected)
+    tolerance = {"DOCTOR": 5e-5}  # -(1 - g) / g of a small g
+    for name, value in expected.items():
+        allowed = (
+            10 * TOLERANCE[torch.float32] if name == "ATTENTION" else tolerance.get(name, TOLERANCE[torch.float32])
+        )
+        np.testing.assert_allclose(found[name], value, rtol=allowed, atol=allowed)
+    for name, score in (("ENTROPY", Entropy()), ("DOCTOR", Doctor())):
+        theirs = score.confidence(v, t, logit_scale=SCALE).numpy()
+        np.testing.assert_allclose(found[name][:, 0], theirs, rtol=1e-4, atol=1e-5)

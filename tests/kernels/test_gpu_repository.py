@@ -77,14 +77,19 @@ def test_configs(root):
     assert kinds == dict.fromkeys(["clip_image", "clip_text", "vilu_full", "vilu_head"], on_gpu) | {
         "preprocess": [pb.ModelInstanceGroup.KIND_CPU],
         "vilu_embeddings": [pb.ModelInstanceGroup.KIND_CPU],
+        "vilu_details": [pb.ModelInstanceGroup.KIND_CPU],
+        "tokenize": [pb.ModelInstanceGroup.KIND_CPU],
+        "class_sets": [pb.ModelInstanceGroup.KIND_CPU],
         "vilu": [],
         "vilu_open": [],
+        "vilu_text": [],
     }
     head = configs["vilu_head"]
     assert (head.backend, head.default_model_filename, head.max_batch_size) == ("python", "model.py", MAX_BATCH)
     assert head.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no"
-    assert list(head.output) == list(configs["vilu"].output) == list(configs["vilu_full"].output)
-    assert [step.model_name for step in configs["vilu"].ensemble_scheduling.step][-1] == "vilu_head"
+    assert list(head.output)[:5] == list(configs["vilu"].output)[:5] == list(configs["vilu_full"].output)
+    steps = [step.model_name for step in configs["vilu"].ensemble_scheduling.step]
+    assert steps == ["preprocess", "clip_image", "vilu_head", "vilu_details"]
 
 
 def test_the_cubins_folder_is_what_its_manifest_says(root):
@@ -177,9 +182,43 @@ def server_stub():
             tensor.capsule = capsule
             return tensor
 
+    class Metric:
+        def __init__(self, **_):
+            self.values = []
+            self.increment = self.observe = self.values.append
+
+    class MetricFamily:
+        HISTOGRAM, COUNTER = "HISTOGRAM", "COUNTER"
+
+        def __init__(self, **_):
+            self.Metric = Metric
+
+    class BLS:
+        """Answers with the request itself."""
+
+        def __init__(self, model_name, inputs, requested_output_names, parameters):
+            self.asked = model_name, inputs, requested_output_names, parameters
+
+        def exec(self):
+            answer = [Tensor(name, self.asked) for name in self.asked[2]]
+            return SimpleNamespace(has_error=lambda: False, output_tensors=lambda: answer)
+
+    class TritonError(str):
+        INVALID_ARG = 3
+
+        def __new__(cls, told, code):
+            assert code == cls.INVALID_ARG
+            return str.__new__(cls, told)
+
     return SimpleNamespace(
         Tensor=Tensor,
-        InferenceResponse=lambda output_tensors: {tensor.name: tensor for tensor in output_tensors},
+        InferenceResponse=lambda output_tensors=(), error=None: (
+            error or {tensor.name: tensor for tensor in output_tensors}
+        ),
+        InferenceRequest=BLS,
+        MetricFamily=MetricFamily,
+        TritonError=TritonError,
+        TritonModelException=RuntimeError,
         get_input_tensor_by_name=lambda request, name: request[name],
     )
 
@@ -197,17 +236,27 @@ def model(root, monkeypatch, cuda_driver):
         "parameters": {"threshold": {"string_value": "0.5"}},
     }
     arguments = {"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"}
+    arguments["model_name"] = "vilu_head"
     server_model = module.TritonPythonModel()
     server_model.initialize(arguments | {"model_instance_device_id": "0"})
     yield server_model
-    for name in [name for name in sys.modules if name.split(".")[0] == "fused"]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("fused", "sets")]:
         del sys.modules[name]
 
 
-def request(array, gpu):
+class Request(dict):
+    """The server's, as far as the model uses it: tensors by name, and what else was asked."""
+
+    def __init__(self, tensors, parameters="{}"):
+        super().__init__(tensors)
+        self.parameters = lambda: parameters
+        self.requested_output_names = lambda: ["LABEL", "FAILURE_PROBABILITY"]
+
+
+def request(array, gpu, parameters="{}"):
     """An IMAGE_EMBEDDING of the server, on the GPU or not."""
     view = dlpack.View(array.ctypes.data, array.shape, "fp32", gpu)
-    return {"IMAGE_EMBEDDING": SimpleNamespace(to_dlpack=lambda: dlpack.lend(view, array))}
+    return Request({"IMAGE_EMBEDDING": SimpleNamespace(to_dlpack=lambda: dlpack.lend(view, array))}, parameters)
 
 
 def aligned(array):
@@ -246,6 +295,8 @@ def test_served_answers(batches, gpu, kernels, copies, model, cuda_driver, check
         failure = checkpoint.head.failure_probability(v, t)
         confidence = torch.softmax(checkpoint.clip.logit_scale * v @ t.T, 1).amax(1)
         assert {name: array.shape for name, array in joined.items()} == dict.fromkeys(joined, (len(v), 1))
+        assert set(joined["CLASS_SET"][:, 0]) == {b"default@1"}
+        assert set(joined["CLASS_SET_VERSION"][:, 0]) == {1}
         assert joined["CLASS_INDEX"][:, 0].tolist() == index.tolist()
         assert joined["LABEL"][:, 0].tolist() == [checkpoint.class_set.names[i].encode() for i in index]
         np.testing.assert_allclose(joined["FAILURE_PROBABILITY"][:, 0], failure, atol=1e-5)
@@ -255,6 +306,25 @@ def test_served_answers(batches, gpu, kernels, copies, model, cuda_driver, check
         del responses, joined
         gc.collect()
         assert len(model.pool) == 1, "a batch's memory comes back with its last tensor"
+
+
+def test_who_names_another_class_set_is_answered_by_bls_alone(model, cuda_driver, checkpoint, tmp_path):
+    model.store.folder = tmp_path
+    (tmp_path / "pets@3").touch()
+    (tmp_path / "birds@1.removed").touch()
+    rows = aligned(checkpoint.class_set.text_embeddings[:2].numpy())
+    names = ['{"class_set":"pets"}', "{}", '{"class_set":7}', '{"class_set":"default"}', '{"class_set":"birds"}']
+    requests = [request(rows, 0, name) for name in names]
+    pets, plain, wrong, default, birds = model.execute(requests)
+    assert cuda_driver.launched == ["single-fp32"]
+    asked = ("vilu_embeddings", [requests[0]["IMAGE_EMBEDDING"]], ["LABEL", "FAILURE_PROBABILITY"])
+    assert pets["LABEL"].array == (*asked, {"class_set": "pets"})
+    assert wrong == "class_set must be a string"
+    assert birds == "class set 'birds' is not served; there are default, pets"
+    for mine in (plain, default):
+        assert mine["LABEL"].array[:, 0].tolist() == [name.encode() for name in checkpoint.class_set.names[:2]]
+    _, answers, _ = model.tally.metrics["default"]
+    assert answers.values == [4]
 
 
 def test_dlpack_both_ways_with_torch():

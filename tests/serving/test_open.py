@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+import time
 import urllib.request
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
+from tests.serving.test_client import rows_of
 from tests.serving.test_server import agree, vilu
 from vilu.image import decode
+from vilu.scores import Doctor, Entropy
 from vilu.serving import AsyncClient, Client, RequestRefused
 
 pytestmark = pytest.mark.server
@@ -69,6 +73,119 @@ def test_requests_with_different_labels_ride_together(server, photos, eager_open
     (statistics,) = api.get_inference_statistics("vilu_embeddings").model_stats
     assert statistics.execution_count < statistics.inference_count  # some did
     api.close()
+
+
+def in_numpy(checkpoint, clip, v, t):
+    """What is told of an answer when asked for, in float64 from the formulas: top labels' rows and probabilities,
+    entropy, Doctor, the attention's top rows and weights."""
+
+    def softmax(x):
+        e = np.exp(x - x.max())
+        return e / e.sum()
+
+    head = checkpoint.head
+    v, t = v.double().numpy(), t.double().numpy()
+    w_q, w_k, _ = (w.detach().double().numpy() for w in head.projections())
+    p = softmax(clip.spec.logit_scale * t @ v)
+    attention = softmax(head.attention_scale * (t @ w_k.T) @ (w_q @ v))
+    entropy = (p * np.log(p)).sum() / np.log(max(len(t), 2))
+    top, concepts = (np.argsort(-x, kind="stable")[:5] for x in (p, attention))
+    return top, p[top], entropy, 1 - 1 / (p * p).sum(), concepts, attention[concepts]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("labels", [None, *SETS], ids=lambda labels: "class set" if labels is None else len(labels))
+def test_details_are_right(server, photos, clip, checkpoint, protocol, labels):
+    names, templates = labels or checkpoint.class_set.names, checkpoint.class_set.templates
+    t = clip.class_set(names, templates).text_embeddings
+    with Client(server.grpc_url if protocol == "grpc" else server.http_url, batch_size=5) as client:
+        plain = client.ask(photos, labels)
+        answers = client.ask(photos, labels, details=True, embedding=True)
+    for answer, without, photo in zip(answers, plain, photos, strict=True):
+        v = clip.embed_images([decode(photo, clip.transform)[None]])[0]
+        top, p, entropy, doctor, concepts, weights = in_numpy(checkpoint, clip, v, t)
+        assert [label for label, _ in answer.top] == [names[i] for i in top]
+        assert [label for label, _ in answer.concepts] == [names[i] for i in concepts]
+        np.testing.assert_allclose([value for _, value in answer.top], p, atol=TOLERANCE)
+        np.testing.assert_allclose([value for _, value in answer.concepts], weights, atol=TOLERANCE)
+        assert answer.entropy == pytest.approx(entropy, abs=TOLERANCE)
+        assert answer.doctor == pytest.approx(doctor, abs=TOLERANCE, rel=TOLERANCE)
+        np.testing.assert_allclose(answer.embedding, v.numpy(), atol=TOLERANCE)
+        scores = {"entropy": Entropy(), "doctor": Doctor()}
+        for name, score in scores.items():
+            theirs = float(score.confidence(v[None], t, logit_scale=clip.spec.logit_scale))
+            assert getattr(answer, name) == pytest.approx(theirs, abs=TOLERANCE, rel=1e-3)
+        assert answer.class_set == ("default@1" if labels is None else "")
+        assert (answer.label, answer.failure_probability) == (without.label, pytest.approx(without.failure_probability))
+        assert (without.class_set, without.top, without.concepts, without.embedding) == (None, (), (), None)
+
+
+def executed(api, model):
+    """Images that a model has run for; the server counts them just after it answers."""
+    counts = [-1]
+    while len(counts) < 3 or counts[-1] != counts[-2]:
+        (statistics,) = api.get_inference_statistics(model).model_stats
+        counts.append(statistics.inference_count)
+        time.sleep(0.02)
+    return counts[-1]
+
+
+ANSWER = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
+OPTIONAL = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS", "IMAGE_EMBEDDING")
+
+
+@pytest.mark.parametrize(
+    ("model", "counted", "plain"), [("vilu", "vilu_details", 0), ("vilu_open", "vilu_embeddings", 1)]
+)
+def test_details_are_computed_for_who_asks_alone(server, photos, model, counted, plain):
+    """They are a step of their own, and an ensemble runs the steps that an output needs: every choice is answered."""
+    api = grpc.InferenceServerClient(server.grpc_url)
+    image = grpc.InferInput("IMAGE", [1, 1], "BYTES")
+    image.set_data_from_numpy(np.array([[photos[0]]], dtype=object))
+    labels = grpc.InferInput("LABELS", [1, 2], "BYTES")
+    labels.set_data_from_numpy(np.array([[b"a cat", b"a dog"]], dtype=object))
+    given = [image, labels] if model == "vilu_open" else [image]
+
+    def runs(names):
+        before = executed(api, counted)
+        result = api.infer(model, given, outputs=[grpc.InferRequestedOutput(name) for name in names])
+        assert {output.name for output in result.get_response().outputs} == set(names)
+        return executed(api, counted) - before
+
+    for names in (ANSWER, *((name,) for name in ANSWER), ("CLASS_SET",), (*ANSWER, "CLASS_SET")):
+        assert runs(names) == plain
+    for name in OPTIONAL:
+        assert runs((*ANSWER, name)) == plain + 1
+        assert runs((name,)) == 1
+    api.close()
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in (*ANSWER, *OPTIONAL, "CLASS_SET")), (*ANSWER, *OPTIONAL)])
+def test_embeddings_have_the_outputs_that_are_asked_for(server, embedded, names):
+    api = grpc.InferenceServerClient(server.grpc_url)
+    rows = grpc.InferInput("IMAGE_EMBEDDING", list(embedded.shape), "FP32")
+    rows.set_data_from_numpy(3 * embedded.numpy())
+    result = api.infer("vilu_embeddings", [rows], outputs=[grpc.InferRequestedOutput(name) for name in names])
+    assert {output.name for output in result.get_response().outputs} == set(names)
+    if "IMAGE_EMBEDDING" in names:
+        np.testing.assert_allclose(result.as_numpy("IMAGE_EMBEDDING"), embedded.numpy(), atol=1e-6)
+    api.close()
+
+
+def test_new_labels_hold_up_no_closed_question(server, photos):
+    """While the model of open questions waits for the text tower, closed ones are answered, with all that is asked."""
+    with Client(server.grpc_url, timeout=60) as client:
+        asked = [[f"new to the server {i} {j}" for j in range(1000)] for i in range(2)]
+        waiting = [threading.Thread(target=client.ask, args=(photos[:1], labels)) for labels in asked]
+        before = metrics(server)["vilu_text_cache_misses"]
+        for thread in waiting:
+            thread.start()
+        while metrics(server)["vilu_text_cache_misses"] == before:
+            time.sleep(0.01)
+        assert all(answer.error is None for answer in client.ask(photos[:1], details=True))
+        assert any(thread.is_alive() for thread in waiting)
+        for thread in waiting:
+            thread.join()
 
 
 def metrics(server):
@@ -185,3 +302,21 @@ def test_vilu_ask_with_labels(server, photos, tmp_path, eager_open):
     given = [part for label in SETS[1] for part in ("--label", label)]
     done = vilu("ask", tmp_path / "a.jpg", *given, "--json", "--url", server.grpc_url)
     assert json.loads(done.stdout)[0]["label"] == eager_open(photos[0], SETS[1])[0]
+
+
+def test_vilu_ask_with_details(server, photos, tmp_path, checkpoint):
+    (tmp_path / "a.jpg").write_bytes(photos[0])
+    url = ("--details", "--url", server.grpc_url)
+    (answer,) = json.loads(vilu("ask", tmp_path / "a.jpg", "--json", *url).stdout)
+    assert answer["class_set"] == "default@1"
+    assert answer["top"][0] == [answer["label"], pytest.approx(answer["confidence"])]
+    assert len(answer["concepts"]) == 5
+    assert "doubt between" in vilu("ask", tmp_path / "a.jpg", *url).stdout
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        assert vilu("ask", tmp_path / "a.jpg", *url, "--output", tmp_path / f"out{suffix}").returncode == 0
+        (row,) = rows_of(tmp_path / f"out{suffix}")
+        top = json.loads(row["top"]) if suffix == ".csv" else row["top"]
+        first = (top[0]["label"], top[0]["weight"]) if suffix == ".parquet" else tuple(top[0])
+        assert first == (answer["label"], pytest.approx(answer["confidence"]))
+    wrong = vilu("ask", tmp_path / "a.jpg", "--label", "a", "--class-set", "b", *url)
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)

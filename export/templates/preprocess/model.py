@@ -23,6 +23,16 @@ class TritonPythonModel:
         core.set_blocks_max(4 * WORKERS)
         # Pillow releases the interpreter's lock while it decodes and resizes.
         self.pool = ThreadPoolExecutor(max_workers=WORKERS)
+        self.errors = None
+        try:
+            self.family = pb_utils.MetricFamily(
+                name="vilu_decode_errors",
+                description="Images that could not be decoded",
+                kind=pb_utils.MetricFamily.COUNTER,
+            )
+            self.errors = self.family.Metric(labels={"model": args["model_name"], "version": args["model_version"]})
+        except pb_utils.TritonModelException:  # the server keeps no metrics
+            pass
 
     def _decode(self, data):
         try:
@@ -38,6 +48,8 @@ class TritonPythonModel:
             pixels = [next(decoded) for _ in batch]
             bad = [(i, p) for i, p in enumerate(pixels) if isinstance(p, Exception)]
             if bad:
+                if self.errors is not None:
+                    self.errors.increment(len(bad))
                 index, error = bad[0]
                 text = f"image {index}: {error}" if len(batch) > 1 else str(error)
                 failure = pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG)

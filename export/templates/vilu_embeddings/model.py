@@ -1,35 +1,17 @@
-"""Triton Python model: image embeddings, with candidates of the request's own or the class set, to the answer.
+"""Triton Python model: image embeddings, with candidates of the request's own or a class set, to the answer.
 
 Candidates are TEXT_EMBEDDINGS, or LABELS, whose embeddings are kept: a label that was asked before costs no run of the
-text tower. Requests with different candidates are answered in one run of the head (ragged.onnx). No torch.
+text tower. No torch.
 """
 
 import json
 from collections import OrderedDict
-from pathlib import Path
 
+import head  # these two are copied beside this file by the export
 import numpy as np
-import onnxruntime
-import text  # vilu/text.py, copied beside this file by the export
+import sets
 import triton_python_backend_utils as pb_utils
-
-OUTPUTS = ("CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
-
-
-class RequestError(ValueError):
-    """A request that cannot be answered, with the reason in one line."""
-
-
-def unit(rows, what):
-    """L2-normalised rows (N, D) float32; refuses what has no direction."""
-    rows = np.asarray(rows, np.float32)
-    if not np.isfinite(rows).all():
-        raise RequestError(f"{what} holds a value that is not finite")
-    largest = np.abs(rows).max(axis=-1, keepdims=True)
-    if not (largest > 0).all():
-        raise RequestError(f"{what} holds a row of zeros")
-    rows = rows / largest  # the squares of very large or small rows would not be finite
-    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+from sets import Candidates, RequestError, unit
 
 
 class Metrics:
@@ -53,48 +35,51 @@ class Metrics:
             self.counters[name][1].increment(by)
 
 
-class TritonPythonModel:
+class TritonPythonModel(head.Head):
     def initialize(self, args):
-        config = json.loads(args["model_config"])
-        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        here = Path(args["model_repository"]) / args["model_version"]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(parameters["intra_op_thread_count"])
-        self.head = onnxruntime.InferenceSession(here / "ragged.onnx", options, providers=["CPUExecutionProvider"])
-        self.names = [name.encode() for name in (here / "labels.txt").read_text("utf-8").split("\n")[:-1]]
-        self.classes = np.load(here / "text_embeddings.npy", allow_pickle=False)
-        self.templates = json.loads(parameters["templates"])
-        self.most_labels, self.longest_label = int(parameters["max_labels"]), int(parameters["max_label_bytes"])
-        self.text_batch = int(parameters["text_batch_size"])
-        transform = text.TextTransform(**json.loads(parameters["text_transform"]))
-        self.tokenizer = text.Tokenizer(here / "tokenizer.json", transform)
+        super().initialize(args)
+        self.templates = json.loads(self.parameters["templates"])
+        self.most_labels = int(self.parameters["max_labels"])
+        self.longest_label = int(self.parameters["max_label_bytes"])
+        self.text_batch = int(self.parameters["text_batch_size"])
         self.kept = OrderedDict()  # (CLIP's fingerprint, prompt) -> (D,) float32, the last used at the end
-        self.keep = int(parameters["text_cache_prompts"])
-        self.fingerprint = parameters["fingerprint"]
+        self.keep = int(self.parameters["text_cache_prompts"])
+        self.fingerprint = self.parameters["fingerprint"]
         self.metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
 
-    def _candidates(self, request, images):
-        """One (key, names, make) per image: equal keys are the same candidates, make() gives their rows (K, D)."""
+    def embeddings(self, request):
+        return unit(pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING").as_numpy(), "IMAGE_EMBEDDING")
+
+    def refused(self, error):
+        if isinstance(error, RequestError):
+            self.metrics.count("vilu_open_refused", 1)
+
+    def candidates(self, request, images, known):
         own = pb_utils.get_input_tensor_by_name(request, "TEXT_EMBEDDINGS")
         labels = pb_utils.get_input_tensor_by_name(request, "LABELS")
         if own is not None and labels is not None:
             raise RequestError("give TEXT_EMBEDDINGS or LABELS, not both")
-        if own is not None:
-            rows = own.as_numpy()
-            if not rows.shape[1]:
-                raise RequestError("TEXT_EMBEDDINGS holds no candidate")
-            if rows.shape[1] > self.most_labels:
-                raise RequestError(f"TEXT_EMBEDDINGS holds {rows.shape[1]} candidates, the limit is {self.most_labels}")
-            found = []
-            for own_rows in rows:
-                own_rows = unit(own_rows, "TEXT_EMBEDDINGS")
-                found.append((own_rows.tobytes(), [b""] * len(own_rows), lambda r=own_rows: r))
-            return found
-        if labels is None:
-            return [("class set", self.names, lambda: self.classes)] * images
-        return [self._named(row) for row in labels.as_numpy().reshape(images, -1)]
+        if own is None and labels is None:
+            return [self.class_set(request)] * images
+        if sets.asked(request):
+            given = "LABELS" if own is None else "TEXT_EMBEDDINGS"
+            raise RequestError(f"give {given} or class_set, not both")
+        if labels is not None:
+            return [self._named(row, known) for row in labels.as_numpy().reshape(images, -1)]
+        rows = own.as_numpy()
+        if not rows.shape[1]:
+            raise RequestError("TEXT_EMBEDDINGS holds no candidate")
+        if rows.shape[1] > self.most_labels:
+            raise RequestError(f"TEXT_EMBEDDINGS holds {rows.shape[1]} candidates, the limit is {self.most_labels}")
+        return [self._own(unit(each, "TEXT_EMBEDDINGS"), known) for each in rows]
 
-    def _named(self, row):
+    def _own(self, rows, known):
+        key = rows.tobytes()
+        if key not in known:
+            known[key] = Candidates([b""] * len(rows), rows, self.default.threshold)
+        return known[key]
+
+    def _named(self, row, known):
         if not len(row):
             raise RequestError("LABELS is empty")
         if len(row) > self.most_labels:
@@ -113,7 +98,10 @@ class TritonPythonModel:
         if len(set(names)) < len(names):
             twice = next(name for i, name in enumerate(names) if name in names[:i])
             raise RequestError(f"the label {twice!r} is there twice")
-        return tuple(names), [name.encode() for name in names], lambda: self._embed(names)
+        key = tuple(names)
+        if key not in known:
+            known[key] = Candidates([name.encode() for name in names], self._embed(names), self.default.threshold)
+        return known[key]
 
     def _embed(self, names):
         """(K, D) rows: each the mean of a name's normalised prompt embeddings, normalised again."""
@@ -125,15 +113,16 @@ class TritonPythonModel:
         fresh: dict = {}
         for start in range(0, len(missing), self.text_batch):
             some = missing[start : start + self.text_batch]
-            tokens = self.tokenizer.encode([prompt for _, prompt in some])
+            texts = np.array([[prompt.encode()] for _, prompt in some], object)
             request = pb_utils.InferenceRequest(
-                model_name="clip_text",
-                inputs=[pb_utils.Tensor("TOKENS", tokens)],
+                model_name="vilu_text",
+                inputs=[pb_utils.Tensor("TEXT", texts)],
                 requested_output_names=["TEXT_EMBEDDING"],
             )
             response = request.exec()
             if response.has_error():
-                raise RuntimeError(f"clip_text: {response.error().message()}")
+                # The code does not come through BLS. The labels are not at fault: the queue is full, or worse.
+                raise RequestError(f"vilu_text: {response.error().message()}", pb_utils.TritonError.UNAVAILABLE)
             rows = pb_utils.get_output_tensor_by_name(response, "TEXT_EMBEDDING").as_numpy()
             fresh.update(zip(some, rows.copy(), strict=True))
         rows = []
@@ -148,54 +137,3 @@ class TritonPythonModel:
             self.kept.popitem(last=False)
         grouped = np.stack(rows).reshape(len(names), len(self.templates), -1)
         return unit(grouped.mean(axis=1), "the text tower's answer")
-
-    def execute(self, requests):
-        answers = [None] * len(requests)
-        parts, banks = [], {}  # (request, images, keys); key -> (names, first row, rows)
-        count = 0
-        for place, request in enumerate(requests):
-            try:
-                images = pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING").as_numpy()
-                images = unit(images, "IMAGE_EMBEDDING")
-                found = self._candidates(request, len(images))
-                made = {}  # all of a request's candidates or, where one cannot be had, none
-                for key, names, make in found:
-                    if key not in banks and key not in made:
-                        made[key] = names, make()
-            except RequestError as error:
-                self.metrics.count("vilu_open_refused", 1)
-                answers[place] = self._error(str(error), pb_utils.TritonError.INVALID_ARG)
-                continue
-            except Exception as error:
-                answers[place] = self._error(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
-                continue
-            for key, (names, rows) in made.items():
-                banks[key] = names, count, rows
-                count += len(rows)
-            parts.append((place, images, [key for key, _, _ in found]))
-        if parts:
-            self._answer(parts, banks, answers)
-        return answers
-
-    def _answer(self, parts, banks, answers):
-        images = np.concatenate([rows for _, rows, _ in parts])
-        keys = [key for _, _, own in parts for key in own]
-        bounds = np.array([[banks[key][1], banks[key][1] + len(banks[key][2])] for key in keys], np.int64)
-        feed = {
-            "IMAGE_EMBEDDING": images,
-            "TEXT_EMBEDDINGS": np.concatenate([rows for _, _, rows in banks.values()]),
-            "CANDIDATES": bounds,
-        }
-        index, *columns = self.head.run(OUTPUTS, feed)
-        index = index - bounds[:, :1].astype(np.int32)
-        label = np.array([[banks[key][0][int(i)]] for key, (i,) in zip(keys, index, strict=True)], dtype=object)
-        values = dict(zip(("LABEL", *OUTPUTS), (label, index, *columns), strict=True))
-        start = 0
-        for place, rows, _ in parts:
-            end = start + len(rows)
-            tensors = [pb_utils.Tensor(name, np.ascontiguousarray(value[start:end])) for name, value in values.items()]
-            answers[place] = pb_utils.InferenceResponse(output_tensors=tensors)
-            start = end
-
-    def _error(self, told, code):
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(told, code))

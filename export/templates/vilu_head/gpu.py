@@ -1,9 +1,13 @@
-"""Triton Python model: image embeddings to the answer by the fused head's cubins. No torch, no compilation."""
+"""Triton Python model: image embeddings to the answer by the fused head's cubins. No torch, no compilation.
+
+The cubins hold the class set that was exported. Who names another one is answered by vilu_embeddings.
+"""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import sets  # copied beside this file by the export
 import triton_python_backend_utils as pb_utils
 from fused import dlpack  # vilu/kernels/{dlpack,launch,plan}.py, copied beside this file by the export
 from fused.launch import CubinHead, Gpu
@@ -31,8 +35,40 @@ class TritonPythonModel:
         self.rows = max(config["max_batch_size"], 1)
         self.embeddings = self.head.gpu.allocate(self.rows * self.head.variant.dim * 4)
         self.pool = []
+        version = int(args["model_version"])
+        self.told = np.full((self.rows, 1), f"{sets.DEFAULT}@{version}".encode(), object)
+        self.versions = np.full((self.rows, 1), version, np.int32)
+        self.tally = sets.Tally(args)
+        self.store = sets.Store(sets.folder_of(args), None, "")
 
     def execute(self, requests):
+        mine, others = [], {}
+        for place, request in enumerate(requests):
+            try:
+                name = sets.asked(request)
+                if name in ("", sets.DEFAULT):
+                    mine.append(request)
+                else:
+                    others[place] = self._forward(request, name)
+            except sets.RequestError as error:
+                others[place] = sets.error_response(error)
+        answered = iter(self._answer(mine) if mine else ())
+        return [others[place] if place in others else next(answered) for place in range(len(requests))]
+
+    def _forward(self, request, name):
+        """A request over another class set, by BLS."""
+        self.store.files(name)  # else refused here: BLS passes no error's code on
+        response = pb_utils.InferenceRequest(
+            model_name="vilu_embeddings",
+            inputs=[pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING")],
+            requested_output_names=list(request.requested_output_names()),
+            parameters={"class_set": name},
+        ).exec()
+        if response.has_error():
+            return pb_utils.InferenceResponse(error=response.error())
+        return pb_utils.InferenceResponse(output_tensors=response.output_tensors())
+
+    def _answer(self, requests):
         gpu = self.head.gpu
         gpu.use()
         capsules = [pb_utils.get_input_tensor_by_name(r, "IMAGE_EMBEDDING").to_dlpack() for r in requests]
@@ -58,13 +94,17 @@ class TritonPythonModel:
         gpu.copy(host.ctypes.data, block.address, host.nbytes)
         gpu.synchronize()
         label = self.labels[host[:images, None]]
-        accept = host[padded:, None].view(np.float32) < self.threshold
+        failure = host[padded:, None].view(np.float32)
+        accept = failure < self.threshold
+        self.tally.count(sets.DEFAULT, failure, accept)
 
         responses = []
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             tensors = [
                 pb_utils.Tensor("LABEL", label[start:end]),
                 pb_utils.Tensor("ACCEPT", accept[start:end]),
+                pb_utils.Tensor("CLASS_SET", self.told[: end - start]),
+                pb_utils.Tensor("CLASS_SET_VERSION", self.versions[: end - start]),
             ]
             for name, first, kind in (
                 ("CLASS_INDEX", block.address, "i32"),

@@ -1,0 +1,179 @@
+"""Triton Python model: the class sets that the server has. Asked, it lists them; loaded with a change in its config, it
+makes the change or, with the reason in one line, fails to load, and all stays as it was. No torch, nothing unpickled.
+
+Loading is Triton's model control, which `vilu serve` opens to who has the control token alone.
+"""
+
+import base64
+import binascii
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import sets  # copied beside this file by the export
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        self.parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        labels = Path(args["model_repository"]) / args["model_version"] / "labels.txt"
+        self.default = {
+            "name": sets.DEFAULT,
+            "version": int(args["model_version"]),
+            "names": labels.read_text("utf-8").split("\n")[:-1],
+            "templates": json.loads(self.parameters["templates"]),
+            "threshold": float(self.parameters["threshold"]),
+        }
+        self.folder = sets.folder_of(args)
+        change = json.loads(self.parameters.get("change", "null"))
+        try:
+            if change is not None and "remove" in change:
+                self._remove(change["remove"])
+            elif change is not None:
+                self._put(change)
+        except sets.RequestError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+        except OSError as error:
+            told = f"{self.folder}: cannot be written ({error.strerror})"
+            raise pb_utils.TritonModelException(f"{told}; start the server with VILU_CLASS_SETS=FOLDER") from None
+
+    def _put(self, change):
+        name = self._name(change["put"])
+        found = sets.versions(self.folder)
+        most = int(self.parameters["max_class_sets"])
+        if name not in sets.served(found) and len(sets.served(found)) >= most:
+            raise sets.RequestError(f"class set {name}: the server has {most} sets, no more are taken")
+        header, rows = self._check(name, change)
+        data = json.dumps(header).encode() + b"\n" + rows.astype("<f4").tobytes()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        version = self._write(name, found, data, "")
+        for number, path in sets.versions(self.folder)[name]:
+            if number <= version - sets.KEPT or path.name.endswith(".removed"):
+                path.unlink(missing_ok=True)
+        pb_utils.Logger.log_info(f"class set {name}@{version}: {len(rows)} classes")
+
+    def _remove(self, name):
+        name = self._name(name)
+        found = sets.versions(self.folder)
+        if name not in sets.served(found):
+            raise sets.RequestError(f"class set {name} is not served")
+        version = self._write(name, found, b"", ".removed")  # first, so that the version after it counts on
+        for _, path in found[name]:
+            path.unlink(missing_ok=True)
+        pb_utils.Logger.log_info(f"class set {name}@{version}: removed")
+
+    def _name(self, name):
+        if not isinstance(name, str) or not sets.NAME.fullmatch(name):
+            raise sets.RequestError("a class set's name is 1 to 64 of a-z, 0-9, _ and -")
+        if name in (sets.DEFAULT, sets.OPEN):
+            raise sets.RequestError(f"class set {name}: this name is taken; `vilu export` writes the default set")
+        return name
+
+    def _write(self, name, found, data, suffix):
+        """A new version's file, whole or not there; another server may share the folder. Returns the version."""
+        version = found[name][-1][0] if name in found else 0
+        handle, part = tempfile.mkstemp(dir=self.folder, prefix=".part-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(part, 0o644)
+            while True:
+                version += 1
+                try:
+                    os.link(part, self.folder / f"{name}@{version}{suffix}")
+                    return version
+                except FileExistsError:
+                    continue
+        finally:
+            os.unlink(part)
+
+    def _check(self, name, change):
+        """(header, rows (K, D)) of a set that can be served."""
+
+        def refuse(told):
+            raise sets.RequestError(f"class set {name}: {told}")
+
+        names, templates, threshold = change.get("names"), change.get("templates"), change.get("threshold")
+        most, longest = int(self.parameters["max_classes"]), int(self.parameters["max_label_bytes"])
+        if not isinstance(names, list) or not names:
+            refuse("no class names")
+        if len(names) > most:
+            refuse(f"{len(names)} class names, the limit is {most}")
+        seen: dict = {}
+        for line, label in enumerate(names, 1):
+            if not isinstance(label, str) or not label.strip():
+                refuse(f"class name {line} is empty")
+            try:
+                size = len(label.encode())
+            except UnicodeEncodeError:
+                refuse(f"class name {line} is not UTF-8")
+            if size > longest:
+                refuse(f"class name {line} has {size} bytes, the limit is {longest}")
+            if label in seen:
+                refuse(f"class name {line} ({label!r}) repeats class name {seen[label]}")
+            seen[label] = line
+        if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+            refuse(f"threshold {threshold!r} is not between 0 and 1")
+        if not isinstance(templates, list) or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
+            refuse("every template must be a text that holds one {}")
+        mine, theirs = self.parameters["fingerprint"], change.get("fingerprint") or ""
+        if theirs not in ("", mine):
+            refuse(f"its embeddings are another CLIP's ({theirs[:12]}), this server's is {mine[:12]}")
+        dim = int(self.parameters["dim"])
+        try:
+            data = base64.b64decode(change.get("text_embeddings", ""), validate=True)
+        except (binascii.Error, TypeError, ValueError):
+            refuse("its embeddings are not base64")
+        if len(data) != 4 * dim * len(names):
+            refuse(
+                f"{len(names)} names but embeddings of {len(data) / 4 / len(names):g} numbers each, {dim} are needed"
+            )
+        try:
+            rows = sets.unit(np.frombuffer(data, "<f4").reshape(len(names), dim), "text_embeddings")
+        except sets.RequestError as error:
+            refuse(str(error))
+        header = {"names": names, "templates": templates, "threshold": threshold, "fingerprint": mine}
+        return header, rows
+
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            try:
+                asked = pb_utils.get_input_tensor_by_name(request, "NAME").as_numpy()
+                told = np.array([[self._list(name)] for name in asked.reshape(-1)], object)
+                responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("CLASS_SETS", told)]))
+            except Exception as error:
+                responses.append(sets.error_response(error))
+        return responses
+
+    def _list(self, asked):
+        """JSON: every set without its class names or, where one is asked for by name, that one with them."""
+        asked = asked.decode("utf-8", "replace") if isinstance(asked, bytes) else str(asked)
+        found = sets.versions(self.folder)
+        there = [self.default]
+        for name in sets.served(found):
+            version, path = found[name][-1]
+            try:
+                header, _ = sets.read(path)
+            except (OSError, ValueError):
+                continue  # replaced or removed since
+            if header["fingerprint"] == self.parameters["fingerprint"]:
+                there.append(header | {"name": name, "version": version})
+        if asked:
+            there = [one for one in there if one["name"] == asked]
+            if not there:
+                raise sets.RequestError(f"class set {asked[:64]!r} is not served")
+        out = []
+        for one in there:
+            names = one["names"] if asked else None
+            threshold = self.default["threshold"] if one["threshold"] is None else one["threshold"]
+            row = {"name": one["name"], "version": one["version"], "classes": len(one["names"]), "names": names}
+            out.append(row | {"threshold": threshold, "templates": one["templates"]})
+        told = {"fingerprint": self.parameters["fingerprint"], "dim": int(self.parameters["dim"]), "sets": out}
+        return json.dumps(told).encode()

@@ -1,0 +1,213 @@
+"""Class sets that come and go while the server runs. NumPy only; copied beside every model that needs it.
+
+A set is one file, NAME@VERSION, in a folder that all models of the server read: a line of JSON (names, threshold,
+templates, the CLIP's fingerprint) and the rows behind it, float32. A file appears whole, by a link, and never changes;
+the highest version is the one served. A removal is a version too, an empty file NAME@VERSION.removed.
+"""
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+DEFAULT, OPEN = (
+    "default",
+    "open",
+)  # what the repository was exported with; what counts answers to a request's own labels
+NAME = re.compile(r"[a-z0-9_-]{1,64}")
+FILE = re.compile(r"([a-z0-9_-]{1,64})@(\d{1,9})(\.removed)?")
+KEPT = 3  # versions on the disk: a request that waited may still want the one before
+COUNTED = 128  # class sets that are told apart in the metrics
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered, with the reason in one line; code: Triton's, where the request is not bad."""
+
+    def __init__(self, told, code=None):
+        super().__init__(told)
+        self.code = code
+
+
+def error_response(error):
+    """Triton's response for an exception."""
+    if isinstance(error, RequestError):
+        code = pb_utils.TritonError.INVALID_ARG if error.code is None else error.code
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+    told = f"{type(error).__name__}: {error}"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(told, pb_utils.TritonError.INTERNAL))
+
+
+def unit(rows, what):
+    """L2-normalised rows (N, D) float32; refuses what has no direction."""
+    rows = np.asarray(rows, np.float32)
+    if not np.isfinite(rows).all():
+        raise RequestError(f"{what} holds a value that is not finite")
+    largest = np.abs(rows).max(axis=-1, keepdims=True)
+    if not (largest > 0).all():
+        raise RequestError(f"{what} holds a row of zeros")
+    rows = rows / largest  # the squares of very large or small rows would not be finite
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What images are asked about: labels (K) bytes, rows (K, D) float32, unit; name and version of a class set."""
+
+    labels: list
+    rows: np.ndarray
+    threshold: float
+    name: str = ""
+    version: int = 0
+
+    @property
+    def told(self):
+        return f"{self.name}@{self.version}" if self.name else ""
+
+
+def folder_of(args):
+    """Where the server keeps its class sets: $VILU_CLASS_SETS, else beside the model that writes them."""
+    given = os.environ.get("VILU_CLASS_SETS")
+    return Path(given) if given else Path(args["model_repository"]).parent / "class_sets" / "sets"
+
+
+def versions(folder):
+    """name -> [(version, path)], the newest last, of the sets in a folder; a removed one's newest path is empty."""
+    found: dict = {}
+    if folder.is_dir():
+        for entry in os.scandir(folder):
+            match = FILE.fullmatch(entry.name)
+            if match:
+                found.setdefault(match[1], []).append((int(match[2]), folder / entry.name))
+    return {name: sorted(files) for name, files in found.items()}
+
+
+def served(found):
+    """The names of those that are not removed."""
+    return sorted(name for name, files in found.items() if not files[-1][1].name.endswith(".removed"))
+
+
+def asked(request):
+    """The class set that a request names in its parameters; "" for none."""
+    parameters = request.parameters()
+    if parameters in ("", "{}"):
+        return ""
+    name = json.loads(parameters).get("class_set", "")
+    if not isinstance(name, str):
+        raise RequestError("class_set must be a string")
+    return name
+
+
+class Store:
+    """The sets of a folder, read when they are asked for and again when the folder has changed."""
+
+    def __init__(self, folder, default, fingerprint):
+        self.folder, self.default, self.fingerprint = folder, default, fingerprint
+        self.changed, self.found, self.read = None, {}, {}
+
+    def look(self):
+        """See what is in the folder now, for one microsecond where nothing has changed."""
+        try:
+            changed = os.stat(self.folder).st_mtime_ns
+        except FileNotFoundError:
+            changed = 0
+        if changed != self.changed:
+            self.found = versions(self.folder)
+            present = {path for files in self.found.values() for _, path in files}
+            self.read = {path: value for path, value in self.read.items() if path in present}
+            # Clocks of file systems tick every few milliseconds: what follows within one would not be seen.
+            self.changed = changed if time.time_ns() - changed > 1e9 else None
+
+    def get(self, name, version=0):
+        """A set by its name, the newest or a version of it that is still kept.
+
+        Raises:
+            RequestError: no such set, or no such version any more.
+        """
+        if name in ("", DEFAULT):
+            if version not in (0, self.default.version):
+                raise self._gone(DEFAULT, version)
+            return self.default
+        files = self.files(name)
+        chosen = [file for file in files if file[0] == version] if version else files[-1:]
+        if not chosen:
+            raise self._gone(name, version)
+        ((version, path),) = chosen
+        if path not in self.read:
+            self.read[path] = self._read(name, version, path)
+        return self.read[path]
+
+    def files(self, name):
+        """(version, path) of those of a set that are kept, the newest last. Raises RequestError: no such set."""
+        self.look()
+        if name not in served(self.found):
+            there = [DEFAULT, *served(self.found)]
+            more = f" and {len(there) - 20} more" if len(there) > 20 else ""
+            raise RequestError(f"class set {name[:64]!r} is not served; there are {', '.join(there[:20])}{more}")
+        return self.found[name]
+
+    def _gone(self, name, version):
+        told = f"class set {name}@{version} is not there any more: ask again"
+        return RequestError(told, pb_utils.TritonError.UNAVAILABLE)
+
+    def _read(self, name, version, path):
+        try:
+            header, rows = read(path)
+        except FileNotFoundError:
+            raise self._gone(name, version) from None
+        if header["fingerprint"] != self.fingerprint or rows.shape[1] != self.default.rows.shape[1]:
+            raise RequestError(f"class set {name}@{version} was made with another CLIP: put it again")
+        threshold = self.default.threshold if header["threshold"] is None else header["threshold"]
+        return Candidates([label.encode() for label in header["names"]], rows, threshold, name, version)
+
+
+def read(path):
+    """(header, rows (K, D)) of a set's file."""
+    header, _, data = path.read_bytes().partition(b"\n")
+    header = json.loads(header)
+    return header, np.frombuffer(data, "<f4").reshape(len(header["names"]), -1)
+
+
+class Tally:
+    """Answers in the server's own metrics, by class set; nothing where the server keeps none."""
+
+    FAMILIES = (
+        ("vilu_failure_probability", "Failure probabilities that were answered", "HISTOGRAM"),
+        ("vilu_answers_total", "Images that were answered", "COUNTER"),
+        ("vilu_rejected_total", "Images whose answer was not to be believed", "COUNTER"),
+    )
+    BUCKETS = tuple(round(0.05 * i, 2) for i in range(1, 21))
+
+    def __init__(self, args):
+        self.labels = {"model": args["model_name"], "version": args["model_version"]}
+        self.families, self.metrics = [], {}
+        for name, told, kind in self.FAMILIES:
+            try:
+                kind = getattr(pb_utils.MetricFamily, kind)
+                self.families.append(pb_utils.MetricFamily(name=name, description=told, kind=kind))
+            except pb_utils.TritonModelException:
+                self.families = []
+                return
+
+    def count(self, name, failure, accept):
+        """Count answers of one class set: failure probabilities and decisions, arrays of the same size."""
+        if not self.families:
+            return
+        if name not in self.metrics:
+            if len(self.metrics) == COUNTED:
+                del self.metrics[next(iter(self.metrics))]
+            labels = self.labels | {"class_set": name}
+            histogram, *counters = self.families
+            made = [histogram.Metric(labels=labels, buckets=list(self.BUCKETS))]
+            self.metrics[name] = [*made, *(family.Metric(labels=labels) for family in counters)]
+        histogram, answers, rejected = self.metrics[name]
+        for value in failure.ravel().tolist():
+            histogram.observe(value)
+        answers.increment(failure.size)
+        refused = int(accept.size - np.count_nonzero(accept))
+        if refused:
+            rejected.increment(refused)

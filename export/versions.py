@@ -1,0 +1,161 @@
+"""Several versions of one model repository side by side, one of them served, and the way back.
+
+Triton numbers versions per model, and an ensemble takes the newest version of its steps; so one version is served by
+all models together (version policy `specific`), each with the config.pbtxt it was exported with. What a version needs
+beside its models' files is kept in them: `MODEL/N/config.pbtxt`, and the parity report in `vilu/N`.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+from pathlib import Path
+
+import click
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from vilu.errors import UserError
+
+CONFIG = "config.pbtxt"
+ABOUT = ("labels.txt", "parity.json", "parity.md", "parity.png")  # of the version that is served
+KEEPER = "vilu"  # the model whose version folders keep them
+
+
+def models(repository: Path) -> list[str]:
+    """Names of the models in a repository."""
+    return sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}"))
+
+
+def versions(repository: Path) -> list[int]:
+    """The versions that every model of a repository has.
+
+    Raises:
+        UserError: not a repository that an export wrote.
+    """
+    if not (repository / "parity.json").is_file():
+        raise UserError(f"{repository}: not a repository that `vilu export` wrote")
+    found = [{int(p.name) for p in (repository / m).iterdir() if p.name.isdigit()} for m in models(repository)]
+    return sorted(set.intersection(*found)) if found else []
+
+
+def served(repository: Path) -> int:
+    """The version a server takes: that of the version policy, else the newest."""
+    policy = _read(repository / KEEPER / CONFIG).version_policy
+    return int(policy.specific.versions[0]) if policy.specific.versions else max(versions(repository))
+
+
+def check(repository: Path, version: int) -> None:
+    """Raises UserError for a version that cannot be added."""
+    if version < 1:
+        raise UserError(f"version must be at least 1, got {version}")
+    present = versions(repository) if (repository / "parity.json").is_file() else []
+    if version in present:
+        raise UserError(f"{repository}: has a version {version} already; it has {', '.join(map(str, present))}")
+
+
+def add(staging: Path, repository: Path, version: int) -> None:
+    """Number a staged export, whose only version is 1, and put the versions of `repository`, if it exists, beside it.
+
+    Raises:
+        UserError: the repository has other models.
+    """
+    for model in models(staging):
+        if version != 1:
+            (staging / model / "1").rename(staging / model / str(version))
+    _keep(staging, version)
+    if repository.exists() and (repository / "parity.json").is_file():
+        present = versions(repository)
+        if models(repository) != models(staging):
+            raise UserError(f"{repository}: was exported with other models; export this checkpoint to another folder")
+        now = served(repository)
+        for model in models(staging):
+            for old in present:
+                shutil.copytree(repository / model / str(old), staging / model / str(old))
+        if not (staging / KEEPER / str(now) / CONFIG).exists():  # a first export keeps nothing twice
+            _keep(staging, now, repository)
+    _serve(staging, version)
+
+
+def use(repository: Path, version: int) -> list[str]:
+    """Have `version` served from a server's next start (or load) on; the repository is replaced by renaming.
+
+    Returns:
+        The models whose files differ between the version served so far and this one.
+
+    Raises:
+        UserError: not such a repository, no such version, or a folder that cannot be written.
+    """
+    from vilu.export.export import replace_folder, stage
+
+    present = versions(repository)
+    if version not in present:
+        raise UserError(f"{repository}: has no version {version}; it has {', '.join(map(str, present))}")
+    before = served(repository)
+    staging = stage(repository)
+    try:
+        shutil.copytree(repository, staging, dirs_exist_ok=True)
+        if not (staging / KEEPER / str(before) / CONFIG).exists():
+            _keep(staging, before)
+        _serve(staging, version)
+        changed = [model for model in models(staging) if _differ(staging / model, before, version)]
+        replace_folder(staging, repository)
+    except OSError as error:
+        raise UserError(f"{repository}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return changed
+
+
+def _keep(root: Path, version: int, source: Path | None = None) -> None:
+    """Copy what `source` (by default root itself) serves now into the version's folders."""
+    source = source or root
+    for model in models(root):
+        shutil.copyfile(source / model / CONFIG, root / model / str(version) / CONFIG)
+    for name in ABOUT:
+        shutil.copyfile(source / name, root / KEEPER / str(version) / name)
+
+
+def _serve(root: Path, version: int) -> None:
+    for model in models(root):
+        config = _read(root / model / str(version) / CONFIG)
+        config.version_policy.specific.versions[:] = [version]
+        (root / model / CONFIG).write_text(text_format.MessageToString(config), "utf-8")
+    for name in ABOUT:
+        shutil.copyfile(root / KEEPER / str(version) / name, root / name)
+
+
+def _read(path: Path) -> pb.ModelConfig:
+    try:
+        return text_format.Parse(path.read_text("utf-8"), pb.ModelConfig())
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise UserError(f"{path}: not a Triton model configuration ({error})") from None
+
+
+def _differ(model: Path, one: int, other: int) -> bool:
+    """Whether two versions of a model have different files; the reports do not count."""
+
+    def files(version: int) -> dict[str, Path]:
+        found = (path for path in (model / str(version)).rglob("*") if path.is_file())
+        return {
+            str(p.relative_to(model / str(version))): p for p in found if p.name not in ABOUT[1:] and p.suffix != ".pyc"
+        }
+
+    mine, others = files(one), files(other)
+    if set(mine) != set(others):
+        return True
+    return not all(filecmp.cmp(mine[name], others[name], shallow=False) for name in mine)
+
+
+@click.command("versions")
+@click.argument("repository", type=click.Path(path_type=Path))
+@click.option("--use", "chosen", type=click.IntRange(1), help="Serve this version from the server's next start on.")
+def versions_command(repository: Path, chosen: int | None) -> None:
+    """List a repository's versions, the served one marked; with --use go back, or forward, to another."""
+    if chosen is not None:
+        changed = use(repository, chosen)
+        click.echo(f"{repository}: version {chosen} is next; what changes: {', '.join(changed) or 'nothing'}", err=True)
+    present = versions(repository)
+    now = served(repository)
+    for version in present:
+        click.echo(f"{version}{' served' if version == now else ''}")
