@@ -179,6 +179,7 @@ def export(
         write_limits(staging, limits or Limits())
         if version is not None:
             versions.add(staging, output, version)
+        versions.keep_class_sets(output, staging)
         replace_folder(staging, output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None

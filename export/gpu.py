@@ -58,6 +58,7 @@ def write_head(
         inputs={"IMAGE_EMBEDDING": ("TYPE_FP32", [folded.text_embeddings.shape[1]])},
         outputs=repository.HEAD_TENSORS,
         max_batch_size=max_batch_size,
+        limited=False,
         # Else the server copies every input to the host first.
         parameters={"threshold": repr(threshold), "FORCE_CPU_ONLY_INPUT_TENSORS": "no"},
     )

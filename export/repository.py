@@ -50,6 +50,7 @@ MAX_CLASSES, MAX_CLASS_SETS = 100_000, 100
 KEPT_PROMPTS = 16384  # whose text embeddings an open-vocabulary server keeps: 32 MB at D = 512
 # Requests that may wait before one model, and for how long: more are refused at once, with UNAVAILABLE.
 MAX_QUEUE, QUEUE_SECONDS = 256, 30.0
+PAIR_MICROSECONDS = 200
 # Cores that one instance of a tower still makes good use of; more cores get more instances.
 CORES_PER_INSTANCE = 8
 # A tower's activations and TensorRT's choice of kernels; engines that need more are not built.
@@ -80,9 +81,18 @@ def write_config(
     max_batch_size: int,
     device: str = "cpu",
     parameters: Mapping[str, str] | None = None,
+    limited: bool = True,
 ) -> None:
-    """One model's config.pbtxt: explicit batch size, one instance on `device` ("cpu" or "gpu"), dynamic batching."""
-    _write(folder, _model(folder.name, backend, inputs, outputs, max_batch_size, device, parameters or {}))
+    """One model's config.pbtxt: explicit batch size, one instance on `device` ("cpu" or "gpu"), dynamic batching.
+
+    limited: its queue has a size and a timeout. Such a queue makes tritonserver's batcher wait for a free instance, and
+    where that comes free in the instant before the wait, it wakes up half a second later (seen in 2.51: one answer in
+    ten of a small model). What ends an ensemble, and is faster than the limited steps before it, needs none.
+    """
+    config = _model(folder.name, backend, inputs, outputs, max_batch_size, device, parameters or {})
+    if not limited:
+        config.dynamic_batching.ClearField("default_queue_policy")
+    _write(folder, config)
 
 
 def write_graph_config(
@@ -194,9 +204,8 @@ def write_details_model(
 ) -> None:
     """The Python model of what is told of an answer when asked for, from the class set that was answered from.
 
-    A model, so a process, of its own: neither does the text tower hold it up, as it does vilu_embeddings, nor is it asked
-    the moment after it has answered, as the head would be; the server's batcher may then wait for half a second. Its
-    graph, details.onnx, is written by `vilu.export.ragged`.
+    A model, so a process, of its own: the text tower does not hold it up, as it does vilu_embeddings. Its graph,
+    details.onnx, is written by `vilu.export.ragged`.
     """
     outputs = details(class_set.text_embeddings.shape[1])
     _write_head(folder, class_set, threshold, fingerprint, max_batch_size, VERSION, outputs)
@@ -219,6 +228,7 @@ def _write_head(
         outputs=outputs,
         max_batch_size=max_batch_size,
         parameters={"threshold": repr(threshold), "fingerprint": fingerprint, "intra_op_thread_count": "1"},
+        limited=False,
     )
 
 
@@ -253,6 +263,8 @@ def write_embeddings(
             "intra_op_thread_count": "1",
         },
     )
+    # The answer and its details are two steps of vilu_open: together they are one batch, and neither waits.
+    config.dynamic_batching.max_queue_delay_microseconds = PAIR_MICROSECONDS
     for tensor in config.input[1:]:
         tensor.optional = True
         tensor.allow_ragged_batch = True  # requests with other numbers of candidates still make one batch

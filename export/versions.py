@@ -77,6 +77,13 @@ def add(staging: Path, repository: Path, version: int) -> None:
     _serve(staging, version)
 
 
+def keep_class_sets(repository: Path, staging: Path) -> None:
+    """Carry over the class sets that were put while a server ran (shared/sets.py); each names its CLIP."""
+    sets = Path("class_sets", "sets")
+    if (repository / sets).is_dir():
+        shutil.copytree(repository / sets, staging / sets)
+
+
 def use(repository: Path, version: int) -> list[str]:
     """Have `version` served from a server's next start (or load) on; the repository is replaced by renaming.
 
