@@ -22,6 +22,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
 _SERVICE = "/inference.GRPCInferenceService"
+INFER, STREAM = f"{_SERVICE}/ModelInfer", f"{_SERVICE}/ModelStreamInfer"
 _TICK = os.sysconf("SC_CLK_TCK")
 DRAIN_SECONDS = 30.0
 PATIENCE = 5.0
@@ -98,14 +99,23 @@ class Processes:
 
     def memory(self) -> int:
         """Bytes, pages shared by several processes counted once (PSS; RSS where that cannot be read)."""
-        total = 0
+        return sum(pss for pss, _ in self.usage().values())
+
+    def usage(self) -> dict[str, tuple[int, int]]:
+        """Part -> bytes with shared pages counted once (PSS), and of its own pages alone (USS); RSS for both where
+        they cannot be read."""
+        total: dict[str, tuple[int, int]] = {}
         for folder in self._members():
-            try:
-                lines = (folder / "smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-            except OSError:
-                with suppress(OSError, IndexError):
-                    total += int(_stat(folder)[21]) * os.sysconf("SC_PAGE_SIZE")
+            with suppress(OSError, IndexError, ValueError):
+                part = _part((folder / "cmdline").read_bytes().decode(errors="replace").split("\0"))
+                try:
+                    lines = (folder / "smaps_rollup").read_text().splitlines()[1:]
+                    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+                    pss, uss = sizes["Pss"], sizes["Private_Clean"] + sizes["Private_Dirty"]
+                except OSError:
+                    pss = uss = int(_stat(folder)[21]) * os.sysconf("SC_PAGE_SIZE")
+                was = total.get(part, (0, 0))
+                total[part] = was[0] + pss, was[1] + uss
         return total
 
 
@@ -157,7 +167,7 @@ class Load:
 
     async def _run(self, load: Callable[[Any, _Probe], Awaitable[Window]]) -> Window:
         async with grpc.aio.insecure_channel(self.url, options=[("grpc.max_receive_message_length", -1)]) as channel:
-            call = channel.unary_unary(f"{_SERVICE}/ModelInfer")  # bytes in, bytes out
+            call = channel.unary_unary(INFER)  # bytes in, bytes out
             return await load(call, _Probe(channel, self.processes))
 
     async def _one(self, call: Any, index: int) -> str | None:

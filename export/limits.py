@@ -60,7 +60,7 @@ def write(root: Path, limits: Limits) -> None:
     }
     for path in root.glob("*/config.pbtxt"):
         config = text_format.Parse(path.read_text("utf-8"), pb.ModelConfig())
-        if config.HasField("dynamic_batching"):
+        if config.dynamic_batching.HasField("default_queue_policy"):  # where export set one
             queue = config.dynamic_batching.default_queue_policy
             queue.max_queue_size = limits.max_queue
             queue.default_timeout_microseconds = round(1e6 * limits.queue_seconds)

@@ -1,0 +1,187 @@
+"""Faults done to the real server under load, each once, by bench/faults.py: what is promised is what happens."""
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vilu.checkpoint import save_checkpoint
+from vilu.errors import UserError
+from vilu.serving import Server
+
+BENCH = Path(__file__).parents[2] / "bench"
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        import faults
+        import load
+        import traffic
+
+        yield {"faults": faults, "traffic": traffic, "load": load}
+
+
+@pytest.fixture(scope="module")
+def asking(bench, clip, checkpoint):
+    traffic = bench["traffic"]
+    world = traffic.World(clip, checkpoint, traffic.digits_and_shapes(32), traffic.label_sets(12))
+    return traffic.Asking(world, 8)
+
+
+@pytest.fixture
+def scene(bench, asking, repository, tmp_path):
+    return bench["faults"].Scene(repository, asking, tmp_path, pause=0.4)
+
+
+@pytest.fixture(scope="module")
+def small(bench, repository, asking, tmp_path_factory):
+    """A server with short queues, over a changed copy of the repository."""
+    work = tmp_path_factory.mktemp("small")
+    root = bench["faults"].Scene(repository, asking, work).copy("small")
+    bench["faults"].small_queues(root, 8)
+    with Server(root, log=work / "log", stop_seconds=2) as server:
+        yield server
+
+
+def kept(seen):
+    assert seen.problems == [], seen.seen
+
+
+def test_a_killed_stub_comes_back_within_ten_seconds_under_load(bench, scene):
+    (seen,) = asyncio.run(bench["faults"].kills(scene, ("vilu_embeddings",)))
+    kept(seen)
+    assert 0 < seen.seen["answering_seconds"] <= 10
+
+
+def test_sigterm_under_load_answers_what_was_taken_and_leaves_nothing(bench, scene):
+    seen = asyncio.run(bench["faults"].sigterm(scene))
+    kept(seen)
+    assert seen.seen["exit_codes"] == [0]
+
+
+def test_broken_models_are_refused_and_the_old_ones_go_on(bench, scene):
+    for seen in asyncio.run(bench["faults"].corrupt(scene, ("clip_image", "vilu_head"))):
+        kept(seen)
+
+
+def test_a_full_shared_memory_costs_large_requests_only(bench, scene):
+    if not bench["faults"].can_unshare():
+        pytest.skip("no mount namespace to be had: the server would fill everybody's /dev/shm")
+    kept(asyncio.run(bench["faults"].full_memory(scene)))
+
+
+def test_clients_that_never_read_hold_up_nobody(bench, scene, small):
+    for seen in asyncio.run(bench["faults"].mute_clients(scene, small, clients=6, each=10)):
+        kept(seen)
+
+
+def test_an_overload_is_shed_and_passes(bench, scene, small):
+    seen = asyncio.run(bench["faults"].overload(scene, small, 800, 1.5))
+    kept(seen)
+    assert seen.seen["right"] + seen.seen["shed"] == 1200
+
+
+@pytest.mark.parametrize("http", [False, True])
+def test_wrong_answers_are_told(bench, server, asking, http):
+    """Expectations that are another image's: every kind of question must find them wrong."""
+    traffic = bench["traffic"]
+    world = asking.world
+    turned = object.__new__(traffic.World)
+    turned.__dict__ = world.__dict__ | {
+        "images": world.images[1:] + world.images[:1],
+        "pixels": np.roll(world.pixels, -1, axis=0) ^ 1,
+        "embedding": -world.embedding,
+        "closed": replace(world.closed, failure=world.closed.failure + 3e-4),
+        "open": [replace(answers, confidence=answers.confidence - 3e-4) for answers in world.open],
+    }
+    other = traffic.Asking(turned, 8)
+    draw = np.random.default_rng(0)
+
+    async def go():
+        found = {}
+        async with traffic.asker(server.grpc_url, server.http_url) as by:
+            for kind in (*traffic.MODELS, "vilu", "vilu_open", "vilu_full", "preprocess", "clip_image"):
+                ledger = found[kind] = traffic.Ledger()
+                asked = other.one(kind, draw, http=http)
+                await by.ask(asked, ledger)
+                good = asking.one(kind, draw, http=http)
+                await by.ask(good, ledger)
+        return found
+
+    for kind, ledger in asyncio.run(go()).items():
+        # The pixels that clip_image and vilu_full are sent are those that the answer is expected for.
+        assert (ledger.sent, ledger.right, ledger.wrongs, ledger.lost) == (2, 1, 1, 0), (
+            kind,
+            ledger.wrong,
+            ledger.told,
+        )
+
+
+def test_a_request_that_is_never_answered_is_lost(bench):
+    traffic = bench["traffic"]
+
+    async def go():
+        ledger = traffic.Ledger()
+        listening = await asyncio.start_server(lambda *_: asyncio.sleep(5), "127.0.0.1", 0)
+        url = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        async with traffic.asker(url, f"http://{url}") as by:
+            asked = traffic.Question("vilu", "vilu", True, b"", 0, 1, lambda got: None)
+            task = asyncio.create_task(by.ask(asked, ledger))
+            await asyncio.sleep(0.2)
+            task.cancel()
+            await asyncio.gather(task)
+        listening.close()
+        return ledger
+
+    ledger = asyncio.run(go())
+    assert (ledger.sent, ledger.lost) == (1, 1)
+
+
+def test_growth_is_of_the_last_tenth_against_the_first(bench):
+    memory = bench["load"].Memory(None)
+    memory.samples = [(100 * i, 1_000_000 + 1000 * i, 500_000) for i in range(100)]
+    memory.parts = {"first": {"tritonserver": 1}, "last": {"tritonserver": 2}}
+    grown = memory.growth()
+    assert grown["pss"]["growth"] == pytest.approx(1_094_500 / 1_004_500 - 1)
+    assert grown["pss"]["slope_kb_per_1000_requests"] == pytest.approx(10)
+    assert grown["uss"]["growth"] == 0
+    seen = bench["load"].mixed(bench["traffic"].Ledger(1, 1), grown)
+    assert [problem.split()[0] for problem in seen.problems] == ["PSS"]
+
+
+def test_the_whole_bench_in_small(bench, checkpoint, repository, tmp_path):
+    load = bench["load"]
+    ckpt = tmp_path / "head.safetensors"
+    save_checkpoint(checkpoint, ckpt)
+    plan = load.Plan(requests=150, hostile=20, images=16, sets=6, pool=60, overload=0.5, kept=1000)
+    report = load.run(ckpt=ckpt, repository=repository, plan=plan, output=tmp_path / "out")
+    assert report == json.loads((tmp_path / "out.json").read_text())
+    mixed, hostile, overload = report["promises"]
+    assert mixed["kept"], mixed["problems"]
+    assert hostile["kept"], hostile["problems"]
+    assert overload["seen"]["wrong"] == overload["seen"]["lost"] == 0
+    phases = report["traffic"]["phases"]
+    assert sum(row["requests"] for row in phases) == report["traffic"]["total"]["requests"] >= 150
+    told = (tmp_path / "out.md").read_text()
+    assert "| closed loop, 8 at a time |" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"url": "127.0.0.1:1,http://127.0.0.1:2"}, "need --ckpt"),
+        ({"repository": Path("absent")}, "need --ckpt"),
+        ({"url": "127.0.0.1:1", "ckpt": Path("x"), "with_faults": True}, "of the bench's own"),
+    ],
+)
+def test_bad_input_is_one_line(bench, given, message):
+    with pytest.raises(UserError, match=message):
+        bench["load"].run(**given)
+    with pytest.raises(UserError, match="both ports"):
+        bench["load"].addresses("127.0.0.1:1")

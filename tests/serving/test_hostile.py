@@ -1,0 +1,138 @@
+"""Hostile requests of bench/hostile.py against the real server: an error of the 4xx class, and nobody else hurt."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vilu.image import ImageError, decode
+from vilu.serving import Client
+
+BENCH = Path(__file__).parents[2] / "bench"
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        import faults
+        import hostile
+        import traffic
+
+        yield {"hostile": hostile, "traffic": traffic, "faults": faults}
+
+
+@pytest.fixture(scope="module")
+def asking(bench, clip, checkpoint):
+    traffic = bench["traffic"]
+    world = traffic.World(clip, checkpoint, traffic.digits_and_shapes(32), traffic.label_sets(12))
+    return traffic.Asking(world, 8)
+
+
+@pytest.fixture(scope="module")
+def generator(bench, asking, clip):
+    return bench["hostile"].Generator(asking.world.images, clip.transform, asking.world.embedding.shape[1], 8)
+
+
+def test_all_sorts_are_refused_and_good_requests_in_between_are_right(bench, server, asking, generator):
+    hostile, traffic = bench["hostile"], bench["traffic"]
+
+    async def both():
+        async with traffic.asker(server.grpc_url, server.http_url) as by:
+            steady = bench["faults"].Steady(by, asking.mixed(100), 2)
+            tally = await hostile.attack(server.grpc_url, server.http_url, generator.attacks(400, seed=1))
+            return tally, await steady.stop()
+
+    tally, good = asyncio.run(both())
+    assert tally.sent == 400
+    assert not tally.bad, [(*key, tally.told[key]) for key in tally.bad]
+    assert (good.wrongs, good.lost, dict(good.refused)) == (0, 0, {}), good.wrong
+    assert good.right > 20
+    assert len({name.split(",")[0] for name, _ in tally.codes}) > 15  # sorts, by their first words
+    assert server.process.poll() is None
+    assert server.dead_stubs() == []
+
+
+def refusal(image, transform) -> str | None:
+    try:
+        decode(image, transform)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_damaged_image_is_answered_where_it_decodes_and_only_there(server, generator, clip, eager, seed):
+    _, image = generator.mutator.one(np.random.default_rng(seed))
+    with Client(server.grpc_url, shared_memory=False) as client:
+        (answer,) = client.ask([image])
+    told = refusal(image, clip.transform)
+    assert answer.error == told
+    if told is None:
+        label, confidence, failure = eager(image)
+        assert answer.label == label
+        assert answer.confidence == pytest.approx(confidence, abs=1e-4)
+        assert answer.failure_probability == pytest.approx(failure, abs=1e-4)
+
+
+def test_the_same_seed_makes_the_same_attacks(generator):
+    once, again = (list(generator.attacks(50, seed=3)) for _ in range(2))
+    assert once == again
+    assert once != list(generator.attacks(50, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("decodes", "code", "fine"),
+    [
+        (None, "400", True),
+        (None, "413", True),
+        (None, "INVALID_ARGUMENT", True),
+        (None, "RESOURCE_EXHAUSTED", True),
+        (None, "500", False),
+        (None, "INTERNAL", False),
+        (None, "UNAVAILABLE", False),
+        (None, "closed", False),
+        (None, "no answer", False),
+        (None, "DEADLINE_EXCEEDED", False),
+        (None, "200", False),
+        (True, "OK", True),
+        (True, "400", False),
+        (False, "OK", False),
+        (False, "INVALID_ARGUMENT", True),
+    ],
+)
+def test_what_counts_as_refused(bench, decodes, code, fine):
+    hostile = bench["hostile"]
+    tally = hostile.Tally()
+    tally.enter(hostile.Attack("made up", b"", decodes=decodes), "HTTP", code, "told")
+    assert (not tally.bad) is fine
+    assert not tally.known
+    tally.enter(hostile.Attack("JSON, cut", b""), "HTTP", "500", "told")
+    assert tally.known.total() == 1
+    tally.enter(hostile.Attack("JSON, cut", b""), "HTTP", "no answer", "told")
+    assert ("JSON, cut, HTTP", "no answer") in tally.bad
+
+
+def test_a_server_that_says_nothing_is_no_refusal(bench):
+    hostile = bench["hostile"]
+
+    async def silent(reply):
+        async def hold(reader, writer):
+            writer.write(reply)
+            await asyncio.sleep(0 if reply else 2)
+            writer.close()
+
+        listening = await asyncio.start_server(hold, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        found = await hostile.over_tcp("127.0.0.1", port, b"GET / HTTP/1.1\r\n\r\n", patience=0.3)
+        listening.close()
+        return found[0]
+
+    assert asyncio.run(silent(b"")) == "no answer"
+    assert asyncio.run(silent(b"HTTP/1.1 4")) == "closed"
+    assert asyncio.run(silent(b"HTTP/1.1 413 Too much\r\ncontent-length: 2\r\n\r\nno")) == "413"
