@@ -404,23 +404,27 @@ def of_a_set(asking: Asking, seed: int, name: str, found: list[tuple[str, int, b
     return question("class set", "vilu", tensors, ("LABEL", "CLASS_SET"), check, parameters={"class_set": name})
 
 
-async def overrun(scene: Scene, server: Server, count: int = 40) -> Seen:
-    """A string that is shorter than it says, in requests that are batched with others'."""
-    seen = Seen("a string longer than its bytes", "its sender gets an error; others, batched with it, their answers")
-    attack = hostile.overrun(scene.asking.world.images[0])
-    mine = [q for q in scene.asking.mixed(400, seed=9, mix={"preprocess": 1}, http=0) if q.images == 1][:count]
-    ledger = Ledger()
-    async with asker(server.grpc_url, server.http_url) as by:
-        bad = asyncio.create_task(
-            hostile.attack(server.grpc_url, server.http_url, iter([attack] * count), concurrency=count)
-        )
-        await asyncio.gather(*(by.ask(q, ledger) for q in mine))
-        tally = await bad
-    seen.seen |= {"codes": {code: n for (_, code), n in tally.codes.items()}}
-    seen.count(ledger)
-    seen.expect(not tally.bad, f"its sender was told {dict(tally.bad)}")
-    seen.expect(not ledger.refused, f"others were told {ledger.told.most_common(1)}", of_the_server=True)
-    return seen
+async def poisoned(scene: Scene, server: Server, count: int = 40) -> list[Seen]:
+    """Requests that tritonserver itself takes and then fails with the whole batch."""
+    found = []
+    world = scene.asking.world
+    kinds = {"preprocess": 1, "embeddings": 1}
+    good = [q for q in scene.asking.mixed(400, seed=9, mix=kinds, http=0) if q.images == 1]
+    for attack in hostile.poison(world.images[0], world.embedding.shape[1]):
+        seen = Seen(f"batched with others: {attack.name}", "its sender gets an error, the others their answers")
+        ledger = Ledger()
+        async with asker(server.grpc_url, server.http_url) as by:
+            bad = asyncio.create_task(
+                hostile.attack(server.grpc_url, server.http_url, iter([attack] * count), concurrency=count)
+            )
+            await asyncio.gather(*(by.ask(q, ledger) for q in good[: 2 * count]))
+            tally = await bad
+        seen.seen |= {"codes": {code: n for (_, code), n in tally.codes.items()}}
+        seen.count(ledger)
+        seen.expect(not tally.bad, f"its sender was told {dict(tally.bad)}", of_the_server=True)
+        seen.expect(not ledger.refused, f"others were told {ledger.told.most_common(1)}", of_the_server=True)
+        found.append(seen)
+    return found
 
 
 def can_unshare() -> bool:

@@ -269,7 +269,7 @@ def run(
         else:
             assert repository is not None
             tick("starting a server")
-            server = Server(repository, log=work / "log", startup_seconds=180)
+            server = Server(repository, log=work / "log", startup_seconds=180, stop_seconds=3)
             stack.enter_context(server)
             assert server.process is not None
             processes = Processes(server.process.pid)
@@ -297,7 +297,7 @@ def run(
             server.stop()
             scene = Scene(repository, asking, work / "faults")
             tick("overload")
-            with Server(repository, log=work / "overload.log", startup_seconds=180) as calm:
+            with Server(repository, log=work / "overload.log", startup_seconds=180, stop_seconds=3) as calm:
                 found.append(asyncio.run(faults.overload(scene, calm, 3 * capacity, plan.overload, capacity)))
             if with_faults:
                 found += all_faults(scene, tick)
@@ -363,7 +363,7 @@ def all_faults(scene: Scene, tick: Tick) -> list[Seen]:
             return asyncio.run(fault(scene, server))
 
     steps.append(("clients that never read", lambda: alone(faults.mute_clients)))
-    steps.append(("a string longer than its bytes", lambda: alone(faults.overrun)))
+    steps.append(("poisoned batches", lambda: alone(faults.poisoned)))
     for name, step in steps:
         tick(name)
         seen = step()

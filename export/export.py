@@ -370,8 +370,10 @@ def _measure(job: Job, root: Path, tick: Ticker) -> tuple[dict[str, Any], dict[s
             if provider == "cpu":
                 chained = {key: value[:SAMPLE] for key, value in answered.items()}
             answers[provider] = _answers(embedding, answered)
-            labels = job.sample.labels[:count]
-            figures["answers"][provider] = parity.cost(answers[provider], _first(eager, count), labels)
+            cost = parity.cost(answers[provider], _first(eager, count), job.sample.labels if whole else None)
+            if not whole:
+                cost["ranking"] = f"{count} images are too few to rank"
+            figures["answers"][provider] = cost
             if whole:
 
                 def answer(pixels: np.ndarray, size: int, opened: Any = opened) -> parity.Answers:

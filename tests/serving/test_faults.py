@@ -87,6 +87,20 @@ def test_an_overload_is_shed_and_passes(bench, scene, small):
     assert seen.seen["right"] + seen.seen["shed"] == 1200
 
 
+def test_a_poisoned_batch_gives_nobody_a_wrong_answer_and_passes(bench, scene, small):
+    """What tritonserver takes and then fails with the batch costs others an error (told in the figures), no more."""
+    for seen in asyncio.run(bench["faults"].poisoned(scene, small, count=6)):
+        kept(seen)
+    calm = bench["traffic"].Ledger()
+
+    async def after():
+        async with bench["traffic"].asker(small.grpc_url, small.http_url) as by:
+            await bench["traffic"].closed(by, scene.questions[:30], 1, calm)
+
+    asyncio.run(after())
+    assert (calm.sent, calm.right) == (30, 30)
+
+
 @pytest.mark.parametrize("http", [False, True])
 def test_wrong_answers_are_told(bench, server, asking, http):
     """Expectations that are another image's: every kind of question must find them wrong."""
