@@ -142,7 +142,9 @@ class Launched:
     """`vilu serve` as an operator starts it: url, HTTP url, the launcher's process, its log."""
 
     def __init__(self, repository: Path, log: Path, *flags: str, before: Sequence[str] = ()) -> None:
-        ports = {kind: free_port() for kind in ("grpc", "http", "metrics")}
+        ports: dict[str, int] = {}
+        while len(set(ports.values())) < 3:
+            ports = {kind: free_port() for kind in ("grpc", "http", "metrics")}
         self.url, self.http_url = f"127.0.0.1:{ports['grpc']}", f"http://127.0.0.1:{ports['http']}"
         self.log = log
         command = [*before, sys.executable, "-m", "vilu", "serve", "--model-repository", str(repository)]

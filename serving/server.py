@@ -251,9 +251,11 @@ class Server:
         self.found = find_tritonserver(tritonserver)
         check_repository(self.repository)
         self.host = host
-        self.http_port, self.grpc_port, self.metrics_port = (
-            port or free_port() for port in (http_port, grpc_port, metrics_port)
-        )
+        ports = [http_port, grpc_port, metrics_port]
+        for i in range(3):
+            if not ports[i]:
+                ports[i] = next(port for port in iter(free_port, 0) if port not in ports)  # it may offer one twice
+        self.http_port, self.grpc_port, self.metrics_port = ports
         self.flags = list(flags)
         self.startup_seconds, self.stop_seconds = startup_seconds, stop_seconds
         self.log = log

@@ -207,7 +207,7 @@ def test_a_dead_stub_is_noticed_and_the_server_comes_back(repository, photos, ea
             )
             assert pid
             os.kill(pid, signal.SIGKILL)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             # First gone, then back: a new process in its place.
             while (now := stub_of(launcher.pid, "preprocess" if victim == "server" else victim)) in (0, pid):
                 assert time.monotonic() < deadline, f"{victim} did not come back"
@@ -217,7 +217,7 @@ def test_a_dead_stub_is_noticed_and_the_server_comes_back(repository, photos, ea
             with Client(url) as client:
                 agree(client.ask(photos[:2]), photos[:2], eager)
         told = (tmp_path / "log").read_text()
-        assert told.count("restarting it") == 3
+        assert told.count("restarting it") >= 3  # more where a busy machine kept a probe waiting
         launcher.send_signal(signal.SIGTERM)
         # 1: on a busy machine a probe that was given up may hold a model past the exit timeout.
         assert launcher.wait(30) in (0, 1)
