@@ -281,7 +281,9 @@ def open_model(folder: Path, device: str, threads: int) -> Any:
     """A model of a repository, opened as its config.pbtxt asks: `outputs`, `run(names, feed)`, `provider`."""
     config = text_format.Parse((folder / "config.pbtxt").read_text("utf-8"), pb.ModelConfig())
     asked = {key: value.string_value for key, value in config.parameters.items()}
-    file = folder / "1" / (config.default_model_filename or "model.onnx")
+    # A Python model, as the head's is, has its graph beside it.
+    named = config.default_model_filename
+    file = folder / "1" / (named if named.endswith(".onnx") else "model.onnx")
     if device == "cuda":
         return Cuda(file)
     return session_file.open_session(file, asked.get("provider", "cpu"), asked.get("precision", "float32"), threads)

@@ -31,7 +31,7 @@ def page(server, tmp_path_factory):
     with web(server.grpc_url, *options, cwd=folder, env=environment) as (process, url):
         yield url
         assert process.poll() is None
-    assert process.returncode == 130  # of an interrupt
+    assert process.returncode in (0, 130)  # 130: of an interrupt, where the launcher did not have it ignored
     assert list(folder.iterdir()) == []
 
 
