@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from faults import Scene, Seen
 from head import machine
-from loadgen import Processes, percentiles
+from loadgen import Processes, percentiles, ticker
 from PIL import Image
 from rich.console import Console
 from traffic import MIX, Asking, Ledger, Question, World, asker, closed, digits_and_shapes, label_sets, opened
@@ -248,12 +248,7 @@ def run(
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vilu-load-")))
         bar = stack.enter_context(progress_bar())
-        steps = [0]
-
-        def tick(what: str) -> None:
-            steps[0] += 1
-            bar(what, steps[0], steps[0] + 1)
-
+        tick = ticker(bar)
         tick("the eager model")
         checkpoint, clip = model(ckpt)
         if repository is None and url is None:

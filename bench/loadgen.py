@@ -7,6 +7,7 @@ measures the server too: Triton's own statistics, and the CPU time and memory of
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import time
@@ -71,6 +72,17 @@ class ModelShare:
     @property
     def seconds(self) -> float:
         return sum(seconds for _, seconds in self.batches.values())
+
+
+def ticker(bar: Callable[[str, int, int], None]) -> Callable[[str], None]:
+    """tick(what) for a progress bar whose total nobody knows."""
+    steps = itertools.count(1)
+
+    def tick(what: str) -> None:
+        step = next(steps)
+        bar(what, step, step + 1)
+
+    return tick
 
 
 class Processes:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from contenders import CLASSES, Way, cores, exported, peers, photos, stand_in
 from head import machine
-from loadgen import Load, Processes, request
+from loadgen import Load, Processes, request, ticker
 from rich.console import Console
 from throughput_rows import BATCH, Reference, Row, Served, Timing, document, picture, print_report, targets
 
@@ -290,12 +290,7 @@ def run(
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vilu-bench-")))
         bar = stack.enter_context(progress_bar())
-        steps = [0]
-
-        def tick(what: str) -> None:
-            steps[0] += 1
-            bar(what, steps[0], steps[0] + 1)
-
+        tick = ticker(bar)
         if url is None or ckpt is not None:
             if ckpt is not None:
                 checkpoint = load_checkpoint(ckpt)

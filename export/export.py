@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from vilu.errors import UserError
 from vilu.export import gpu, parity, repository, versions
 from vilu.export import images as samples
 from vilu.export import precision as precisions
+from vilu.export.folder import replacing
 from vilu.export.graphs import ANSWER, HeadGraph, ImageGraph, TextGraph, merge_full, write_graph
 from vilu.export.limits import Limits
 from vilu.export.limits import write as write_limits
@@ -172,19 +172,13 @@ def export(
     _check_width(checkpoint, clip, checkpoint.class_set)
     sample = samples.sample(clip, checkpoint.class_set.names, images, labels, calibrate=precision == "int8")
     job = Job(checkpoint, clip, checkpoint.class_set, sample, max_batch_size, runtime, archs, preprocess)
-    staging = stage(output)
-    try:
+    with replacing(output) as staging:
         tick = Ticker(progress, 12 + len(archs) + len(parity.batch_sizes(max_batch_size)))
         report = _write(job, staging, allow_loss, tick)
         write_limits(staging, limits or Limits())
         if version is not None:
             versions.add(staging, output, version)
         versions.keep_class_sets(output, staging)
-        replace_folder(staging, output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return report
 
 
@@ -220,40 +214,11 @@ def _check_output(output: Path) -> None:
         raise UserError(f"{output}: holds files that no export wrote; name an empty or new folder")
 
 
-def stage(output: Path) -> Path:
-    """A folder beside the output, with the mode that any new folder would have."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
-    umask = os.umask(0)
-    os.umask(umask)
-    staging.chmod(0o777 & ~umask)
-    return staging
-
-
-def replace_folder(staging: Path, output: Path) -> None:
-    old = None
-    if output.exists():
-        old = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.old."))
-        os.rename(output, old / "repository")
-    try:
-        os.rename(staging, output)
-    except OSError:
-        if old is not None:
-            os.rename(old / "repository", output)
-        raise
-    finally:
-        if old is not None and output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
 def _write(job: Job, root: Path, allow_loss: bool, tick: Ticker) -> dict[str, Any]:
     """Everything in the repository."""
     _write_graphs(job, root, tick)
     _write_configs(job, root)
-    (root / "labels.txt").write_text("".join(f"{name}\n" for name in job.class_set.names), "utf-8")
+    repository.write_labels(root / "labels.txt", job.class_set.names)
     shutil.copyfile(README, root / "README.md")
     measured, answers, reference = _measure(job, root, tick)
     report = _report(job, measured)

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2 as pb
-
 from vilu.errors import UserError
-from vilu.export.repository import MAX_LABEL_BYTES, MAX_LABELS, MAX_QUEUE, MAX_TEXT_BYTES, QUEUE_SECONDS
+from vilu.export.repository import (
+    CONFIG,
+    MAX_LABEL_BYTES,
+    MAX_LABELS,
+    MAX_QUEUE,
+    MAX_TEXT_BYTES,
+    QUEUE_SECONDS,
+    load_config,
+    save_config,
+)
 from vilu.image import Transform
 
 # Twice Pillow's own limit, where it raises whatever ours is; what one gRPC message may hold with room to spare.
@@ -58,8 +64,8 @@ def write(root: Path, limits: Limits) -> None:
         "max_label_bytes": limits.max_label_bytes,
         "max_text_bytes": max(MAX_TEXT_BYTES, limits.max_label_bytes + MAX_TEXT_BYTES // 4),  # a label in its prompt
     }
-    for path in root.glob("*/config.pbtxt"):
-        config = text_format.Parse(path.read_text("utf-8"), pb.ModelConfig())
+    for path in root.glob(f"*/{CONFIG}"):
+        config = load_config(path)
         if config.dynamic_batching.HasField("default_queue_policy"):  # where export set one
             queue = config.dynamic_batching.default_queue_policy
             queue.max_queue_size = limits.max_queue
@@ -70,4 +76,4 @@ def write(root: Path, limits: Limits) -> None:
         for name, value in parameters.items():
             if name in config.parameters:
                 config.parameters[name].string_value = str(value)
-        path.write_text(text_format.MessageToString(config), "utf-8")
+        save_config(path.parent, config)

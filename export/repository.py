@@ -15,10 +15,12 @@ from tritonclient.grpc import model_config_pb2 as pb
 import vilu.image
 import vilu.text
 from vilu.class_set import ClassSet
+from vilu.errors import UserError
 from vilu.export.graphs import ANSWER
 from vilu.image import Transform
 from vilu.text import TextTransform
 
+CONFIG = "config.pbtxt"
 TEMPLATES = Path(__file__).parent / "templates"
 Tensors = Mapping[str, tuple[str, Sequence[int]]]
 
@@ -92,7 +94,7 @@ def write_config(
     config = _model(folder.name, backend, inputs, outputs, max_batch_size, device, parameters or {})
     if not limited:
         config.dynamic_batching.ClearField("default_queue_policy")
-    _write(folder, config)
+    save_config(folder, config)
 
 
 def write_graph_config(
@@ -121,7 +123,7 @@ def write_graph_config(
         config.instance_group[0].count = instances
     else:
         _gpu(config, inputs, runtime, tower)
-    _write(folder, config)
+    save_config(folder, config)
 
 
 def _model(
@@ -268,7 +270,7 @@ def write_embeddings(
     for tensor in config.input[1:]:
         tensor.optional = True
         tensor.allow_ragged_batch = True  # requests with other numbers of candidates still make one batch
-    _write(folder, config)
+    save_config(folder, config)
 
 
 def _write_head_files(folder: Path, class_set: ClassSet, model: str) -> None:
@@ -353,7 +355,7 @@ def write_ensemble(folder: Path, inputs: Tensors, outputs: Tensors, steps: Seque
         config.ensemble_scheduling.step.add(
             model_name=step.model, model_version=-1, input_map=step.inputs, output_map=step.outputs
         )
-    _write(folder, config)
+    save_config(folder, config)
     (folder / "1").mkdir()
     (folder / "1" / ".gitkeep").touch()
 
@@ -409,6 +411,14 @@ def _config(name: str, inputs: Tensors, outputs: Tensors, max_batch_size: int) -
     return config
 
 
-def _write(folder: Path, config: pb.ModelConfig) -> None:
+def load_config(path: Path) -> pb.ModelConfig:
+    """A config.pbtxt. Raises UserError where it is none."""
+    try:
+        return text_format.Parse(path.read_text("utf-8"), pb.ModelConfig())
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise UserError(f"{path}: not a Triton model configuration ({error})") from None
+
+
+def save_config(folder: Path, config: pb.ModelConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.pbtxt").write_text(text_format.MessageToString(config), "utf-8")
+    (folder / CONFIG).write_text(text_format.MessageToString(config), "utf-8")

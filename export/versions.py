@@ -12,12 +12,11 @@ import shutil
 from pathlib import Path
 
 import click
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2 as pb
 
 from vilu.errors import UserError
+from vilu.export.folder import replacing
+from vilu.export.repository import CONFIG, load_config, save_config
 
-CONFIG = "config.pbtxt"
 ABOUT = ("labels.txt", "parity.json", "parity.md", "parity.png")  # of the version that is served
 KEEPER = "vilu"  # the model whose version folders keep them
 
@@ -41,7 +40,7 @@ def versions(repository: Path) -> list[int]:
 
 def served(repository: Path) -> int:
     """The version a server takes: that of the version policy, else the newest."""
-    policy = _read(repository / KEEPER / CONFIG).version_policy
+    policy = load_config(repository / KEEPER / CONFIG).version_policy
     return int(policy.specific.versions[0]) if policy.specific.versions else max(versions(repository))
 
 
@@ -93,25 +92,16 @@ def use(repository: Path, version: int) -> list[str]:
     Raises:
         UserError: not such a repository, no such version, or a folder that cannot be written.
     """
-    from vilu.export.export import replace_folder, stage
-
     present = versions(repository)
     if version not in present:
         raise UserError(f"{repository}: has no version {version}; it has {', '.join(map(str, present))}")
     before = served(repository)
-    staging = stage(repository)
-    try:
+    with replacing(repository) as staging:
         shutil.copytree(repository, staging, dirs_exist_ok=True)
         if not (staging / KEEPER / str(before) / CONFIG).exists():
             _keep(staging, before)
         _serve(staging, version)
-        changed = [model for model in models(staging) if _differ(staging / model, before, version)]
-        replace_folder(staging, repository)
-    except OSError as error:
-        raise UserError(f"{repository}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return changed
+        return [model for model in models(staging) if _differ(staging / model, before, version)]
 
 
 def _keep(root: Path, version: int, source: Path | None = None) -> None:
@@ -125,18 +115,11 @@ def _keep(root: Path, version: int, source: Path | None = None) -> None:
 
 def _serve(root: Path, version: int) -> None:
     for model in models(root):
-        config = _read(root / model / str(version) / CONFIG)
+        config = load_config(root / model / str(version) / CONFIG)
         config.version_policy.specific.versions[:] = [version]
-        (root / model / CONFIG).write_text(text_format.MessageToString(config), "utf-8")
+        save_config(root / model, config)
     for name in ABOUT:
         shutil.copyfile(root / KEEPER / str(version) / name, root / name)
-
-
-def _read(path: Path) -> pb.ModelConfig:
-    try:
-        return text_format.Parse(path.read_text("utf-8"), pb.ModelConfig())
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise UserError(f"{path}: not a Triton model configuration ({error})") from None
 
 
 def _differ(model: Path, one: int, other: int) -> bool:

@@ -1,6 +1,8 @@
 """One real server over the embedded default for the whole folder."""
 
 import io
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,3 +44,22 @@ def photos() -> list[bytes]:
         picture.save(buffer, ("JPEG", "PNG", "WEBP")[i % 3])
         out.append(buffer.getvalue())
     return out
+
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture(scope="session")
+def bench():
+    """The modules of bench/ by their plain names, by which they import each other."""
+    names = ("contenders", "faults", "hostile", "load", "loadgen", "throughput", "throughput_rows", "traffic")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        yield {name: import_module(name) for name in names}
+
+
+@pytest.fixture(scope="session")
+def asking(bench, clip, checkpoint):
+    traffic = bench["traffic"]
+    world = traffic.World(clip, checkpoint, traffic.digits_and_shapes(32), traffic.label_sets(12))
+    return traffic.Asking(world, 8)

@@ -12,26 +12,7 @@ from vilu.checkpoint import save_checkpoint
 from vilu.errors import UserError
 from vilu.serving import Server
 
-BENCH = Path(__file__).parents[2] / "bench"
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        import faults
-        import load
-        import traffic
-
-        yield {"faults": faults, "traffic": traffic, "load": load}
-
-
-@pytest.fixture(scope="module")
-def asking(bench, clip, checkpoint):
-    traffic = bench["traffic"]
-    world = traffic.World(clip, checkpoint, traffic.digits_and_shapes(32), traffic.label_sets(12))
-    return traffic.Asking(world, 8)
 
 
 @pytest.fixture

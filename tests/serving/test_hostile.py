@@ -1,7 +1,6 @@
 """Hostile requests of bench/hostile.py against the real server: an error of the 4xx class, and nobody else hurt."""
 
 import asyncio
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,26 +10,7 @@ from hypothesis import strategies as st
 from vilu.image import ImageError, decode
 from vilu.serving import Client
 
-BENCH = Path(__file__).parents[2] / "bench"
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        import faults
-        import hostile
-        import traffic
-
-        yield {"hostile": hostile, "traffic": traffic, "faults": faults}
-
-
-@pytest.fixture(scope="module")
-def asking(bench, clip, checkpoint):
-    traffic = bench["traffic"]
-    world = traffic.World(clip, checkpoint, traffic.digits_and_shapes(32), traffic.label_sets(12))
-    return traffic.Asking(world, 8)
 
 
 @pytest.fixture(scope="module")

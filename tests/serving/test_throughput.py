@@ -11,21 +11,7 @@ import torch
 from vilu.checkpoint import save_checkpoint
 from vilu.errors import UserError
 
-BENCH = Path(__file__).parents[2] / "bench"
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The script's modules: they import each other by their plain names, as `python bench/throughput.py` lets them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        import contenders
-        import loadgen
-        import throughput
-        import throughput_rows
-
-        yield {"contenders": contenders, "loadgen": loadgen, "throughput": throughput, "rows": throughput_rows}
 
 
 @pytest.fixture
@@ -46,7 +32,7 @@ def test_closed_loop_agrees_with_the_servers_own_count(bench, load):
     assert set(window.server_cpu) >= {"tritonserver", "preprocess", "clip_image", "vilu_head"}
     assert window.server_cpu["clip_image"] > 0
     assert window.memory > 20 << 20
-    row = bench["rows"].summary([window, window])
+    row = bench["throughput_rows"].summary([window, window])
     assert row["answered"] == 2 * window.answered
     assert row["models"]["clip_image"]["executions"] == 2 * tower.executions
 
@@ -103,7 +89,7 @@ def test_gate(bench, precision, change, fine):
     noise = draw.normal(size=embedding.shape)
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     index = draw.integers(10, size=100)
-    reference = bench["rows"].Reference(embedding, np.full(100, 0.5), index)
+    reference = bench["throughput_rows"].Reference(embedding, np.full(100, 0.5), index)
     theirs = index.copy()
     theirs[: change.get("wrong", 0)] += 1
     failure = np.full(100, 0.5)
@@ -113,7 +99,7 @@ def test_gate(bench, precision, change, fine):
 
 
 def test_a_contender_that_disagrees_has_no_rank(bench, clip, checkpoint, photos):
-    contenders, rows, throughput = bench["contenders"], bench["rows"], bench["throughput"]
+    contenders, rows, throughput = bench["contenders"], bench["throughput_rows"], bench["throughput"]
     images = [*photos, *photos][:16]
     run = throughput.Bench(throughput.Plan(1, 16, 0.01, 0.1, (), ()), images, "cpu")
 
@@ -144,7 +130,7 @@ def test_a_contender_that_disagrees_has_no_rank(bench, clip, checkpoint, photos)
 
 
 def test_limit_adds_the_two_parts(bench):
-    assert bench["rows"].limit(0.004, 0.016) == pytest.approx(50.0)
+    assert bench["throughput_rows"].limit(0.004, 0.016) == pytest.approx(50.0)
 
 
 def test_whole_run(bench, clip, checkpoint, repository, tmp_path, monkeypatch):
