@@ -33,6 +33,7 @@ from vilu.export.ragged import write_details, write_ragged
 from vilu.export.tokenizer import write_tokenizer
 from vilu.image import MODES
 from vilu.kernels import FoldedHead, fold
+from vilu.scores import Entropy
 from vilu.serving.backends.onnxruntime import session
 
 README = repository.TEMPLATES / "README.md"
@@ -353,6 +354,7 @@ def _measure(job: Job, root: Path, tick: Ticker) -> tuple[dict[str, Any], dict[s
     assert chained is not None
     graphs["vilu_head"]["folded" if job.archs else "cpu"] = {label: parity.compare(head(truth.feed, batch), truth)}
     graphs["vilu_embeddings"] = {"cpu": {label: _measure_ragged(job, root, truth)}}
+    graphs["vilu_details"] = {"cpu": {label: _measure_details(job, root, truth.feed)}}
     full = references["vilu_full"].head(SAMPLE)
     if job.precision in ("float16", "int8"):  # what the joined graph owes is its parts' own answer
         full = parity.Reference(full.input_name, full.feed, {name: chained[name] for name in full.outputs})
@@ -373,6 +375,22 @@ def _measure_ragged(job: Job, root: Path, truth: parity.Reference) -> dict[str, 
     outputs = dict(zip(opened.outputs, opened.run(opened.outputs, feed), strict=True))
     expected = {name: value for name, value in truth.outputs.items() if name in outputs}
     return parity.compare(outputs, parity.Reference("IMAGE_EMBEDDING", truth.feed, expected))
+
+
+def _measure_details(job: Job, root: Path, embedding: np.ndarray) -> dict[str, Any]:
+    """What is told of an answer when asked for. DOCTOR is a ratio without an end: tests hold it to its formula."""
+    head, scale = job.checkpoint.head, job.clip.spec.logit_scale
+    v, t = torch.from_numpy(embedding), job.class_set.text_embeddings
+    expected = {"PROBABILITIES": torch.softmax(scale * v @ t.T, dim=-1), "ENTROPY": Entropy().confidence(v, t, scale)}
+    if "attended" in head.parts:
+        query, key, _ = head.projections()
+        expected["ATTENTION"] = torch.softmax(head.attention_scale * (v @ query.T) @ (t @ key.T).T, dim=-1)
+    opened = session.open_session(root / "vilu_details" / "1" / "details.onnx", threads=job.runtime.cores)
+    found = opened.run(opened.outputs, {"IMAGE_EMBEDDING": embedding, "TEXT_EMBEDDINGS": t.numpy()})
+    truth = {name: value.detach().reshape(len(v), -1).numpy() for name, value in expected.items()}
+    return parity.compare(
+        dict(zip(opened.outputs, found, strict=True)), parity.Reference("IMAGE_EMBEDDING", embedding, truth)
+    )
 
 
 def _providers(job: Job) -> list[tuple[str, bool]]:

@@ -26,7 +26,8 @@ MOST_PIXELS, MOST_BYTES = 178_956_970, 1 << 30
 class Limits:
     """Each is the largest that is still taken.
 
-    max_queue: requests that wait before one model; more are refused at once, with UNAVAILABLE.
+    max_queue: requests that wait before one model; more are refused at once, with UNAVAILABLE. 0: any number, however
+        long; none is then left waiting by a fault of tritonserver's (`repository.write_config`).
     queue_seconds: that one may wait, then it is refused likewise; a request's own timeout may be shorter.
     max_image_bytes, max_image_pixels: of an encoded image, both before it is decoded.
     max_labels: candidates of a request's own. max_label_bytes: of one in UTF-8, and of a name in a class set.
@@ -46,7 +47,7 @@ class Limits:
         most = {"max_image_bytes": MOST_BYTES, "max_image_pixels": MOST_PIXELS, "queue_seconds": 3600.0}
         for name, value in vars(self).items():
             # Below a microsecond a time would round to 0, which is no limit to Triton.
-            least = 1e-6 if name == "queue_seconds" else 1
+            least = {"queue_seconds": 1e-6, "max_queue": 0}.get(name, 1)
             if not least <= value <= most.get(name, 1 << 30):
                 raise UserError(f"{name} must be from {least:g} to {most.get(name, 1 << 30):,}, got {value:,}")
 
@@ -70,6 +71,8 @@ def write(root: Path, limits: Limits) -> None:
             queue = config.dynamic_batching.default_queue_policy
             queue.max_queue_size = limits.max_queue
             queue.default_timeout_microseconds = round(1e6 * limits.queue_seconds)
+            if not limits.max_queue:
+                config.dynamic_batching.ClearField("default_queue_policy")
         side = int(config.parameters["size"].string_value) if "max_pixels" in config.parameters else 0
         if limits.max_image_pixels < side * side:
             raise UserError(f"max_image_pixels must be at least {side}x{side}, what this CLIP reads")

@@ -87,9 +87,9 @@ def write_config(
 ) -> None:
     """One model's config.pbtxt: explicit batch size, one instance on `device` ("cpu" or "gpu"), dynamic batching.
 
-    limited: its queue has a size and a timeout. Such a queue makes tritonserver's batcher wait for a free instance, and
-    where that comes free in the instant before the wait, it wakes up half a second later (seen in 2.51: one answer in
-    ten of a small model). What ends an ensemble, and is faster than the limited steps before it, needs none.
+    limited: its queue has a size and a timeout. With such a queue tritonserver (2.51) does not look at a request that
+    came while its only instance was busy before the next one comes, or half a second has passed: the end of a batch
+    wakes nobody. What ends an ensemble, and is faster than the limited steps before it, needs none.
     """
     config = _model(folder.name, backend, inputs, outputs, max_batch_size, device, parameters or {})
     if not limited:

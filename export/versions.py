@@ -10,15 +10,21 @@ from __future__ import annotations
 import filecmp
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 
 from vilu.errors import UserError
 from vilu.export.folder import replacing
 from vilu.export.repository import CONFIG, load_config, save_config
+from vilu.serving import AccessDenied, AsyncClient, RequestRefused
+from vilu.serving.access import token_from
+from vilu.serving.classes import control_option, server_options, with_client
 
 ABOUT = ("labels.txt", "parity.json", "parity.md", "parity.png")  # of the version that is served
 KEEPER = "vilu"  # the model whose version folders keep them
+# What makes the embeddings that all other models read: two of them at once would be mixed in one answer.
+EMBEDDING = ("preprocess", "clip_image", "clip_text", "tokenize")
 
 
 def models(repository: Path) -> list[str]:
@@ -104,6 +110,50 @@ def use(repository: Path, version: int) -> list[str]:
         return [model for model in models(staging) if _differ(staging / model, before, version)]
 
 
+async def switch(client: AsyncClient, repository: Path, version: int, *, control_token: str | None = None) -> list[str]:
+    """`use`, of the running server that serves the repository, too: without a restart, and without an answer lost.
+
+    A request under way is answered by the version that took it, later ones by the new one. Where a model of it does
+    not load, all go back to the version before.
+
+    Returns:
+        The models that were loaded.
+
+    Raises:
+        UserError: as `use` does; versions of different CLIPs, between which only a restart keeps answers whole.
+        RequestRefused: a model that did not load.
+        AccessDenied, ServerUnavailable: as `AsyncClient` does.
+    """
+    (running,) = await client.versions(KEEPER)
+    if running not in versions(repository):
+        raise UserError(f"{client.url}: serves version {running}, which {repository} lacks: is it another repository?")
+    before = served(repository)
+    if version in versions(repository):
+        different = [model for model in EMBEDDING if _differ(repository / model, running, version)]
+        if different:
+            raise UserError(
+                f"versions {running} and {version} differ in {', '.join(different)}: during the change an answer could "
+                f"come from both; `vilu versions {repository} --use {version}` without --live, and restart the server"
+            )
+    use(repository, version)
+    names = [model for model in models(repository) if model not in EMBEDDING]
+    names.sort(key=lambda model: load_config(repository / model / CONFIG).platform == "ensemble")  # after their steps
+    tried: list[str] = []
+    try:
+        for model in names:
+            tried.append(model)
+            await client.load(model, None, control_token)
+    except UserError as error:
+        if isinstance(error, RequestRefused) and not isinstance(error, AccessDenied):
+            use(repository, running)
+            for model in tried:
+                await client.load(model, None, control_token)
+            error = RequestRefused(f"version {version}: {error}; version {running} is served as before")
+        use(repository, before)
+        raise error from None
+    return names
+
+
 def _keep(root: Path, version: int, source: Path | None = None) -> None:
     """Copy what `source` (by default root itself) serves now into the version's folders."""
     source = source or root
@@ -140,9 +190,27 @@ def _differ(model: Path, one: int, other: int) -> bool:
 @click.command("versions")
 @click.argument("repository", type=click.Path(path_type=Path))
 @click.option("--use", "chosen", type=click.IntRange(1), help="Serve this version from the server's next start on.")
-def versions_command(repository: Path, chosen: int | None) -> None:
+@click.option("--live", is_flag=True, help="With --use: have the server at --url change to it now.")
+@server_options
+@control_option
+def versions_command(
+    repository: Path,
+    chosen: int | None,
+    live: bool,
+    url: str,
+    token: str | None,
+    control_token: str | None,
+    **options: Any,
+) -> None:
     """List a repository's versions, the served one marked; with --use go back, or forward, to another."""
-    if chosen is not None:
+    if live and chosen is None:
+        raise UserError("--live needs --use VERSION")
+    if live:
+        assert chosen is not None
+        control = token_from(control_token, "VILU_CONTROL_TOKEN")
+        with_client(url, token, options, lambda client: switch(client, repository, chosen, control_token=control))
+        click.echo(f"{repository}: version {chosen} is served", err=True)
+    elif chosen is not None:
         changed = use(repository, chosen)
         click.echo(f"{repository}: version {chosen} is next; what changes: {', '.join(changed) or 'nothing'}", err=True)
     present = versions(repository)

@@ -24,7 +24,7 @@ from rich.table import Table
 from vilu.cli import progress_bar
 from vilu.errors import UserError
 from vilu.serving.access import connection_options, token_from
-from vilu.serving.client import AccessDenied, AsyncClient, RequestRefused
+from vilu.serving.client import AsyncClient, RequestRefused
 
 MODEL, TEXT = "class_sets", "vilu_text"
 
@@ -150,10 +150,6 @@ async def _change(client: AsyncClient, change: dict[str, Any], control_token: st
     config["parameters"]["change"] = {"string_value": json.dumps(change)}
     try:
         await client.load(MODEL, json.dumps(config), control_token)
-    except AccessDenied:
-        raise AccessDenied(
-            f"{client.url}: changing class sets needs the control token of `vilu serve --control-token`"
-        ) from None
     except RequestRefused as error:
         said = re.search(r"TritonModelException: (.*?) At: ", str(error))
         raise RequestRefused(said[1] if said else str(error)) from None
@@ -216,19 +212,22 @@ def classes_command() -> None:
     """The class sets of a running server: list them, put one, remove one."""
 
 
-def _options(command: Any) -> Any:
+def server_options(command: Any) -> Any:
+    """A command's options to reach a server, and how long to wait for it."""
     command = click.option(
         "--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Seconds."
     )(command)
     return connection_options(command)
 
 
-_control = click.option(
+control_option = click.option(
     "--control-token", metavar="TOKEN|@FILE", help="As `vilu serve` was given.  [default: $VILU_CONTROL_TOKEN]"
 )
 
 
-def _with_client(url: str, token: str | None, options: dict[str, Any], work: Callable[[AsyncClient], Any]) -> Any:
+def with_client(url: str, token: str | None, options: dict[str, Any], work: Callable[[AsyncClient], Any]) -> Any:
+    """What `work` returns, asked of the server that a command's options name."""
+
     async def run() -> Any:
         async with AsyncClient(url, token=token_from(token, "VILU_TOKEN"), batch_size=64, **options) as client:
             return await work(client)
@@ -237,11 +236,11 @@ def _with_client(url: str, token: str | None, options: dict[str, Any], work: Cal
 
 
 @classes_command.command("list")
-@_options
+@server_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array, one object a set.")
 def list_command(url: str, token: str | None, as_json: bool, **options: Any) -> None:
     """The class sets that images can be asked about."""
-    sets = _with_client(url, token, options, list_sets)
+    sets = with_client(url, token, options, list_sets)
     if as_json:
         rows = [{key: value for key, value in asdict(one).items() if key != "names"} for one in sets]
         click.echo(json.dumps(rows, indent=2))
@@ -255,8 +254,8 @@ def list_command(url: str, token: str | None, as_json: bool, **options: Any) -> 
 @classes_command.command("put")
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path))
-@_options
-@_control
+@server_options
+@control_option
 @click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat.  [default: the served ones]")
 @click.option("--threshold", type=click.FloatRange(0, 1), help="Accept below it.  [default: the checkpoint's]")
 def put_command(
@@ -290,16 +289,16 @@ def put_command(
                 progress=bar,
             )
 
-        served = _with_client(url, token, options, work)
+        served = with_client(url, token, options, work)
     click.echo(f"{served.name}@{served.version}: {served.classes} classes, accepted below {served.threshold:g}")
 
 
 @classes_command.command("remove")
 @click.argument("name")
-@_options
-@_control
+@server_options
+@control_option
 def remove_command(name: str, url: str, token: str | None, control_token: str | None, **options: Any) -> None:
     """Remove the class set NAME: later requests that name it are refused."""
     control = token_from(control_token, "VILU_CONTROL_TOKEN")
-    _with_client(url, token, options, lambda client: remove_set(client, name, control_token=control))
+    with_client(url, token, options, lambda client: remove_set(client, name, control_token=control))
     click.echo(f"{name}: removed")

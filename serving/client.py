@@ -40,6 +40,7 @@ OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT"
 DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
 DEFAULT_URL = "127.0.0.1:8001"
 # The headers' names; gRPC's have tritonserver's prefix before them.
+LOAD_SECONDS = 300.0  # that a model may take to load: a large tower, on busy cores
 TOKEN, CONTROL = "vilu-token", "vilu-control"
 SCHEMES = ("grpc", "grpcs", "http", "https")
 REQUEST_BYTES = 32 << 20  # a batch of large images is cut here, whatever its number
@@ -391,15 +392,29 @@ class AsyncClient:
         found = await self._retry(lambda: self._client.get_model_config(model, headers=self._headers, **more))
         return found if self.http else found["config"]
 
-    async def load(self, model: str, config: str, control_token: str | None) -> None:
-        """Load a model with another configuration: Triton's model control, guarded by a token of its own."""
+    async def versions(self, model: str) -> list[int]:
+        """The versions of a model that the server answers from."""
+        found = await self._retry(lambda: self._client.get_model_metadata(model, headers=self._headers))
+        return [int(version) for version in (found["versions"] if self.http else found.versions)]
+
+    async def load(self, model: str, config: str | None, control_token: str | None) -> None:
+        """Load a model with another configuration, or as the repository has it now: Triton's model control, guarded by
+        a token of its own.
+        """
         headers = dict(self._headers or {})
         if control_token is not None:
             headers[self._prefix + CONTROL] = control_token
-        await self._retry(lambda: self._client.load_model(model, headers=headers, config=config))
+        try:
+            await self._retry(
+                lambda: self._client.load_model(model, headers=headers, config=config), max(self.timeout, LOAD_SECONDS)
+            )
+        except AccessDenied:
+            raise AccessDenied(
+                f"{self.url}: a change needs the control token of `vilu serve --control-token`"
+            ) from None
 
-    async def _retry(self, once: Callable[[], Awaitable[Any]]) -> Any:
-        end = time.monotonic() + self.timeout
+    async def _retry(self, once: Callable[[], Awaitable[Any]], timeout: float | None = None) -> Any:
+        end = time.monotonic() + (timeout or self.timeout)
         pause = FIRST_PAUSE
         while True:
             try:
@@ -523,6 +538,10 @@ class Client:
         except BaseException:
             future.cancel()  # an interrupted caller wants no answer any more
             raise
+
+    def run(self, work: Callable[..., Coroutine[Any, Any, T]], *arguments: Any, **options: Any) -> T:
+        """What is asynchronous over an AsyncClient, as a call: client.run(put_set, "pets", ["cat", "dog"])."""
+        return self._run(work(self._asker, *arguments, **options))
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -169,7 +169,7 @@ def clip_options(command: Any) -> Any:
 @click.option(
     "--version", type=click.IntRange(1), help="Add it beside what is there, as this version.  [default: replace]"
 )
-@click.option("--max-queue", type=int, help="Requests that may wait before one model.  [default: 256]")
+@click.option("--max-queue", type=int, help="Requests that may wait before one model; 0: any number.  [default: 256]")
 @click.option("--queue-seconds", type=float, help="That a request may wait there.  [default: 30]")
 @click.option("--max-image-bytes", type=int, help="Of an encoded image.  [default: 20 MiB]")
 @click.option("--max-image-pixels", type=int, help="Of an image.  [default: 50,000,000]")

@@ -23,7 +23,7 @@ from vilu.tiny import data
 
 # The package's attribute of this name is the function.
 module = import_module("vilu.export.export")
-GRAPHS = {"clip_image", "clip_text", "vilu_head", "vilu_full", "vilu_embeddings"}  # that are measured
+GRAPHS = {"clip_image", "clip_text", "vilu_head", "vilu_full", "vilu_embeddings", "vilu_details"}  # that are measured
 ENSEMBLES = {  # and their steps; the last of those that answer gives what is computed only for who asks
     "vilu": ["preprocess", "clip_image", "vilu_head", "vilu_details"],
     "vilu_open": ["preprocess", "clip_image", "vilu_embeddings", "vilu_embeddings"],
@@ -115,7 +115,7 @@ def test_the_committed_readme_is_the_one_export_writes(repository):
 def test_the_same_checkpoint_gives_the_same_files(repository, tmp_path, clip, checkpoint):
     export(checkpoint, tmp_path / "again", clip=clip, max_batch_size=8)
     for path in repository.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".pyc":  # a server that read it wrote those
             assert path.read_bytes() == (tmp_path / "again" / path.relative_to(repository)).read_bytes(), path
 
 

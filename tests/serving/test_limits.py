@@ -118,10 +118,21 @@ def test_the_defaults_are_those_of_every_export(repository, tmp_path):
         assert (tmp_path / "r" / path).read_text() == (repository / path).read_text()
 
 
+def test_without_a_limit_nothing_is_refused(repository, tmp_path):
+    shutil.copytree(repository, tmp_path / "r")
+    limits.write(tmp_path / "r", Limits(max_queue=0))
+    for path in (tmp_path / "r").glob("*/config.pbtxt"):
+        assert "default_queue_policy" not in path.read_text()
+    with Server(tmp_path / "r", log=tmp_path / "log") as server:
+        refused, answered = burst(server.grpc_url, jpeg(SIDE, SIDE), 400)  # more than the default limit
+    assert not refused
+    assert len(answered) == 400
+
+
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
-        ("--max-queue", "0", "max_queue must be from 1"),
+        ("--max-queue", "-1", "max_queue must be from 0"),
         ("--queue-seconds", "0", "queue_seconds must be from 1e-06 to 3,600"),
         ("--queue-seconds", "nan", "queue_seconds must be"),
         ("--max-image-bytes", "0", "max_image_bytes must be"),
@@ -145,7 +156,7 @@ def test_an_image_may_be_as_large_as_what_clip_reads(repository, clip, tmp_path)
 
 
 def test_the_command_tells_a_bad_limit_in_one_line(checkpoint, tmp_path):
-    done = export_with(checkpoint, tmp_path, "--max-queue", "0")
+    done = export_with(checkpoint, tmp_path, "--max-queue", "-1")
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["vilu: max_queue must be from 1 to 1,073,741,824, got 0"]
+    assert done.stderr.splitlines() == ["vilu: max_queue must be from 0 to 1,073,741,824, got -1"]
     assert not (tmp_path / "r").exists()

@@ -1,6 +1,8 @@
 """Versions beside each other, one served, and the way back; with the real server."""
 
 import shutil
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,8 +11,10 @@ from click.testing import CliRunner
 from vilu import UserError
 from vilu.cli import group
 from vilu.export import export, versions
-from vilu.serving import Client, Server
+from vilu.serving import AccessDenied, Client, RequestRefused, Server
+from vilu.serving.access import Access
 
+CONTROL = "control-token-4567"
 PUT = "class_sets/sets/pets@1"  # a class set that was put while a server ran
 
 
@@ -65,6 +69,99 @@ def test_there_and_back_again(copy, repository, photos, tmp_path):
     assert not all(accepted(copy, photos, tmp_path / "log"))
     versions.use(copy, 2)
     assert files(copy) == both
+
+
+class Asking(threading.Thread):
+    """Asks two photos again and again until it is stopped: the pairs of decisions, and every error."""
+
+    def __init__(self, url, photos, **asked):
+        super().__init__()
+        self.url, self.photos, self.asked = url, photos, asked
+        self.ended = threading.Event()
+        self.seen, self.errors = [], []
+
+    def run(self):
+        with Client(self.url) as client:
+            while not self.ended.is_set():
+                try:
+                    answers = [a.raise_for_error() for a in client.ask(self.photos, **self.asked)]
+                    self.seen.append(tuple((a.failure_probability, a.accept) for a in answers))
+                except UserError as error:
+                    self.errors.append(str(error))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.join()
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_a_running_server_changes_version_there_and_back_again(copy, photos, tmp_path, scheme):
+    """Under load: every answer is whole, none is lost, and the last ones are of the version asked for."""
+    threshold = {1: 0.5, 2: 1.0}
+    with Server(copy, log=tmp_path / "log", access=Access(control_token=CONTROL)) as server:
+        url = server.grpc_url if scheme == "grpc" else server.http_url
+        asked = ({}, {"details": True}, {"labels": ["red circle", "blue star"]})
+        asking = [Asking(url, photos[:2], **options) for options in asked]
+        with asking[0], asking[1], asking[2], Client(url) as client:
+            for version in (1, 2, 1):
+                changed = client.run(versions.switch, copy, version, control_token=CONTROL)
+                assert "vilu_head" in changed
+                assert not {"clip_image", "preprocess"} & set(changed)
+                assert versions.served(copy) == version
+                assert client.run(lambda c, model: c.versions(model), "vilu_head") == [version]
+                for labels in (None, ["red circle", "blue star"]):
+                    for answer in client.ask(photos[:4], labels, details=True):
+                        assert answer.raise_for_error().accept == (answer.failure_probability < threshold[version])
+                time.sleep(0.3)
+        for one in asking:
+            assert not one.errors
+            assert {accept for pair in one.seen for _, accept in pair} == {True, False}
+            # Both versions have the same head: what may differ is the decision, and that by whole requests.
+            decisions = {tuple(p < t for p, _ in pair) for pair in one.seen for t in threshold.values()}
+            assert {tuple(accept for _, accept in pair) for pair in one.seen} <= decisions
+
+
+@pytest.mark.server
+def test_a_change_that_fails_leaves_the_version_before(copy, photos, tmp_path):
+    arguments = ["versions", str(copy), "--use", "1", "--live", "--url"]
+    with (
+        Server(copy, log=tmp_path / "log", access=Access(control_token=CONTROL)) as server,
+        Client(server.grpc_url) as client,
+    ):
+        before = files(copy)
+
+        def same():
+            assert files(copy) == before
+            assert all(answer.raise_for_error().accept for answer in client.ask(photos))
+            assert client.run(lambda c, model: c.versions(model), "vilu_full") == [2]
+
+        for token in ((), ("--control-token", "another-control-token")):
+            with pytest.raises(AccessDenied, match="control token"):
+                group.main([*arguments, server.grpc_url, *token], standalone_mode=False)
+            same()
+        broken = copy / "vilu_head" / "1" / "ragged.onnx"
+        whole = broken.read_bytes()
+        broken.write_bytes(whole[: len(whole) // 2])
+        before = files(copy)
+        with pytest.raises(RequestRefused, match="version 2 is served as before"):
+            client.run(versions.switch, copy, 1, control_token=CONTROL)
+        same()
+        broken.write_bytes(whole)
+        with (copy / "preprocess" / "1" / "model.py").open("a") as file:
+            file.write("# another\n")
+        before = files(copy)
+        with pytest.raises(UserError, match="differ in preprocess"):
+            client.run(versions.switch, copy, 1, control_token=CONTROL)
+        with pytest.raises(UserError, match="has no version 7"):
+            client.run(versions.switch, copy, 7, control_token=CONTROL)
+        same()
+        with pytest.raises(UserError, match="--live needs --use"):
+            group.main(["versions", str(copy), "--live"], standalone_mode=False)
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
