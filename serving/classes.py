@@ -24,7 +24,7 @@ from rich.table import Table
 from vilu.cli import progress_bar
 from vilu.errors import UserError
 from vilu.serving.access import connection_options, token_from
-from vilu.serving.client import AsyncClient, RequestRefused
+from vilu.serving.client import AccessDenied, AsyncClient, RequestRefused
 
 MODEL, TEXT = "class_sets", "vilu_text"
 
@@ -150,6 +150,8 @@ async def _change(client: AsyncClient, change: dict[str, Any], control_token: st
     config["parameters"]["change"] = {"string_value": json.dumps(change)}
     try:
         await client.load(MODEL, json.dumps(config), control_token)
+    except AccessDenied:
+        raise
     except RequestRefused as error:
         said = re.search(r"TritonModelException: (.*?) At: ", str(error))
         raise RequestRefused(said[1] if said else str(error)) from None
