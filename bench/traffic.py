@@ -20,7 +20,7 @@ import aiohttp
 import grpc
 import numpy as np
 import torch
-from loadgen import INFER
+from loadgen import ANSWER, INFER
 from PIL import Image
 from tritonclient import http as http_api
 from tritonclient.grpc import service_pb2 as pb
@@ -30,14 +30,13 @@ from vilu.clip import Clip
 from vilu.image import decode
 from vilu.tiny import data
 
-ANSWER = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 BUDGET = 1e-4  # of a float32 export: probabilities and embeddings against the eager model's
 TIE = 1e-5  # candidates whose probabilities are nearer than this may be told either way
 TIMEOUT = 60.0
 TYPES = {"f": "FP32", "u": "UINT8", "i": "INT64", "O": "BYTES"}
 # Of mixed traffic: how often each kind of question is asked.
 MIX = {"vilu": 38, "vilu_open": 20, "embeddings": 8, "embeddings+TEXT": 8, "embeddings+LABELS": 6, "vilu_full": 10,
-       "clip_image": 3, "preprocess": 4, "clip_text": 3}  # fmt: skip
+       "clip_image": 3, "preprocess": 4, "clip_text": 2, "vilu_text": 1}  # fmt: skip
 
 
 @dataclass
@@ -213,13 +212,14 @@ class Asking:
         if kind == "clip_image":
             check = near("IMAGE_EMBEDDING", world.embedding.numpy()[chosen])
             return question(kind, kind, {"PIXELS": world.pixels[chosen]}, ["IMAGE_EMBEDDING"], check, http=http)
-        if kind == "clip_text":
+        if kind in ("clip_text", "vilu_text"):
             answers = self.candidates(draw, 1)[0]
             some = draw.integers(len(answers.names), size=images)
             prompts = [world.templates[0].replace("{}", answers.names[i]) for i in some]
             tokens = world.clip.tokenize(prompts)
             check = near("TEXT_EMBEDDING", world.clip.encode_tokens(tokens).numpy())
-            return question(kind, kind, {"TOKENS": tokens.numpy()}, ["TEXT_EMBEDDING"], check, http=http)
+            first = {"TOKENS": tokens.numpy()} if kind == "clip_text" else {"TEXT": words([[one] for one in prompts])}
+            return question(kind, kind, first, ["TEXT_EMBEDDING"], check, http=http)
         if kind in ("vilu", "vilu_full", "embeddings"):
             tensors: dict[str, np.ndarray]
             if kind == "vilu":

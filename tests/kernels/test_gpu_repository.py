@@ -23,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import cuda.bindings
+import onnx
 from cuda.bindings import driver
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
@@ -30,6 +31,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tests.kernels.fake_cuda import FakeDriver
 from vilu import Checkpoint, UserError, ViLUHead, load_clip, save_checkpoint
 from vilu.cli import export_command
+from vilu.export import export
 from vilu.kernels import dlpack, fold
 from vilu.kernels.launch import CubinHead, Gpu, LaunchError, read_manifest
 from vilu.tiny import data
@@ -90,6 +92,36 @@ def test_configs(root):
     assert list(head.output)[:5] == list(configs["vilu"].output)[:5] == list(configs["vilu_full"].output)
     steps = [step.model_name for step in configs["vilu"].ensemble_scheduling.step]
     assert steps == ["preprocess", "clip_image", "vilu_head", "vilu_details"]
+
+
+def test_tensorrt_in_float16_from_end_to_end(tmp_path, checkpoint):
+    """What TensorRT is given: operators of ONNX's own, half the weights, no engine to build while a request waits."""
+    report = export(
+        checkpoint,
+        tmp_path / "r",
+        device="gpu",
+        provider="tensorrt",
+        precision="float16",
+        cuda_archs=(90,),
+        max_batch_size=MAX_BATCH,
+    )
+    assert (report["precision"], report["over_budget"]) == ("float16", [])
+    assert report["answers"]["cpu"]["cosine"]["mean"] > 0.9999
+    sizes = {}
+    for name in ("clip_image", "clip_text", "vilu_full"):
+        model = onnx.load(tmp_path / "r" / name / "1" / "model.onnx")
+        assert {node.domain for node in model.graph.node} == {""}
+        sizes[name] = {kind: sum(t.data_type == kind for t in model.graph.initializer) for kind in (1, 10)}
+        config = text_format.Parse((tmp_path / "r" / name / "config.pbtxt").read_text(), pb.ModelConfig())
+        used = {
+            one.name: one.parameters for one in config.optimization.execution_accelerators.gpu_execution_accelerator
+        }
+        assert set(used) == ({"cuda"} if name == "vilu_full" else {"tensorrt", "cuda"})
+        if name != "vilu_full":
+            assert used["tensorrt"]["precision_mode"] == "FP16"
+            assert used["tensorrt"]["trt_profile_max_shapes"].split(":")[1].startswith(f"{MAX_BATCH}x")
+        assert [one.batch_size for one in config.model_warmup] == [1, 2, 4, 8, MAX_BATCH]
+    assert all(sizes[name][10] > 10 for name in ("clip_image", "clip_text"))  # 10: FLOAT16
 
 
 def test_the_cubins_folder_is_what_its_manifest_says(root):
