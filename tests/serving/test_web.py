@@ -163,7 +163,8 @@ def test_without_a_server_the_page_stands_and_says_so(photos):
         with urllib.request.urlopen(url, timeout=30) as reply:
             assert b"<title>vilu" in reply.read()
         status, told = post(url, question(photos[0]))
-        assert (status, list(told)) == (503, ["error"])
+        assert status in (503, 504)  # 504 where a busy machine does not even say no within the second
+        assert list(told) == ["error"]
         assert "127.0.0.1:9" in told["error"]
         assert process.poll() is None
 
