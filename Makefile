@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo table export-zoo test lint serving-env clean
+.PHONY: demo table export-zoo load test lint serving-env clean
 
 # --no-deps: of the wheel with NVIDIA's tritonserver only the binary is used, not the Python side's dependencies.
 $(READY): pyproject.toml constraints.txt
@@ -19,6 +19,9 @@ table: $(READY)
 
 export-zoo: $(READY)
 	$(BIN)/python bench/zoo.py --output bench/results/zoo
+
+load: $(READY)
+	$(BIN)/python bench/load.py --faults --output bench/results/load
 
 lint: $(READY)
 	$(BIN)/ruff check .
