@@ -21,7 +21,7 @@ export-zoo: $(READY)
 	$(BIN)/python bench/zoo.py --output bench/results/zoo
 
 load: $(READY)
-	$(BIN)/python bench/load.py --faults --output bench/results/load
+	$(BIN)/python bench/load.py --faults
 
 lint: $(READY)
 	$(BIN)/ruff check .

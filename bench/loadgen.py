@@ -22,9 +22,10 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
+from vilu.serving.client import OUTPUTS
+
 _SERVICE = "/inference.GRPCInferenceService"
 INFER, STREAM = f"{_SERVICE}/ModelInfer", f"{_SERVICE}/ModelStreamInfer"
-ANSWER = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 _TICK = os.sysconf("SC_CLK_TCK")
 DRAIN_SECONDS = 30.0
 PATIENCE = 5.0
@@ -147,7 +148,7 @@ def request(image: bytes, model: str = "vilu") -> bytes:
     """A serialised ModelInferRequest of one encoded image, for the answer without its details."""
     message = pb.ModelInferRequest(model_name=model)
     message.inputs.add(name="IMAGE", datatype="BYTES", shape=[1, 1])
-    for name in ANSWER:
+    for name in OUTPUTS:
         message.outputs.add(name=name)
     message.raw_input_contents.append(len(image).to_bytes(4, "little") + image)
     return bytes(message.SerializeToString())

@@ -20,7 +20,7 @@ import aiohttp
 import grpc
 import numpy as np
 import torch
-from loadgen import ANSWER, INFER
+from loadgen import INFER
 from PIL import Image
 from tritonclient import http as http_api
 from tritonclient.grpc import service_pb2 as pb
@@ -28,6 +28,7 @@ from tritonclient.grpc import service_pb2 as pb
 from vilu import Checkpoint
 from vilu.clip import Clip
 from vilu.image import decode
+from vilu.serving.client import OUTPUTS
 from vilu.tiny import data
 
 BUDGET = 1e-4  # of a float32 export: probabilities and embeddings against the eager model's
@@ -229,7 +230,7 @@ class Asking:
             else:
                 tensors = {"IMAGE_EMBEDDING": self.embedded(chosen, draw)}
             check = self.answer([world.closed] * images, chosen, named=True)
-            return question(kind, MODELS.get(kind, kind), tensors, ANSWER, check, http=http)
+            return question(kind, MODELS.get(kind, kind), tensors, OUTPUTS, check, http=http)
         # Each image has candidates of its own, as many as the others'.
         sets = self.candidates(draw, images)
         if kind == "embeddings+TEXT":
@@ -240,7 +241,7 @@ class Asking:
         first = {"IMAGE": self.encoded(chosen)} if kind == "vilu_open" else {
             "IMAGE_EMBEDDING": self.embedded(chosen, draw)}  # fmt: skip
         check = self.answer(sets, chosen, named=kind != "embeddings+TEXT")
-        return question(kind, MODELS.get(kind, kind), first | extra, ANSWER, check, http=http)
+        return question(kind, MODELS.get(kind, kind), first | extra, OUTPUTS, check, http=http)
 
     def candidates(self, draw: np.random.Generator, images: int) -> list[Answers]:
         peers = self.by_size[int(draw.integers(len(self.by_size)))]

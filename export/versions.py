@@ -125,10 +125,11 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
         AccessDenied, ServerUnavailable: as `AsyncClient` does.
     """
     (running,) = await client.versions(KEEPER)
-    if running not in versions(repository):
+    present = versions(repository)
+    if running not in present:
         raise UserError(f"{client.url}: serves version {running}, which {repository} lacks: is it another repository?")
     before = served(repository)
-    if version in versions(repository):
+    if version in present:
         different = [model for model in EMBEDDING if _differ(repository / model, running, version)]
         if different:
             raise UserError(
@@ -149,7 +150,8 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
             for model in tried:
                 await client.load(model, None, control_token)
             error = RequestRefused(f"version {version}: {error}; version {running} is served as before")
-        use(repository, before)
+        if served(repository) != before:
+            use(repository, before)
         raise error from None
     return names
 

@@ -39,8 +39,8 @@ OPEN = "vilu_open"  # the ensemble that reads LABELS
 OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
 DEFAULT_URL = "127.0.0.1:8001"
-# The headers' names; gRPC's have tritonserver's prefix before them.
 LOAD_SECONDS = 300.0  # that a model may take to load: a large tower, on busy cores
+# The headers' names; gRPC's have tritonserver's prefix before them.
 TOKEN, CONTROL = "vilu-token", "vilu-control"
 SCHEMES = ("grpc", "grpcs", "http", "https")
 REQUEST_BYTES = 32 << 20  # a batch of large images is cut here, whatever its number

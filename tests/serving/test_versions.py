@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from vilu import UserError
 from vilu.cli import group
 from vilu.export import export, versions
-from vilu.serving import AccessDenied, Client, RequestRefused, Server
+from vilu.serving import AccessDenied, AsyncClient, Client, RequestRefused, Server
 from vilu.serving.access import Access
 
 CONTROL = "control-token-4567"
@@ -113,7 +113,7 @@ def test_a_running_server_changes_version_there_and_back_again(copy, photos, tmp
                 assert "vilu_head" in changed
                 assert not {"clip_image", "preprocess"} & set(changed)
                 assert versions.served(copy) == version
-                assert client.run(lambda c, model: c.versions(model), "vilu_head") == [version]
+                assert client.run(AsyncClient.versions, "vilu_head") == [version]
                 for labels in (None, ["red circle", "blue star"]):
                     for answer in client.ask(photos[:4], labels, details=True):
                         assert answer.raise_for_error().accept == (answer.failure_probability < threshold[version])
@@ -138,7 +138,7 @@ def test_a_change_that_fails_leaves_the_version_before(copy, photos, tmp_path):
         def same():
             assert files(copy) == before
             assert all(answer.raise_for_error().accept for answer in client.ask(photos))
-            assert client.run(lambda c, model: c.versions(model), "vilu_full") == [2]
+            assert client.run(AsyncClient.versions, "vilu_full") == [2]
 
         for token in ((), ("--control-token", "another-control-token")):
             with pytest.raises(AccessDenied, match="control token"):

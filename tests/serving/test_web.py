@@ -159,12 +159,11 @@ def test_an_upload_is_cut_off_where_the_limit_is(page):
 
 
 def test_without_a_server_the_page_stands_and_says_so(photos):
-    with web("127.0.0.1:9", "--timeout", "1") as (process, url):
+    with web("127.0.0.1:9", "--timeout", "5") as (process, url):
         with urllib.request.urlopen(url, timeout=30) as reply:
             assert b"<title>vilu" in reply.read()
         status, told = post(url, question(photos[0]))
-        assert status in (503, 504)  # 504 where a busy machine does not even say no within the second
-        assert list(told) == ["error"]
+        assert (status, list(told)) == (503, ["error"])
         assert "127.0.0.1:9" in told["error"]
         assert process.poll() is None
 
@@ -316,7 +315,7 @@ def test_all_is_reached_by_keyboard_and_has_a_name(browser):
 
 @needs_chromium
 def test_no_server_is_told_in_the_page(files):
-    with web("127.0.0.1:9", "--timeout", "1") as (_, url), Browser(find_chromium()) as browser:
+    with web("127.0.0.1:9", "--timeout", "5") as (_, url), Browser(find_chromium()) as browser:
         browser.go(url)
         browser.choose_file("#file", files[0])
         browser.wait("!error.hidden && !asking")
