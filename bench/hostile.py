@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import struct
 import zlib
 from collections import Counter
@@ -478,6 +479,12 @@ async def attack(grpc_url: str, http_url: str, attacks: Iterator[Attack], concur
 
         await asyncio.gather(*(worker() for _ in range(concurrency)))
     return tally
+
+
+def in_flight(log: str) -> dict[str, int]:
+    """Model -> requests that a stopped server's log counts as still in flight."""
+    found = re.findall(r"Model '(\w+)' \(version \d+\) has (\d+) in-flight", log)
+    return {model: int(number) for model, number in found}
 
 
 async def over_tcp(host: str, port: int, wire: bytes, patience: float = PATIENCE) -> tuple[str, str]:

@@ -290,6 +290,9 @@ def run(
         if server is not None:
             assert repository is not None
             server.stop()
+            if plan.hostile:
+                stuck = hostile.in_flight((work / "log").read_text(errors="replace"))
+                found[-1].expect(not stuck, f"in flight for ever: {stuck}")
             scene = Scene(repository, asking, work / "faults")
             tick("overload")
             with Server(repository, log=work / "overload.log", startup_seconds=180, stop_seconds=3) as calm:

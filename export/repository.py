@@ -52,7 +52,6 @@ MAX_CLASSES, MAX_CLASS_SETS = 100_000, 100
 KEPT_PROMPTS = 16384  # whose text embeddings an open-vocabulary server keeps: 32 MB at D = 512
 # Requests that may wait before one model, and for how long: more are refused at once, with UNAVAILABLE.
 MAX_QUEUE, QUEUE_SECONDS = 256, 30.0
-PAIR_MICROSECONDS = 200
 # Cores that one instance of a tower still makes good use of; more cores get more instances.
 CORES_PER_INSTANCE = 8
 # A tower's activations and TensorRT's choice of kernels; engines that need more are not built.
@@ -265,8 +264,6 @@ def write_embeddings(
             "intra_op_thread_count": "1",
         },
     )
-    # The answer and its details are two steps of vilu_open: together they are one batch, and neither waits.
-    config.dynamic_batching.max_queue_delay_microseconds = PAIR_MICROSECONDS
     for tensor in config.input[1:]:
         tensor.optional = True
         tensor.allow_ragged_batch = True  # requests with other numbers of candidates still make one batch
@@ -368,22 +365,30 @@ def write_answering(
 
     Details are another step, which Triton leaves out where none of its outputs is asked for: inside an ensemble a
     model cannot see what was. That works only where no output of the ensemble is also a step's input (the server
-    would count it twice and leave out too much), so the embedding comes back out of that step, and what tells it
-    which version of a class set was answered from is not an output.
+    would count it twice and leave out too much), so the embedding comes back out of that step, and what ties it to
+    the step before is not an output: the version of the class set that was answered from, or the embedding handed on.
+
+    Each step waits for the one before. Where two run at a time and one fails, tritonserver (2.51) may answer twice,
+    which ends it, lets the other read the request after its memory is gone, and counts the request as in flight for
+    ever (`EnsembleContext` in its core: `PrepareSteps`, `ScheduleSteps`).
     """
-    own = _CANDIDATES if candidates else {}
-    chosen = {"IMAGE_EMBEDDING": "embedding", **dict.fromkeys(own, "LABELS")}
-    pinned = {} if candidates else {"CLASS_SET_VERSION": "version"}
+    own = dict.fromkeys(_CANDIDATES, "LABELS") if candidates else {}
+    first = {"IMAGE_EMBEDDING": "embedding", **own}
+    if candidates:
+        tie, second = {"IMAGE_EMBEDDING": "answered"}, {"IMAGE_EMBEDDING": "answered", **own}
+    else:
+        tie = {"CLASS_SET_VERSION": "version"}
+        second = first | tie
     optional = details(dim)
     write_ensemble(
         folder,
-        {"IMAGE": ("TYPE_STRING", [1]), **own},
+        {"IMAGE": ("TYPE_STRING", [1]), **(_CANDIDATES if candidates else {})},
         {**ANSWER_TENSORS, **CLASS_SET, **optional},
         [
             Step("preprocess", {"IMAGE": "IMAGE"}, {"PIXELS": "pixels"}),
             Step("clip_image", {"PIXELS": "pixels"}, {"IMAGE_EMBEDDING": "embedding"}),
-            Step(head, chosen, {name: name for name in (*ANSWER_TENSORS, *CLASS_SET)} | pinned),
-            Step(details_from, chosen | pinned, {name: name for name in optional}),
+            Step(head, first, {name: name for name in (*ANSWER_TENSORS, *CLASS_SET)} | tie),
+            Step(details_from, second, {name: name for name in optional}),
         ],
         max_batch_size,
     )

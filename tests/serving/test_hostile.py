@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vilu.image import ImageError, decode
-from vilu.serving import Client
+from vilu.serving import Client, Server
 
 pytestmark = pytest.mark.server
 
@@ -35,6 +35,20 @@ def test_all_sorts_are_refused_and_good_requests_in_between_are_right(bench, ser
     assert len({name.split(",")[0] for name, _ in tally.codes}) > 15  # sorts, by their first words
     assert server.process.poll() is None
     assert server.dead_stubs() == []
+
+
+def test_a_refused_request_stays_in_flight_nowhere(bench, repository, tmp_path, generator):
+    """Every output asked for, the labels wrong or the image: of steps at the same time, a failing one leaves the
+    request in flight for ever."""
+    draw = np.random.default_rng(0)
+    attacks = [generator.labels(draw) for _ in range(60)] + [generator.damaged(draw) for _ in range(60)]
+    log = tmp_path / "log"
+    with Server(repository, log=log) as server:
+        tally = asyncio.run(bench["hostile"].attack(server.grpc_url, server.http_url, iter(attacks)))
+        assert not tally.bad
+        process = server.process
+    assert process.returncode == 0
+    assert bench["hostile"].in_flight(log.read_text()) == {}
 
 
 def refusal(image, transform) -> str | None:
