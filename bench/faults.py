@@ -195,6 +195,22 @@ def launched(repository: Path, log: Path, *flags: str, before: Sequence[str] = (
         running.end()
 
 
+@contextmanager
+def guarding(url: str) -> Iterator[str]:
+    """`vilu guard` before a server's gRPC: its HOST:PORT."""
+    command = [sys.executable, "-m", "vilu", "guard", "--url", url, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as front:
+        assert front.stderr is not None
+        try:
+            line = front.stderr.readline()
+            if not line.startswith("guarding"):
+                raise UserError(f"vilu guard: {line.strip()}")
+            yield line.split()[-1]
+        finally:
+            front.terminate()
+            front.wait(30)
+
+
 def below(pid: int) -> list[int]:
     """A process and all its descendants."""
     found = [pid]
@@ -244,6 +260,25 @@ async def kills(scene: Scene, victims: Sequence[str] = (*STUBS, "server")) -> li
             seen.expect(set(traffic.ledger.refused) <= BROKEN, f"told {dict(traffic.ledger.refused)}")
             found.append(seen)
     return found
+
+
+async def ended_by_a_request(scene: Scene) -> Seen:
+    """The request that divides by zero in tritonserver before 25.07."""
+    seen = Seen("a string output asked for as classes", f"supervised: answers again within {NOTICED:.0f} s")
+    with launched(scene.repository, scene.folder("classes") / "log", "--supervise") as running:
+        await running.answering()
+        before = running.servers()
+        attack = hostile.deadly(scene.asking.world.images[0])
+        tally = await hostile.attack(running.url, running.http_url, iter([attack]))
+        start = time.monotonic()
+        seen.seen |= {"told": next(iter(tally.codes))[1]}
+        while running.servers() == before and time.monotonic() - start < 3:
+            await asyncio.sleep(0.02)
+        seen.seen |= {"ended": running.servers() != before}
+        await running.answering()
+        seen.seen |= {"answering_seconds": time.monotonic() - start}
+        seen.expect(seen.seen["answering_seconds"] <= NOTICED, f"took {seen.seen['answering_seconds']:.1f} s")
+    return seen
 
 
 async def sigterm(scene: Scene, rounds: int = 1, *, after_restart: bool = False, keep_alive: bool = False) -> Seen:
@@ -407,25 +442,28 @@ def of_a_set(asking: Asking, seed: int, name: str, found: list[tuple[str, int, b
 
 
 async def poisoned(scene: Scene, server: Server, count: int = 40) -> list[Seen]:
-    """Requests that tritonserver itself takes and then fails with the whole batch."""
+    """Requests that tritonserver itself takes and then fails with the whole batch; and the same behind `vilu guard`."""
     found = []
     world = scene.asking.world
-    kinds = {"preprocess": 1, "embeddings": 1}
-    good = [q for q in scene.asking.mixed(400, seed=9, mix=kinds, http=0) if q.images == 1]
-    for attack in hostile.poison(world.images[0], world.embedding.shape[1]):
-        seen = Seen(f"batched with others: {attack.name}", "its sender gets an error, the others their answers")
-        ledger = Ledger()
-        async with asker(server.grpc_url, server.http_url) as by:
-            bad = asyncio.create_task(
-                hostile.attack(server.grpc_url, server.http_url, iter([attack] * count), concurrency=count)
-            )
-            await asyncio.gather(*(by.ask(q, ledger) for q in good[: 2 * count]))
-            tally = await bad
-        seen.seen |= {"codes": {code: n for (_, code), n in tally.codes.items()}}
-        seen.count(ledger)
-        seen.expect(not tally.bad, f"its sender was told {dict(tally.bad)}", of_the_server=True)
-        seen.expect(not ledger.refused, f"others were told {ledger.told.most_common(1)}", of_the_server=True)
-        found.append(seen)
+    good = [q for q in scene.asking.mixed(400, seed=9, mix={"vilu": 1, "embeddings": 1}, http=0) if q.images == 1]
+    with guarding(server.grpc_url) as guarded:
+        for attack in hostile.poison(world.images[0], world.embedding.shape[1]):
+            for url, behind in ((server.grpc_url, ""), (guarded, ", behind vilu guard")):
+                what = f"batched with others: {attack.name}{behind}"
+                seen = Seen(what, "its sender gets an error, the others their answers")
+                ledger = Ledger()
+                async with asker(url, server.http_url) as by:
+                    bad = asyncio.create_task(
+                        hostile.attack(url, server.http_url, iter([attack] * count), concurrency=count)
+                    )
+                    await asyncio.gather(*(by.ask(q, ledger) for q in good[: 2 * count]))
+                    tally = await bad
+                seen.seen |= {"codes": {code: n for (_, code), n in tally.codes.items()}}
+                seen.count(ledger)
+                seen.expect(not tally.bad, f"its sender was told {dict(tally.bad)}", of_the_server=not behind)
+                told = f"others were told {ledger.told.most_common(1)}"
+                seen.expect(not ledger.refused, told, of_the_server=not behind)
+                found.append(seen)
     return found
 
 

@@ -39,7 +39,11 @@ KNOWN: dict[str, tuple[set[str], str]] = {
                  "fraction in a shape", "data is an object", "data of numbers", "binary size negative")
 } | {
     f"HTTP, {what}, HTTP": ({"closed"}, _LINK)
-    for what in ("chunks of garbage", "declared -1", "header of 1 MB", "line of garbage", "path of 100 kB")
+    for what in ("chunks of garbage", "declared -1", "header of 1 MB", "path of 100 kB")
+} | {
+    "HTTP, line of garbage, HTTP": ({"closed", "no answer"}, "tritonserver's HTTP library hangs up, or waits for more"),
+    f"parameters, {what}, HTTP": ({"500"}, _PARSER)
+    for what in ("surrogate", "priority a word", "timeout negative", "large")
 } | {
     "HTTP, declared 8 TB, HTTP": ({"no answer", "closed"}, "it waits for the body; nothing is allocated beforehand"),
     "HTTP, encoding unknown, HTTP": ({"501"}, "HTTP's own code for it"),
@@ -173,11 +177,16 @@ class Generator:
     Args:
         corpus: good images, to be damaged and to be sent beside what is wrong.
         transform: the server's, for telling whether a damaged image decodes.
-        dim: of an embedding. most: the models' largest batch. size: of an image's pixels.
+        dim: of an embedding. most: the models' largest batch.
+        guarded: what is sent through `vilu guard`: gRPC alone, good images to the models that it offers.
     """
 
-    def __init__(self, corpus: Sequence[bytes], transform: Transform, dim: int, most: int) -> None:
+    def __init__(
+        self, corpus: Sequence[bytes], transform: Transform, dim: int, most: int, guarded: bool = False
+    ) -> None:  # fmt: skip
         self.corpus, self.transform, self.dim, self.most = list(corpus), transform, dim, most
+        self.http = 0 if guarded else 0.4  # the share that goes over HTTP, where it could go over both
+        self.decoders = ["vilu", "vilu_open"] if guarded else ["vilu", "vilu_open", "preprocess"]
         self.mutator, self.bombs = Mutator(corpus), bombs()
         self.families: dict[str, tuple[Callable[[np.random.Generator], Attack], int]] = {
             "damaged": (self.damaged, 50),
@@ -185,10 +194,11 @@ class Generator:
             "labels": (self.labels, 10),
             "embeddings": (self.embeddings, 10),
             "tensors": (self.tensors, 14),
+            "parameters": (self.parameters, 6),
             "wire": (self.wire, 4),
-            "json": (self.json, 8),
-            "http": (self.garbage, 8),
         }
+        if not guarded:
+            self.families |= {"json": (self.json, 8), "http": (self.garbage, 8)}
 
     def attacks(self, count: int, seed: int = 0) -> Iterator[Attack]:
         draw = np.random.default_rng(seed)
@@ -213,7 +223,7 @@ class Generator:
             decodes = True
         except ImageError:
             decodes = False
-        model = str(draw.choice(["vilu", "vilu_open", "preprocess"]))
+        model = str(draw.choice(self.decoders))
         tensors: list[Tensor] = [("IMAGE", "BYTES", (1, 1), strings(data))]
         if model == "vilu_open":
             tensors.append(("LABELS", "BYTES", (1, 2), strings(b"a cat", b"a dog")))
@@ -224,7 +234,7 @@ class Generator:
         **more: Any,
     ) -> Attack:  # fmt: skip
         """The request over either protocol; over HTTP with binary tensors."""
-        if draw.random() < 0.6:
+        if draw.random() >= self.http:
             message = pb.ModelInferRequest(model_name=model, **more)
             for tensor, kind, shape, data in tensors:
                 message.inputs.add(name=tensor, datatype=kind, shape=shape)
@@ -340,6 +350,46 @@ class Generator:
         asked, tensors, more = cases[case]
         return self.infer(draw, case, asked, tensors, **more)
 
+    def parameters(self, draw: np.random.Generator) -> Attack:
+        """Parameters of a request that name nothing, or are of another type."""
+        model = str(draw.choice(["vilu", "vilu_open", "vilu_embeddings"]))
+        first = self.embedding() if model == "vilu_embeddings" else (
+            "IMAGE", "BYTES", (1, 1), strings(self.image(draw)))  # fmt: skip
+        sent = [first, ("LABELS", "BYTES", (1, 2), strings(b"a", b"b"))] if model == "vilu_open" else [first]
+        if draw.random() >= self.http:
+            message = pb.ModelInferRequest(model_name=model)
+            for tensor, kind, shape, data in sent:
+                message.inputs.add(name=tensor, datatype=kind, shape=shape)
+                message.raw_input_contents.append(data)
+            case = str(draw.choice(["stranger", "path", "number", "float", "unsigned", "none", "NUL", "reserved"]))
+            told = message.parameters["triton_x" if case == "reserved" else "class_set"]
+            if case == "number":
+                told.int64_param = 5
+            elif case == "float":
+                told.double_param = float("nan")
+            elif case == "unsigned":
+                told.uint64_param = 2**64 - 1
+            elif case == "none":
+                told.SetInParent()
+            else:
+                told.string_param = {"path": "../../etc/passwd", "NUL": "x\0y"}.get(case, "nobody" * 1000)
+            return Attack(f"parameters, {case}", message.SerializeToString())
+        cases = {
+            "stranger": b'"class_set":"nobody"', "number": b'"class_set":5', "null": b'"class_set":null',
+            "object": b'"class_set":{"a":1}', "not UTF-8": b'"class_set":"\xff\xfe"', "other not UTF-8": b'"\xff":"a"',
+            "quotes": b'"class_set":"\\"},{\\""', "surrogate": b'"class_set":"\\ud800"', "reserved": b'"triton_x":"x"',
+            "priority a word": b'"priority":"x"', "timeout negative": b'"timeout":-5', "large": b'"x":1e999',
+        }  # fmt: skip
+        case = str(draw.choice(list(cases)))
+        inputs = [
+            {"name": t, "datatype": k, "shape": shape, "parameters": {"binary_data_size": len(data)}}
+            for t, k, shape, data in sent
+        ]
+        head = b'{"parameters":{' + cases[case] + b'},"inputs":' + json.dumps(inputs).encode() + b"}"
+        body = head + b"".join(data for *_, data in sent)
+        extra = {"Inference-Header-Content-Length": str(len(head))}
+        return Attack(f"parameters, {case}", post(f"/v2/models/{model}/infer", body, extra), True)
+
     def pixels(self) -> Tensor:
         size = self.transform.size
         return "PIXELS", "UINT8", (1, size, size, 3), bytes(size * size * 3)
@@ -434,21 +484,31 @@ class Generator:
 
 def poison(image: bytes, dim: int) -> list[Attack]:
     """Requests that pass tritonserver's own checks and then spoil the batch they ride in, with all who are in it."""
-    tensors: list[tuple[str, str, Tensor]] = [
-        ("a string longer than its bytes", "preprocess", ("IMAGE", "BYTES", (1, 1), strings(image)[:-1])),
-        (
-            "2^40 images in a shape",
-            "vilu_embeddings",
-            ("IMAGE_EMBEDDING", "FP32", (1 << 40, dim), np.ones(dim, np.float32).tobytes()),
-        ),
-    ]
-    made = []
-    for what, model, (name, kind, shape, data) in tensors:
-        message = pb.ModelInferRequest(model_name=model)
-        message.inputs.add(name=name, datatype=kind, shape=shape)
+    cut: Tensor = ("IMAGE", "BYTES", (1, 1), strings(image)[:-1])
+    row = np.ones(dim, np.float32).tobytes()
+    return [
+        grpc_infer("a string longer than its bytes", "vilu", [cut]),
+        grpc_infer("no images in a shape, and the bytes of one", "vilu_embeddings",
+                   [("IMAGE_EMBEDDING", "FP32", (0, dim), row)]),
+        grpc_infer("2^40 images in a shape", "vilu_embeddings", [("IMAGE_EMBEDDING", "FP32", (1 << 40, dim), row)]),
+    ]  # fmt: skip
+
+
+def deadly(image: bytes) -> Attack:
+    """One request that ends tritonserver before 25.07: it divides by the size of a string."""
+    message = pb.ModelInferRequest.FromString(
+        grpc_infer("", "vilu", [("IMAGE", "BYTES", (1, 1), strings(image))]).wire
+    )  # fmt: skip
+    message.outputs.add(name="LABEL").parameters["classification"].int64_param = 1
+    return Attack("a string output as classes", message.SerializeToString())
+
+
+def grpc_infer(name: str, model: str, tensors: Sequence[Tensor]) -> Attack:
+    message = pb.ModelInferRequest(model_name=model)
+    for tensor, kind, shape, data in tensors:
+        message.inputs.add(name=tensor, datatype=kind, shape=shape)
         message.raw_input_contents.append(data)
-        made.append(Attack(what, bytes(message.SerializeToString())))
-    return made
+    return Attack(name, message.SerializeToString())
 
 
 def post(path: str, body: bytes, headers: dict[str, str] | None = None) -> bytes:

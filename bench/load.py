@@ -3,8 +3,9 @@
     python bench/load.py [--requests N] [--hostile N] [--faults] [--quick] [--output BASE]
 
 (a) mixed traffic over all models, gRPC and HTTP, closed and open loop, against the eager model's answers, with the
-memory of the server's processes; (b) hostile requests, with good ones in between; (c) an overload; with --faults (d)
-processes killed, models broken, /dev/shm filled, clients that never read. The server is the real one, on a head trained
+memory of the server's processes; (b) hostile requests, with good ones in between, and the same
+behind `vilu guard`, with what that costs; (c) an overload; with --faults (d) processes killed, models broken, /dev/shm
+filled, clients that never read. The server is the real one, on a head trained
 here over the embedded CLIP; or --repository with the --ckpt it was exported from, or --url with both of its ports.
 Writes BASE.json and BASE.md; exit code 1 where a promise was not kept.
 """
@@ -36,7 +37,7 @@ from head import machine
 from loadgen import Processes, percentiles, ticker
 from PIL import Image
 from rich.console import Console
-from traffic import MIX, Asking, Ledger, Question, World, asker, closed, digits_and_shapes, label_sets, opened
+from traffic import GUARDED, MIX, Asking, Ledger, Question, World, asker, closed, digits_and_shapes, label_sets, opened
 from traffic import question as make_question
 from traffic import words as label_tensor
 
@@ -196,25 +197,55 @@ def row(name: str, ledger: Ledger, seconds: float) -> dict[str, Any]:
             "told": dict(ledger.told.most_common(3)), **percentiles(ledger.all())}  # fmt: skip
 
 
-async def enemies(asking: Asking, at: At, count: int, most: int, tick: Tick) -> tuple[hostile.Tally, Ledger]:
-    """(b): hostile requests, with good ones in between; what came of both."""
+async def enemies(
+    asking: Asking, at: At, count: int, most: int, tick: Tick, guarded: str = ""
+) -> tuple[hostile.Tally, Ledger]:
+    """(b): hostile requests, with good ones in between; what came of both.
+
+    guarded: HOST:PORT of `vilu guard`: all goes through it, and what would spoil batches or end the server, too.
+    """
     world = asking.world
-    made = hostile.Generator(world.images[:60], world.clip.transform, world.embedding.shape[1], most)
-    good = Ledger()
+    dim = world.embedding.shape[1]
+    made = hostile.Generator(world.images[:60], world.clip.transform, dim, most, guarded=bool(guarded))
+    worst = [*hostile.poison(world.images[0], dim), hostile.deadly(world.images[0])] if guarded else []
 
     def told() -> Iterator[hostile.Attack]:
         for i, one in enumerate(made.attacks(count, seed=2)):
             if i % 50 == 0:
                 tick(f"hostile request {i}")
+                yield from worst
             yield one
 
-    async with asker(at.grpc_url, at.http_url) as by:
-        steady = faults.Steady(by, asking.mixed(200, seed=3), 2)
+    url, mix = guarded or at.grpc_url, GUARDED if guarded else MIX
+    async with asker(url, at.http_url) as by:
+        steady = faults.Steady(by, asking.mixed(200, seed=3, mix=mix, http=0 if guarded else 0.25), 2)
         try:
-            tally = await hostile.attack(at.grpc_url, at.http_url, told())
+            tally = await hostile.attack(url, at.http_url, told())
         finally:
             good = await steady.stop()
     return tally, good
+
+
+async def guard_cost(asking: Asking, at: At, guarded: str, count: int) -> list[dict[str, Any]]:
+    """Closed loops of `vilu` with one image, straight and through `vilu guard` in turn: medians of three rounds."""
+    questions = [q for q in asking.mixed(3 * count, seed=4, mix={"vilu": 1}, http=0) if q.images == 1][:count]
+    rows = []
+    for load in (1, 16):
+        rates: dict[str, list[float]] = {"straight": [], "guarded": []}
+        middle: dict[str, list[float]] = {"straight": [], "guarded": []}
+        for _ in range(3):
+            for name, url in (("straight", at.grpc_url), ("guarded", guarded)):
+                ledger = Ledger()
+                async with asker(url, at.http_url) as by:
+                    start = time.perf_counter()
+                    await closed(by, questions, load, ledger)
+                rates[name].append(ledger.right / (time.perf_counter() - start))
+                middle[name].append(percentiles(ledger.all())["p50"])
+        row: dict[str, Any] = {"at_a_time": load}
+        for name in rates:
+            row |= {f"{name}_per_second": float(np.median(rates[name])), f"{name}_p50": float(np.median(middle[name]))}
+        rows.append(row | {"ratio": row["guarded_per_second"] / row["straight_per_second"]})
+    return rows
 
 
 def run(
@@ -287,6 +318,11 @@ def run(
             tally, good = asyncio.run(enemies(asking, at, plan.hostile, most, tick))
             report["hostile"] = tallied(tally)
             found.append(judged(tally, good, server))
+            tick("the guard")
+            with faults.guarding(at.grpc_url) as guarded:
+                tally, good = asyncio.run(enemies(asking, at, plan.hostile, most, tick, guarded))
+                found.append(judged(tally, good, server, guarded=True))
+                report["guard"] = asyncio.run(guard_cost(asking, at, guarded, plan.sets * 10))
         if server is not None:
             assert repository is not None
             server.stop()
@@ -350,6 +386,7 @@ def all_faults(scene: Scene, tick: Tick) -> list[Seen]:
         ("SIGTERM after a restart", lambda: asyncio.run(faults.sigterm(scene, 3, after_restart=True))),
         ("SIGTERM, idle connections", lambda: asyncio.run(faults.sigterm(scene, keep_alive=True))),
         ("corrupt models", lambda: asyncio.run(faults.corrupt(scene))),
+        ("a request that ends the server", lambda: asyncio.run(faults.ended_by_a_request(scene))),
         ("a class set replaced", lambda: asyncio.run(faults.replaced(scene))),
     ]
     if faults.can_unshare():
@@ -383,14 +420,15 @@ def mixed(total: Ledger, memory: Mapping[str, Any] | None) -> Seen:
     return seen
 
 
-def judged(tally: hostile.Tally, good: Ledger, server: Server | None) -> Seen:
+def judged(tally: hostile.Tally, good: Ledger, server: Server | None, guarded: bool = False) -> Seen:
+    other = "" if guarded else " (listed: what tritonserver itself tells otherwise)"
     seen = Seen(
-        f"hostile inputs, {tally.sent} requests",
-        "each gets an error of the 4xx class (listed: what tritonserver itself tells otherwise); the server lives; "
-        "good requests in between are answered right",
+        f"hostile inputs, {tally.sent} requests{', behind vilu guard' if guarded else ''}",
+        f"each gets an error of the 4xx class{other}; the server lives; good requests in between are answered right",
     )
     seen.count(good)
     seen.seen |= {"hostile": tally.sent, "by_the_server_itself": sum(tally.known.values())}
+    seen.expect(not (guarded and tally.known), f"told {dict(tally.known)}")
     seen.expect(not tally.bad, f"told {[(*key, n, tally.told[key]) for key, n in tally.bad.items()][:5]}")
     seen.expect(not good.refused, f"good ones were told {dict(good.refused)} {good.told.most_common(2)}")
     if server is not None and server.process is not None:
@@ -460,6 +498,11 @@ def markdown(report: Mapping[str, Any]) -> str:
                     for name in ("pss", "uss")]  # fmt: skip
             lines += ["Memory of the server and its stubs, MB, after warm-up:", ""]
             lines += table(("", "first tenth", "last tenth", "peak", "growth", "KB per 1000 requests"), rows)
+    if "guard" in report:
+        lines += ["## The cost of vilu guard", "", "`vilu` with one image, closed loop, medians of three rounds.", ""]
+        rows = [(line["at_a_time"], line["straight_per_second"], line["guarded_per_second"], f"{line['ratio']:.2f}",
+                 line["straight_p50"], line["guarded_p50"]) for line in report["guard"]]  # fmt: skip
+        lines += table(("at a time", "straight/s", "guarded/s", "ratio", "straight p50", "guarded p50"), rows)
     if report.get("hostile", {}).get("known"):
         lines += ["## What tritonserver itself tells otherwise", ""]
         rows = [(line["request"], line["code"], line["number"], line["why"]) for line in report["hostile"]["known"]]

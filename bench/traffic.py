@@ -38,6 +38,7 @@ TYPES = {"f": "FP32", "u": "UINT8", "i": "INT64", "O": "BYTES"}
 # Of mixed traffic: how often each kind of question is asked.
 MIX = {"vilu": 38, "vilu_open": 20, "embeddings": 8, "embeddings+TEXT": 8, "embeddings+LABELS": 6, "vilu_full": 10,
        "clip_image": 3, "preprocess": 4, "clip_text": 2, "vilu_text": 1}  # fmt: skip
+GUARDED = {kind: weight for kind, weight in MIX.items() if kind not in ("clip_image", "preprocess", "clip_text")}
 
 
 @dataclass

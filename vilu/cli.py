@@ -24,6 +24,7 @@ _COMMANDS = {
     "demo": "vilu.demo:demo_command",
     "eval": "vilu.eval_cli:eval_command",
     "export": "vilu.cli:export_command",
+    "guard": "vilu.serving.guard:guard_command",
     "health": "vilu.serving.cli:health_command",
     "serve": "vilu.serving.cli:serve_command",
     "train": "vilu.commands:train_command",
@@ -45,7 +46,8 @@ class _Lazy(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] == "vilu":
                 raise
-            extras = {"ask": "client", "classes": "client", "health": "server", "serve": "server", "web": "web"}
+            extras = {"ask": "client", "classes": "client", "guard": "client", "health": "server", "serve": "server"}
+            extras["web"] = "web"
             extra = extras.get(cmd_name, "export")
             raise UserError(
                 f"`vilu {cmd_name}` needs the package {error.name!r}: pip install 'vilu[{extra}]'"

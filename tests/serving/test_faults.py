@@ -157,10 +157,13 @@ def test_the_whole_bench_in_small(bench, checkpoint, repository, tmp_path):
     plan = load.Plan(requests=150, hostile=20, images=16, sets=6, pool=60, overload=0.5, kept=1000)
     report = load.run(ckpt=ckpt, repository=repository, plan=plan, output=tmp_path / "out")
     assert report == json.loads((tmp_path / "out.json").read_text())
-    mixed, hostile, overload = report["promises"]
+    mixed, hostile, guarded, overload = report["promises"]
     # So few requests say nothing of memory, and on a busy machine the open loop may be more than it can do.
     assert mixed["seen"]["wrong"] == mixed["seen"]["lost"] == 0
     assert hostile["kept"], hostile["problems"]
+    assert guarded["kept"], guarded["problems"]
+    assert guarded["seen"]["by_the_server_itself"] == 0
+    assert [row["at_a_time"] for row in report["guard"]] == [1, 16]
     assert overload["seen"]["wrong"] == overload["seen"]["lost"] == 0
     phases = report["traffic"]["phases"]
     assert sum(row["requests"] for row in phases) == report["traffic"]["total"]["requests"] >= 150

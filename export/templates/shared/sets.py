@@ -93,7 +93,10 @@ def served(found):
 
 def asked(request):
     """The class set that a request names in its parameters; "" for none."""
-    parameters = request.parameters()
+    try:
+        parameters = request.parameters()
+    except UnicodeDecodeError:
+        raise RequestError("a parameter is not UTF-8") from None
     if parameters in ("", "{}"):
         return ""
     name = json.loads(parameters).get("class_set", "")
