@@ -38,13 +38,13 @@ KNOWN: dict[str, tuple[set[str], str]] = {
     for what in ("not JSON", "cut", "deep", "no object", "inputs is a string", "shape of strings", "negative shape",
                  "fraction in a shape", "data is an object", "data of numbers", "binary size negative")
 } | {
+    f"parameters, {what}, HTTP": ({"500"}, _PARSER)
+    for what in ("surrogate", "priority a word", "timeout negative", "large")
+} | {
     f"HTTP, {what}, HTTP": ({"closed"}, _LINK)
     for what in ("chunks of garbage", "declared -1", "header of 1 MB", "path of 100 kB")
 } | {
     "HTTP, line of garbage, HTTP": ({"closed", "no answer"}, "tritonserver's HTTP library hangs up, or waits for more"),
-    f"parameters, {what}, HTTP": ({"500"}, _PARSER)
-    for what in ("surrogate", "priority a word", "timeout negative", "large")
-} | {
     "HTTP, declared 8 TB, HTTP": ({"no answer", "closed"}, "it waits for the body; nothing is allocated beforehand"),
     "HTTP, encoding unknown, HTTP": ({"501"}, "HTTP's own code for it"),
     "HTTP, register memory, HTTP": ({"500"}, "shm_open refuses a name with a slash; the server calls that internal"),

@@ -68,6 +68,8 @@ def check(request: pb.ModelInferRequest, model: Mapping[str, Any]) -> None:
     """
     if len(request.id.encode()) > LONGEST_NAME or "\0" in request.id:
         raise Refused(f"the request's id is longer than {LONGEST_NAME} bytes or holds a NUL")
+    if "class_set" in request.parameters and "CLASS_SET" not in model["outputs"]:
+        raise Refused("class_set: this model has the exported classes alone")
     _parameters(request.parameters)
     _inputs(request, model)
     asked = [output.name for output in request.outputs]
@@ -192,7 +194,7 @@ class Guard:
     """
 
     def __init__(
-        self, url: str, *, access: Access | None = None, in_flight: int = 256, max_request_bytes: int = 64 << 20,
+        self, url: str, *, access: Access | None = None, in_flight: int = 128, max_request_bytes: int = 64 << 20,
         timeout: float = 60.0,
     ) -> None:  # fmt: skip
         self.access, self.most, self.timeout = access or Access(), in_flight, timeout
@@ -212,6 +214,7 @@ class Guard:
                 ("grpc.so_reuseport", 0),
                 ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is sent is as large as it says
                 ("grpc.max_connection_idle_ms", 600_000),
+                ("grpc.keepalive_time_ms", 60_000),
             ],
             # Above it a call is refused before its message is read, which bounds the memory that messages take.
             maximum_concurrent_rpcs=2 * self.most,
@@ -303,8 +306,11 @@ def _credentials(access: Access) -> Any:
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM; clients must speak TLS.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="PEM; the certificate's key.")
 @click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM; clients must show a certificate it signed.")
-@click.option("--in-flight", type=click.IntRange(1), default=256, show_default=True, help="Requests at a time.")
-@click.option("--max-request-bytes", type=click.IntRange(1), default=64 << 20, show_default=True)
+@click.option("--in-flight", type=click.IntRange(1), default=128, show_default=True, help="Requests at a time.")
+@click.option(
+    "--max-request-bytes", type=click.IntRange(1), default=64 << 20, show_default=True,
+    help="A flood takes at most twice --in-flight of them in memory.",
+)  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Seconds.")
 def guard_command(
     url: str, host: str, port: int, tls_cert: Path | None, tls_key: Path | None, tls_ca: Path | None, in_flight: int,

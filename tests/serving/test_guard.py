@@ -232,6 +232,10 @@ def test_what_is_wrong_is_told_in_one_line(models):
     assert told(lambda r: [r.outputs.add(name="LABEL") for _ in range(2)]) == "an output is asked for twice"
     assert "only class_set" in told(lambda r: r.parameters["sequence_id"].SetInParent())
     assert "BYTES is wanted" in told(lambda r: setattr(r.inputs[0], "datatype", "FP32"))
+    request = pb.ModelInferRequest(model_name="vilu_full")
+    request.parameters["class_set"].string_param = "default"
+    with pytest.raises(Refused, match="exported classes alone"):
+        check(request, models["vilu_full"])
     assert "NUL" in told(lambda r: setattr(r, "id", "a\0"))
 
 
