@@ -263,7 +263,7 @@ async def kills(scene: Scene, victims: Sequence[str] = (*STUBS, "server")) -> li
 
 
 async def ended_by_a_request(scene: Scene) -> Seen:
-    """The request that divides by zero in tritonserver before 25.07."""
+    """The request that divides by zero in tritonserver 2.51."""
     seen = Seen("a string output asked for as classes", f"supervised: answers again within {NOTICED:.0f} s")
     with launched(scene.repository, scene.folder("classes") / "log", "--supervise") as running:
         await running.answering()
@@ -306,7 +306,7 @@ async def sigterm(scene: Scene, rounds: int = 1, *, after_restart: bool = False,
                 async with steady(scene, running.url, running.http_url):
                     before = running.servers()
                     os.kill(running.stub("preprocess"), signal.SIGKILL)
-                    while running.servers() in (before, []):
+                    while running.servers() in (before, []) and running.process.poll() is None:
                         await asyncio.sleep(0.05)
                 await running.answering()
             async with asker(running.url, running.http_url, 15.0, keep_alive=keep_alive) as by:

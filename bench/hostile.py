@@ -495,7 +495,7 @@ def poison(image: bytes, dim: int) -> list[Attack]:
 
 
 def deadly(image: bytes) -> Attack:
-    """One request that ends tritonserver before 25.07: it divides by the size of a string."""
+    """One request that ends tritonserver 2.51 (mended in July 2025): it divides by the size of a string."""
     message = pb.ModelInferRequest.FromString(
         grpc_infer("", "vilu", [("IMAGE", "BYTES", (1, 1), strings(image))]).wire
     )  # fmt: skip

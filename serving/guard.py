@@ -1,10 +1,10 @@
 """`vilu guard`: a gRPC front that lets only whole, well-formed questions through to a tritonserver.
 
 tritonserver trusts its clients in ways that no setting changes: a request that asks for a string output as classes ends
-it (2.51, mended in 25.07), a batch dimension of 0 or a string longer than its bytes fails the whole batch it rides in
-(every version), an unread stream is kept in memory, and all models can be asked, those inside an ensemble, too. Behind
-this it listens on loopback; here a request is read, held against the model's own configuration, and only then sent on,
-byte for byte. Streams, shared memory, statistics and everything that changes the server are not offered.
+it (2.51; mended in July 2025), a batch dimension of 0 or a string longer than its bytes fails the whole batch it rides
+in (every version), an unread stream is kept in memory, and all models can be asked, those inside an ensemble, too.
+Behind this it listens on loopback; here a request is read, held against the model's own configuration, and only then
+sent on, byte for byte. Streams, shared memory, statistics and everything that changes the server are not offered.
 """
 
 from __future__ import annotations

@@ -464,9 +464,11 @@ def serve(server: Server, *, supervise: bool = False) -> int:
     stopping = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     restarts: deque[float] = deque()
+    proven = False  # it has answered: what ends it now is no mistake of the user's
     try:
         while True:
-            code, fault = _serve_once(server, stopping, supervise)
+            code, fault, answered = _serve_once(server, stopping, supervise, proven)
+            proven |= answered
             if stopping.is_set() or not supervise:
                 return code
             restarts.append(time.monotonic())
@@ -481,32 +483,42 @@ def serve(server: Server, *, supervise: bool = False) -> int:
             signal.signal(number, handler)
 
 
-def _serve_once(server: Server, stopping: threading.Event, supervise: bool) -> tuple[int, str]:
-    """Start, run until something ends it, stop: (exit code, what ended it)."""
+def _serve_once(
+    server: Server, stopping: threading.Event, supervise: bool, proven: bool
+) -> tuple[int, str, bool]:  # fmt: skip
+    """Start, run until something ends it, stop: (exit code, what ended it, whether it has answered).
+
+    Raises:
+        UserError: it does not start, and supervision has not seen it do so before (`proven`).
+    """
     server.start()
     assert server.process is not None
     waiter = _Waiter(server, stopping)
     waiter.start()
     fault, checked, unanswered, done = "", time.monotonic(), 0, 0
     while server.process.poll() is None and not fault and not stopping.wait(0.2):
-        if not supervise or not waiter.answered:
+        if waiter.error is not None:
+            fault = str(waiter.error)
+        if not supervise:
             continue
+        # Before its first answer, too: a server one of whose models has died then never gives one.
         dead = server.dead_stubs()
-        if dead:
+        if dead and not fault:
             fault = f"a model's process died, {dead[0]}"
-        elif time.monotonic() - checked > PROBE_SECONDS:
+        elif waiter.answered and time.monotonic() - checked > PROBE_SECONDS:
             before, done = done, server.inferences()
             unanswered = 0 if _well(server) or done > before else unanswered + 1
             if unanswered == 2 and server.process.poll() is None:
                 fault = "it does not answer"
             checked = time.monotonic()
-    if waiter.error is not None:
+    again = supervise and proven
+    if waiter.error is not None and not again:
         raise waiter.error
     ended = server.process.poll()
-    if ended is not None and not waiter.answered and not stopping.is_set():
+    if ended is not None and not waiter.answered and not stopping.is_set() and not again:
         raise UserError(f"tritonserver ended at start with code {ended}")
     code = server.stop(seconds=1 if fault else None) or 0
-    return code, fault or f"it ended with code {code}"
+    return code, fault or f"it ended with code {code}", waiter.answered
 
 
 def _well(server: Server) -> bool:
@@ -523,12 +535,15 @@ class _Waiter(threading.Thread):
     def __init__(self, server: Server, stopping: threading.Event) -> None:
         super().__init__(daemon=True)
         self.server, self.stopping = server, stopping
+        self.process = server.process
         self.answered = False
         self.error: UserError | None = None
 
     def run(self) -> None:
         try:
             self.server.wait_until_answering()
+            if self.server.process is not self.process:
+                return  # it was restarted meanwhile, and has another to wait for it
             self.answered = True
             print(
                 f"serving {self.server.repository}: gRPC {self.server.grpc_url}, HTTP {self.server.http_url}",
@@ -536,6 +551,6 @@ class _Waiter(threading.Thread):
                 flush=True,
             )
         except UserError as error:
-            if not self.stopping.is_set() and self.server.process and self.server.process.poll() is None:
+            mine = self.server.process is self.process
+            if mine and not self.stopping.is_set() and self.process and self.process.poll() is None:
                 self.error = error
-                self.stopping.set()

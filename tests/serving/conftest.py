@@ -52,7 +52,17 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture(scope="session")
 def bench():
     """The modules of bench/ by their plain names, by which they import each other."""
-    names = ("contenders", "faults", "hostile", "load", "loadgen", "throughput", "throughput_rows", "traffic")
+    names = (
+        "contenders",
+        "faults",
+        "hostile",
+        "load",
+        "loadgen",
+        "new_names",
+        "throughput",
+        "throughput_rows",
+        "traffic",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCH))
         yield {name: import_module(name) for name in names}

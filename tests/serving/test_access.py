@@ -229,6 +229,47 @@ def test_a_dead_stub_is_noticed_and_the_server_comes_back(repository, photos, ea
         launcher.wait()
 
 
+def test_a_stub_that_dies_before_the_first_answer_is_noticed(repository, tmp_path):
+    """Then no answer would ever come; the launcher must not wait for it, nor take it for a mistake of its user's."""
+    chosen = ports()
+    flags = [f"--{kind}-port={port}" for kind, port in chosen.items()]
+    with (tmp_path / "log").open("wb") as log:
+        launcher = subprocess.Popen(
+            [BIN / "vilu", "serve", "--supervise", "--model-repository", repository, *flags], stderr=log, stdout=log
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not (pid := stub_of(launcher.pid, "preprocess")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        wait_well(f"127.0.0.1:{chosen['grpc']}", 60)
+        told = (tmp_path / "log").read_text()
+        assert "a model's process died" in told
+        while "serving" not in told:
+            assert time.monotonic() < deadline + 60
+            told = (tmp_path / "log").read_text()
+        # And again, now as soon as it answers: what a supervisor has seen to work is started again, whatever happens.
+        server = int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[0])
+        os.kill(server, signal.SIGKILL)
+        while not (started := children(launcher.pid) - {server}):
+            time.sleep(0.01)
+        for process in started:
+            if "tritonserver" in Path(f"/proc/{process}/cmdline").read_text():
+                os.kill(process, signal.SIGKILL)
+        wait_well(f"127.0.0.1:{chosen['grpc']}", 60)
+        assert (tmp_path / "log").read_text().count("restarting it") >= 2
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(30) in (0, 1)
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+def children(pid: int) -> set[int]:
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
 def test_without_supervision_a_dead_stub_is_seen_by_the_probe_alone(repository, tmp_path):
     with Server(repository, log=tmp_path / "log", stop_seconds=2) as server:
         assert health(server.grpc_url) == 0

@@ -1,5 +1,6 @@
 """bench/throughput.py on the embedded default: its load, its gate, one whole run. No speed is asserted."""
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -181,3 +182,12 @@ def test_bad_input_is_one_line(bench, given, message):
     with pytest.raises(UserError, match=message) as caught:
         bench["throughput"].run(quick=True, threads=torch.get_num_threads(), **given)
     assert "\n" not in str(caught.value)
+
+
+def test_new_names_are_asked_beside_the_closed_set(bench, server, photos):
+    new_names, request = bench["new_names"], bench["loadgen"].request
+    requests = [request(photo) for photo in photos[:3]]
+    window = asyncio.run(new_names.window(server.grpc_url, requests, photos[0], 2, 1.2, 7000))
+    assert window["questions"] == 2
+    assert 0 < window["p50"] <= window["p99"] <= window["max"]
+    assert "questions" not in asyncio.run(new_names.window(server.grpc_url, requests, photos[0], 1, 0.3, -1))

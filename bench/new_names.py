@@ -1,0 +1,121 @@
+"""What names that nobody asked before cost the closed set: `python bench/new_names.py [--precision int8]`.
+
+A real server over ViT-B-32 (random weights: they cost as much). Askers of `vilu`, one image each, in a closed loop; in
+every other window somebody also asks `vilu_open` once a second about ten new names, each a run of the text tower.
+Medians over the windows. Writes OUTPUT.json and OUTPUT.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc
+import numpy as np
+from contenders import photos, stand_in
+from hostile import grpc_infer, strings
+from loadgen import INFER, percentiles, request
+from throughput import PHOTOS, environment, export_all
+
+from vilu import load_clip
+from vilu.serving import Server
+
+ROOT = Path(__file__).parents[1]
+NAMES, EVERY = 10, 1.0  # new names in a question, seconds from one question to the next
+
+
+async def window(
+    url: str, requests: list[bytes], image: bytes, askers: int, seconds: float, first: int
+) -> dict[str, Any]:
+    """Rate and latencies of `askers` of `requests`; with `first` >= 0 and new names, numbered from there."""
+    end = time.monotonic() + seconds
+    latencies: list[float] = []
+    opened: list[float] = []
+    async with grpc.aio.insecure_channel(url) as channel:
+        call = channel.unary_unary(INFER)
+
+        async def closed(at: int) -> None:
+            while time.monotonic() < end:
+                start = time.perf_counter()
+                await call(requests[at % len(requests)], timeout=60)
+                latencies.append(time.perf_counter() - start)
+                at += 1
+
+        async def ask(number: int) -> None:
+            names = strings(*(b"new name %d" % (NAMES * number + i) for i in range(NAMES)))
+            tensors = [("IMAGE", "BYTES", (1, 1), strings(image)), ("LABELS", "BYTES", (1, NAMES), names)]
+            start = time.perf_counter()
+            await call(grpc_infer("", "vilu_open", tensors).wire, timeout=60)
+            opened.append(time.perf_counter() - start)
+
+        async def steady() -> None:
+            number, asked = first, []
+            while time.monotonic() < end:
+                asked.append(asyncio.create_task(ask(number)))
+                number += 1
+                await asyncio.sleep(EVERY)
+            await asyncio.gather(*asked)
+
+        tasks = [closed(i) for i in range(askers)] + ([steady()] if first >= 0 else [])
+        await asyncio.gather(*tasks)
+    found = {"images_per_second": len(latencies) / seconds, **percentiles(latencies), "max": 1e3 * max(latencies)}
+    return found | ({"new_names_p50": percentiles(opened)["p50"], "questions": len(opened)} if opened else {})
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--precision", default="float32", show_default=True)
+@click.option("--askers", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--seconds", type=click.FloatRange(1), default=15.0, show_default=True, help="Of a window.")
+@click.option("--windows", type=click.IntRange(1), default=3, show_default=True, help="Of either kind.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=ROOT / "bench/results/new-names-cpu", show_default=True
+)
+def main(precision: str, askers: int, seconds: float, windows: int, output: Path) -> None:
+    """Closed-set traffic with and without new names beside it."""
+    clip = load_clip("ViT-B-32", "random")
+    jpegs = photos(PHOTOS, None)
+    checkpoint = stand_in(clip, jpegs)
+    about = environment("cpu", len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory(prefix="vilu-names-") as folder:
+        exports: list[dict[str, Any]] = []
+        ready = export_all(checkpoint, jpegs, (), precision, False, "cpu", Path(folder), exports, click.echo)
+        if not ready:
+            raise click.ClickException(str(exports))
+        requests = [request(jpeg) for jpeg in jpegs[:32]]
+        found: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
+        with Server(ready[0][1], log=Path(folder) / "log", startup_seconds=180) as server:
+            asyncio.run(window(server.grpc_url, requests, jpegs[0], askers, 3.0, -1))
+            for i in range(windows):
+                for kind, first in (("without", -1), ("with", 1000 * i)):
+                    found[kind].append(asyncio.run(window(server.grpc_url, requests, jpegs[0], askers, seconds, first)))
+    rows = {
+        kind: {key: float(np.median([one[key] for one in some])) for key in some[0]} for kind, some in found.items()
+    }
+    about["load_after"] = os.getloadavg()[0]
+    report = {"environment": about, "precision": precision, "askers": askers, "seconds": seconds, "medians": rows,
+              "windows": found}  # fmt: skip
+    lines = [f"# new_names.py --precision {precision}", "",
+             f"ViT-B-32 in {precision}, {askers} closed askers, {about['cores']} cores of an {about['device']}, commit "
+             f"{about['commit']}. Medians of {windows} windows of {seconds:g} s; milliseconds.", "",
+             f"| {NAMES} new names a second | images/s | p50 | p99 | longest | their own p50 |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for kind, row in rows.items():
+        own = f"{row['new_names_p50']:.0f}" if "new_names_p50" in row else ""
+        lines.append(f"| {kind} | {row['images_per_second']:.1f} | {row['p50']:.0f} | {row['p99']:.0f} | "
+                     f"{row['max']:.0f} | {own} |")  # fmt: skip
+    text = "\n".join(lines) + "\n"
+    click.echo(text)
+    for suffix, words in ((".json", json.dumps(report, indent=1) + "\n"), (".md", text)):
+        temporary = output.with_name(f".{output.name}{suffix}")
+        temporary.write_text(words, "utf-8")
+        temporary.replace(output.with_name(output.name + suffix))
+
+
+if __name__ == "__main__":
+    main()
