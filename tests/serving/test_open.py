@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 import time
 import urllib.request
@@ -12,6 +13,7 @@ import torch
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
+from tests.serving.test_access import stub_of
 from tests.serving.test_client import rows_of
 from tests.serving.test_server import agree, vilu
 from vilu.image import decode
@@ -320,3 +322,9 @@ def test_vilu_ask_with_details(server, photos, tmp_path, checkpoint):
         assert first == (answer["label"], pytest.approx(answer["confidence"]))
     wrong = vilu("ask", tmp_path / "a.jpg", "--label", "a", "--class-set", "b", *url)
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+
+
+def test_the_text_tower_gives_way_to_images(server):
+    towers = "clip_image", "clip_text"
+    nice = {model: os.getpriority(os.PRIO_PROCESS, stub_of(server.process.pid, model)) for model in towers}
+    assert nice["clip_text"] == nice["clip_image"] + 5

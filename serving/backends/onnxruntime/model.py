@@ -27,6 +27,8 @@ class TritonPythonModel:
             args["model_repository"], args["model_version"], config.get("default_model_filename") or "model.onnx"
         )
         asked = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        # A model that may wait for others. Before the session, whose threads take it over.
+        os.nice(int(asked.get("nice", 0)))
         self.session = open_session(
             path,
             asked.get("provider", "cpu"),
