@@ -1,6 +1,7 @@
 """Reduced precisions: what is rewritten, what stays float32, what it costs, who is refused, what servers are told."""
 
 import json
+import platform
 import shutil
 from dataclasses import replace
 from importlib import import_module
@@ -82,7 +83,12 @@ def test_float16_keeps_statistics_and_the_embedding_in_float32(tower):
     assert {kinds[n.input[1]] for n in products if n.input[1] in kinds} == {TensorProto.FLOAT16}
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+# ONNX Runtime adds two products in 16 bits where the CPU has no VNNI: they saturate, and an int8 export is refused.
+SATURATES = "x86" in platform.machine() and "vnni" not in Path("/proc/cpuinfo").read_text()
+exact_int8 = pytest.mark.skipif(SATURATES, reason="no VNNI: ONNX Runtime's int8 products saturate")
+
+
+@pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=exact_int8)])
 def test_int8_products_of_weights_alone(tower, symmetric):
     path, name, feed, calibration = tower
     before = embed(path, name, feed)
@@ -178,6 +184,8 @@ def test_refused_precisions(name, device, provider, have, message):
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory, clip, checkpoint):
+    if SATURATES:
+        pytest.skip("no VNNI: ONNX Runtime's int8 products saturate")
     root = tmp_path_factory.mktemp("int8") / "repository"
     export(checkpoint, root, clip=clip, images=photos(), max_batch_size=8, precision="int8", provider="cpu")
     return root
