@@ -235,20 +235,9 @@ class Generator:
     ) -> Attack:  # fmt: skip
         """The request over either protocol; over HTTP with binary tensors."""
         if draw.random() >= self.http:
-            message = pb.ModelInferRequest(model_name=model, **more)
-            for tensor, kind, shape, data in tensors:
-                message.inputs.add(name=tensor, datatype=kind, shape=shape)
-                message.raw_input_contents.append(data)
-            return Attack(name, bytes(message.SerializeToString()), decodes=decodes)
-        inputs = [
-            {"name": t, "datatype": k, "shape": shape, "parameters": {"binary_data_size": len(data)}}
-            for t, k, shape, data in tensors
-        ]
-        head = json.dumps({"inputs": inputs}).encode()
+            return Attack(name, message(model, tensors, **more).SerializeToString(), decodes=decodes)
         version = f"/versions/{more['model_version']}" if "model_version" in more else ""
-        body = head + b"".join(data for *_, data in tensors)
-        extra = {"Inference-Header-Content-Length": str(len(head))}
-        return Attack(name, post(f"/v2/models/{model}{version}/infer", body, extra), True, decodes)
+        return Attack(name, over_binary(f"{model}{version}", tensors), True, decodes)
 
     def embedding(self, images: int = 1) -> Tensor:
         return "IMAGE_EMBEDDING", "FP32", (images, self.dim), np.ones((images, self.dim), np.float32).tobytes()
@@ -357,12 +346,9 @@ class Generator:
             "IMAGE", "BYTES", (1, 1), strings(self.image(draw)))  # fmt: skip
         sent = [first, ("LABELS", "BYTES", (1, 2), strings(b"a", b"b"))] if model == "vilu_open" else [first]
         if draw.random() >= self.http:
-            message = pb.ModelInferRequest(model_name=model)
-            for tensor, kind, shape, data in sent:
-                message.inputs.add(name=tensor, datatype=kind, shape=shape)
-                message.raw_input_contents.append(data)
+            asked = message(model, sent)
             case = str(draw.choice(["stranger", "path", "number", "float", "unsigned", "none", "NUL", "reserved"]))
-            told = message.parameters["triton_x" if case == "reserved" else "class_set"]
+            told = asked.parameters["triton_x" if case == "reserved" else "class_set"]
             if case == "number":
                 told.int64_param = 5
             elif case == "float":
@@ -373,7 +359,7 @@ class Generator:
                 told.SetInParent()
             else:
                 told.string_param = {"path": "../../etc/passwd", "NUL": "x\0y"}.get(case, "nobody" * 1000)
-            return Attack(f"parameters, {case}", message.SerializeToString())
+            return Attack(f"parameters, {case}", asked.SerializeToString())
         cases = {
             "stranger": b'"class_set":"nobody"', "number": b'"class_set":5', "null": b'"class_set":null',
             "object": b'"class_set":{"a":1}', "not UTF-8": b'"class_set":"\xff\xfe"', "other not UTF-8": b'"\xff":"a"',
@@ -381,14 +367,8 @@ class Generator:
             "priority a word": b'"priority":"x"', "timeout negative": b'"timeout":-5', "large": b'"x":1e999',
         }  # fmt: skip
         case = str(draw.choice(list(cases)))
-        inputs = [
-            {"name": t, "datatype": k, "shape": shape, "parameters": {"binary_data_size": len(data)}}
-            for t, k, shape, data in sent
-        ]
-        head = b'{"parameters":{' + cases[case] + b'},"inputs":' + json.dumps(inputs).encode() + b"}"
-        body = head + b"".join(data for *_, data in sent)
-        extra = {"Inference-Header-Content-Length": str(len(head))}
-        return Attack(f"parameters, {case}", post(f"/v2/models/{model}/infer", body, extra), True)
+        wire = over_binary(model, sent, b'"parameters":{' + cases[case] + b"},")
+        return Attack(f"parameters, {case}", wire, True)
 
     def pixels(self) -> Tensor:
         size = self.transform.size
@@ -486,29 +466,39 @@ def poison(image: bytes, dim: int) -> list[Attack]:
     """Requests that pass tritonserver's own checks and then spoil the batch they ride in, with all who are in it."""
     cut: Tensor = ("IMAGE", "BYTES", (1, 1), strings(image)[:-1])
     row = np.ones(dim, np.float32).tobytes()
-    return [
-        grpc_infer("a string longer than its bytes", "vilu", [cut]),
-        grpc_infer("no images in a shape, and the bytes of one", "vilu_embeddings",
-                   [("IMAGE_EMBEDDING", "FP32", (0, dim), row)]),
-        grpc_infer("2^40 images in a shape", "vilu_embeddings", [("IMAGE_EMBEDDING", "FP32", (1 << 40, dim), row)]),
-    ]  # fmt: skip
+    cases: dict[str, tuple[str, Tensor]] = {
+        "a string longer than its bytes": ("vilu", cut),
+        "no images in a shape, and the bytes of one": ("vilu_embeddings", ("IMAGE_EMBEDDING", "FP32", (0, dim), row)),
+        "2^40 images in a shape": ("vilu_embeddings", ("IMAGE_EMBEDDING", "FP32", (1 << 40, dim), row)),
+    }
+    return [Attack(name, message(model, [tensor]).SerializeToString()) for name, (model, tensor) in cases.items()]
 
 
 def deadly(image: bytes) -> Attack:
     """One request that ends tritonserver 2.51 (mended in July 2025): it divides by the size of a string."""
-    message = pb.ModelInferRequest.FromString(
-        grpc_infer("", "vilu", [("IMAGE", "BYTES", (1, 1), strings(image))]).wire
-    )  # fmt: skip
-    message.outputs.add(name="LABEL").parameters["classification"].int64_param = 1
-    return Attack("a string output as classes", message.SerializeToString())
+    asked = message("vilu", [("IMAGE", "BYTES", (1, 1), strings(image))])
+    asked.outputs.add(name="LABEL").parameters["classification"].int64_param = 1
+    return Attack("a string output as classes", asked.SerializeToString())
 
 
-def grpc_infer(name: str, model: str, tensors: Sequence[Tensor]) -> Attack:
-    message = pb.ModelInferRequest(model_name=model)
+def message(model: str, tensors: Sequence[Tensor], **more: Any) -> pb.ModelInferRequest:
+    """The request for gRPC, with raw contents."""
+    made = pb.ModelInferRequest(model_name=model, **more)
     for tensor, kind, shape, data in tensors:
-        message.inputs.add(name=tensor, datatype=kind, shape=shape)
-        message.raw_input_contents.append(data)
-    return Attack(name, message.SerializeToString())
+        made.inputs.add(name=tensor, datatype=kind, shape=shape)
+        made.raw_input_contents.append(data)
+    return made
+
+
+def over_binary(model: str, tensors: Sequence[Tensor], before: bytes = b"") -> bytes:
+    """The request for HTTP, with binary tensors; before: what the JSON holds before its inputs."""
+    inputs = [
+        {"name": t, "datatype": k, "shape": shape, "parameters": {"binary_data_size": len(data)}}
+        for t, k, shape, data in tensors
+    ]
+    head = b"{" + before + b'"inputs": ' + json.dumps(inputs).encode() + b"}"
+    body = head + b"".join(data for *_, data in tensors)
+    return post(f"/v2/models/{model}/infer", body, {"Inference-Header-Content-Length": str(len(head))})
 
 
 def post(path: str, body: bytes, headers: dict[str, str] | None = None) -> bytes:

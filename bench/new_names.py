@@ -19,7 +19,7 @@ import click
 import grpc
 import numpy as np
 from contenders import photos, stand_in
-from hostile import grpc_infer, strings
+from hostile import message, strings
 from loadgen import INFER, percentiles, request
 from throughput import PHOTOS, environment, export_all
 
@@ -51,7 +51,7 @@ async def window(
             names = strings(*(b"new name %d" % (NAMES * number + i) for i in range(NAMES)))
             tensors = [("IMAGE", "BYTES", (1, 1), strings(image)), ("LABELS", "BYTES", (1, NAMES), names)]
             start = time.perf_counter()
-            await call(grpc_infer("", "vilu_open", tensors).wire, timeout=60)
+            await call(message("vilu_open", tensors).SerializeToString(), timeout=60)
             opened.append(time.perf_counter() - start)
 
         async def steady() -> None:

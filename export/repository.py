@@ -377,23 +377,19 @@ def write_answering(
     which ends it, lets the other read the request after its memory is gone, and counts the request as in flight for
     ever (`EnsembleContext` in its core: `PrepareSteps`, `ScheduleSteps`).
     """
-    own = dict.fromkeys(_CANDIDATES, "LABELS") if candidates else {}
-    first = {"IMAGE_EMBEDDING": "embedding", **own}
-    if candidates:
-        tie, second = {"IMAGE_EMBEDDING": "answered"}, {"IMAGE_EMBEDDING": "answered", **own}
-    else:
-        tie = {"CLASS_SET_VERSION": "version"}
-        second = first | tie
+    own = _CANDIDATES if candidates else {}
+    chosen = {"IMAGE_EMBEDDING": "embedding", **dict.fromkeys(own, "LABELS")}
+    tie = {"IMAGE_EMBEDDING": "answered"} if candidates else {"CLASS_SET_VERSION": "version"}
     optional = details(dim)
     write_ensemble(
         folder,
-        {"IMAGE": ("TYPE_STRING", [1]), **(_CANDIDATES if candidates else {})},
+        {"IMAGE": ("TYPE_STRING", [1]), **own},
         {**ANSWER_TENSORS, **CLASS_SET, **optional},
         [
             Step("preprocess", {"IMAGE": "IMAGE"}, {"PIXELS": "pixels"}),
             Step("clip_image", {"PIXELS": "pixels"}, {"IMAGE_EMBEDDING": "embedding"}),
-            Step(head, first, {name: name for name in (*ANSWER_TENSORS, *CLASS_SET)} | tie),
-            Step(details_from, second, {name: name for name in optional}),
+            Step(head, chosen, {name: name for name in (*ANSWER_TENSORS, *CLASS_SET)} | tie),
+            Step(details_from, chosen | tie, {name: name for name in optional}),
         ],
         max_batch_size,
     )

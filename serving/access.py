@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,14 @@ def token_from(option: str | None, variable: str) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{value[1:]}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return value or None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises UserError where that cannot be."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})") from None
 
 
 def connection_options(command: Any) -> Any:

@@ -42,6 +42,7 @@ DEFAULT_URL = "127.0.0.1:8001"
 LOAD_SECONDS = 300.0  # that a model may take to load: a large tower, on busy cores
 # The headers' names; gRPC's have tritonserver's prefix before them.
 TOKEN, CONTROL = "vilu-token", "vilu-control"
+GRPC_HEADER = "triton-grpc-protocol-"  # before the name of a token, in gRPC's metadata
 SCHEMES = ("grpc", "grpcs", "http", "https")
 REQUEST_BYTES = 32 << 20  # a batch of large images is cut here, whatever its number
 SHARED_FROM = 1 << 20  # below, registering and copying cost more than sending
@@ -265,7 +266,7 @@ class AsyncClient:
         self.url, self.model, self.timeout = rest.rstrip("/"), model, timeout
         self.batch_size, self.in_flight = batch_size, in_flight
         self.http = scheme.startswith("http")
-        self._prefix = "" if self.http else "triton-grpc-protocol-"
+        self._prefix = "" if self.http else GRPC_HEADER
         self._headers = None if token is None else {self._prefix + TOKEN: token}
         host = self.url.rpartition(":")[0].strip("[]")
         near = host in ("localhost", "::1") or host.startswith("127.")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import struct
 import sys
 import time
@@ -27,8 +26,8 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from vilu.errors import UserError
-from vilu.serving.access import Access
-from vilu.serving.client import DEFAULT_URL, TOKEN
+from vilu.serving.access import Access, listen
+from vilu.serving.client import DEFAULT_URL, GRPC_HEADER, TOKEN
 
 SERVICE = "inference.GRPCInferenceService"
 # What people ask; the models within the ensembles are not among them.
@@ -36,7 +35,7 @@ MODELS = ("vilu", "vilu_open", "vilu_embeddings", "vilu_text", "vilu_full", "cla
 ASKED = {"ServerLive": pb.ServerLiveRequest, "ServerReady": pb.ServerReadyRequest,
          "ServerMetadata": pb.ServerMetadataRequest, "ModelReady": pb.ModelReadyRequest,
          "ModelMetadata": pb.ModelMetadataRequest, "ModelConfig": pb.ModelConfigRequest}  # fmt: skip
-HEADERS = (f"triton-grpc-protocol-{TOKEN}", "traceparent")  # handed on
+HEADERS = (GRPC_HEADER + TOKEN, "traceparent")  # handed on
 # Bytes of an element, and the field of typed contents (where a client sends no raw ones).
 BYTES_OF = {"BOOL": 1, "UINT8": 1, "INT8": 1, "UINT16": 2, "INT16": 2, "FP16": 2, "INT32": 4, "UINT32": 4, "FP32": 4,
             "INT64": 8, "UINT64": 8, "FP64": 8}  # fmt: skip
@@ -139,15 +138,16 @@ def _inputs(request: pb.ModelInferRequest, model: Mapping[str, Any]) -> None:
             images.update(shape[:1])
         if len(shape) != len(dims) or not all(n >= 1 and d in (-1, n) for n, d in zip(shape, dims, strict=True)):
             raise Refused(f"input {tensor.name}: shape {shape[:8]} is not {dims} (-1: any, but not none)")
-        if prod(shape) > MOST_ELEMENTS:
+        elements = prod(shape)
+        if elements > MOST_ELEMENTS:
             raise Refused(f"input {tensor.name}: more than {MOST_ELEMENTS} elements")
-        typed = sum(len(getattr(tensor.contents, f"{name}_contents")) for name in set(CONTENTS.values()))
+        typed = {field.name: len(values) for field, values in tensor.contents.ListFields()}
         if request.raw_input_contents:
             if typed:
                 raise Refused(f"input {tensor.name}: raw contents and typed ones")
-            _raw(tensor, prod(shape), request.raw_input_contents[i])
-        elif not typed == len(getattr(tensor.contents, f"{CONTENTS.get(kind)}_contents", ())) == prod(shape):
-            raise Refused(f"input {tensor.name}: its contents are not {prod(shape)} values of {kind}")
+            _raw(tensor, elements, request.raw_input_contents[i])
+        elif typed != {f"{CONTENTS.get(kind)}_contents": elements}:
+            raise Refused(f"input {tensor.name}: its contents are not {elements} values of {kind}")
     if len(images) > 1:
         raise Refused("the inputs have different numbers of rows")
 
@@ -222,16 +222,14 @@ class Guard:
         handlers = {name: grpc.unary_unary_rpc_method_handler(self._front(name)) for name in self.calls}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        listen(host, port).close()  # gRPC would say more than one line
         try:
-            # gRPC would say more than one line.
-            with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-                pass
             if self.access.tls_cert is None:
                 bound = server.add_insecure_port(address)
             else:
                 bound = server.add_secure_port(address, _credentials(self.access))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot listen on {address} ({getattr(error, 'strerror', None) or error})") from None
+        except RuntimeError as error:
+            raise UserError(f"cannot listen on {address} ({error})") from None
         await server.start()
         try:
             yield bound

@@ -499,11 +499,10 @@ def _serve_once(
     while server.process.poll() is None and not fault and not stopping.wait(0.2):
         if waiter.error is not None:
             fault = str(waiter.error)
-        if not supervise:
+        elif not supervise:
             continue
         # Before its first answer, too: a server one of whose models has died then never gives one.
-        dead = server.dead_stubs()
-        if dead and not fault:
+        elif dead := server.dead_stubs():
             fault = f"a model's process died, {dead[0]}"
         elif waiter.answered and time.monotonic() - checked > PROBE_SECONDS:
             before, done = done, server.inferences()

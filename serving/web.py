@@ -14,7 +14,6 @@ import io
 import ipaddress
 import json
 import re
-import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vilu.errors import UserError
 from vilu.image import Transform
-from vilu.serving.access import connection_options, token_from
+from vilu.serving.access import connection_options, listen, token_from
 from vilu.serving.classes import list_sets
 from vilu.serving.client import Answer, AsyncClient, DeadlineExceeded, RequestRefused, ServerUnavailable
 
@@ -275,14 +274,6 @@ def folder_examples(folder: Path) -> list[tuple[str, bytes]]:
     return [(path.stem, path.read_bytes()) for path in image_files(folder)[:EXAMPLES]]
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises UserError where that cannot be."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})") from None
-
-
 @click.command("web")
 @connection_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -323,7 +314,7 @@ def web_command(
         max_bytes=max_image_bytes,
         examples=embedded_examples() if examples is None else folder_examples(examples),
     )
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         address = listener.getsockname()
         click.echo(f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}/", err=True)
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, proxy_headers=False)

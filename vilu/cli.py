@@ -46,8 +46,8 @@ class _Lazy(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] == "vilu":
                 raise
-            extras = {"ask": "client", "classes": "client", "guard": "client", "health": "server", "serve": "server"}
-            extras["web"] = "web"
+            extras = dict.fromkeys(("ask", "classes", "guard"), "client") | {"web": "web"}
+            extras |= dict.fromkeys(("health", "serve"), "server")
             extra = extras.get(cmd_name, "export")
             raise UserError(
                 f"`vilu {cmd_name}` needs the package {error.name!r}: pip install 'vilu[{extra}]'"
