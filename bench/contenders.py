@@ -1,7 +1,7 @@
 """The ways to answer an image that bench/throughput.py sets side by side, all with the same weights and class set.
 
 A Way is four steps (decode, stack, tower, head), each as a user of that way would have it: the peers with open_clip's
-own transform and the authors' head, ours with the exported graphs and vilu.image.
+own transform and the authors' head, ours with the exported graphs and vilu.preprocess.image.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from tritonclient.grpc import model_config_pb2 as pb
 from vilu import Checkpoint, ViLUHead
 from vilu.class_set import ClassSet
 from vilu.clip import Clip
+from vilu.data.image_files import image_files
 from vilu.errors import UserError
-from vilu.image import decode
-from vilu.images import image_files
+from vilu.preprocess.image import decode
 from vilu.serving.backends.onnxruntime import session as session_file
 
 CLASSES = 1000

@@ -1,7 +1,7 @@
 """Hostile requests from a seeded generator, over gRPC and raw HTTP: damaged images, wrong tensors, garbage on the wire.
 
 Each must be refused with an error of the 4xx class, within seconds; a damaged image that still decodes may instead be
-answered, and must be where `vilu.image.decode` reads it here.
+answered, and must be where `vilu.preprocess.image.decode` reads it here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from loadgen import INFER
 from tritonclient.grpc import service_pb2 as pb
 
-from vilu.image import ImageError, Transform, decode
+from vilu.preprocess.image import ImageError, Transform, decode
 
 PATIENCE = 5.0  # seconds; longer is a hang
 # gRPC's codes that say "your request", as HTTP's 4xx do.

@@ -45,7 +45,7 @@ from vilu import Checkpoint, load_checkpoint, load_clip
 from vilu.clip import Clip
 from vilu.errors import UserError
 from vilu.export.repository import KEPT_PROMPTS
-from vilu.image import pixels
+from vilu.preprocess.image import pixels
 from vilu.serving import Server
 from vilu.tiny import data
 from vilu.train import Recipe, train_head
@@ -261,7 +261,7 @@ def run(
     plan: Plan | None = None,
 ) -> dict[str, Any]:
     """The whole run; returns what BASE.json holds. Raises UserError for the user's mistakes."""
-    from vilu.cli import progress_bar
+    from vilu.cli.progress import progress_bar
 
     plan = plan or (QUICK if quick else FULL)
     requests = plan.requests if requests is None else requests

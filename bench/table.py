@@ -29,16 +29,16 @@ import numpy as np
 import torch
 
 from vilu import ViLUHead, __version__, load_clip
-from vilu.cli import progress_bar
+from vilu.cli.options import default_cache
+from vilu.cli.progress import progress_bar
 from vilu.data import embed, open_source
-from vilu.data.options import default_cache
 from vilu.data.pipeline import cores
 from vilu.embeddings import EmbeddedSet
 from vilu.errors import UserError
-from vilu.evaluate import OURS, Case, Evaluation, Result, evaluate, group_sizes, headline
-from vilu.pictures import COLOURS
+from vilu.evaluation.bootstrap import INDEX, comparison, interval
+from vilu.evaluation.evaluate import OURS, Case, Evaluation, Result, evaluate, group_sizes, headline
+from vilu.evaluation.report.figures import COLOURS
 from vilu.recipes import Recipe, recipe_named
-from vilu.resample import INDEX, comparison, interval
 from vilu.scores import SCORES, Score, ViLU
 from vilu.train import fit
 

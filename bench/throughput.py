@@ -36,10 +36,10 @@ from throughput_rows import BATCH, Reference, Row, Served, Timing, document, pic
 
 from vilu import Checkpoint, load_checkpoint, load_clip
 from vilu.checkpoint import save_checkpoint
-from vilu.cli import progress_bar
+from vilu.cli.progress import progress_bar
 from vilu.clip import Clip
 from vilu.errors import UserError
-from vilu.image import decode
+from vilu.preprocess.image import decode
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = 384  # what an int8 export wants for parity and calibration; the timed ones are the first of them
@@ -168,7 +168,7 @@ def serve_parity(
 
 
 def decode_timing(images: Sequence[bytes], clip: Clip, threads: int, rounds: int) -> Timing:
-    """vilu.image.decode of all images, `threads` at a time."""
+    """vilu.preprocess.image.decode of all images, `threads` at a time."""
     from concurrent.futures import ThreadPoolExecutor
 
     timing = Timing(len(images))
@@ -394,7 +394,7 @@ def export_all(
 
 def export_precisions(quick: bool, device: str) -> list[str]:
     """What `vilu export --precision` offers for this device, float32 first."""
-    from vilu.cli import export_command
+    from vilu.cli.export import export_command
 
     offered = [o for o in export_command.params if o.name == "precision" and isinstance(o.type, click.Choice)]
     known = [str(choice) for o in offered for choice in o.type.choices]  # type: ignore[attr-defined]

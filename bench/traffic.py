@@ -27,7 +27,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from vilu import Checkpoint
 from vilu.clip import Clip
-from vilu.image import decode
+from vilu.preprocess.image import decode
 from vilu.serving.client import OUTPUTS
 from vilu.tiny import data
 

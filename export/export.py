@@ -22,17 +22,17 @@ from vilu.checkpoint import Checkpoint, load_checkpoint
 from vilu.class_set import ClassSet
 from vilu.clip import Clip, load_clip
 from vilu.errors import UserError
-from vilu.export import gpu, parity, repository, versions
-from vilu.export import images as samples
+from vilu.export import cuda_head, parity, repository, versions
 from vilu.export import precision as precisions
+from vilu.export import sample as samples
 from vilu.export.folder import replacing
 from vilu.export.graphs import ANSWER, HeadGraph, ImageGraph, TextGraph, merge_full, write_graph
 from vilu.export.limits import Limits
 from vilu.export.limits import write as write_limits
-from vilu.export.ragged import write_details, write_ragged
+from vilu.export.open_vocabulary import write_details, write_ragged
 from vilu.export.tokenizer import write_tokenizer
-from vilu.image import MODES
 from vilu.kernels import FoldedHead, fold
+from vilu.preprocess.image import MODES
 from vilu.scores import Entropy
 from vilu.serving.backends.onnxruntime import session
 
@@ -111,7 +111,7 @@ def export(
     device: str = "cpu",
     provider: str | None = None,
     cores: int | None = None,
-    cuda_archs: Sequence[int] = gpu.ARCHS,
+    cuda_archs: Sequence[int] = cuda_head.ARCHS,
     engines: str = "/var/cache/vilu/engines",
     preprocess: str = "exact",
     version: int | None = None,
@@ -136,7 +136,7 @@ def export(
         cuda_archs: compute capabilities to compile the kernel for (90 is 9.0); no GPU is needed. What is proven of
             this head here is the folded form it is compiled from: cubins run on a GPU alone.
         engines: folder on the server for TensorRT's engines; they are code, so nobody else may write there.
-        preprocess: "exact", or "fast": large JPEGs are decoded at reduced scale (vilu.image.Transform).
+        preprocess: "exact", or "fast": large JPEGs are decoded at reduced scale (vilu.preprocess.image.Transform).
         version: keep what the folder holds and add this export beside it, as the version that is served from the
             server's next start on (`vilu.export.versions.use` goes back); None: replace the folder.
         limits: what the server refuses.
@@ -160,7 +160,7 @@ def export(
     runtime = _runtime(device, provider, precision, cores, engines)
     archs = tuple(sorted(set(cuda_archs))) if device == "gpu" else ()
     if device == "gpu":
-        gpu.check_archs(archs)
+        cuda_head.check_archs(archs)
     if preprocess not in MODES:
         raise UserError(f"preprocess must be one of {', '.join(MODES)}, got {preprocess!r}")
     if max_batch_size < 2:
@@ -266,7 +266,7 @@ def _write_graphs(job: Job, root: Path, tick: Ticker) -> None:
     if job.archs:
         shutil.rmtree(root / "head")
         threshold = job.checkpoint.threshold
-        gpu.write_head(
+        cuda_head.write_head(
             root / "vilu_head", job.folded, job.class_set.names, threshold, job.archs, job.max_batch_size, tick
         )
 

@@ -16,7 +16,7 @@ from vilu.export.repository import (
     load_config,
     save_config,
 )
-from vilu.image import Transform
+from vilu.preprocess.image import Transform
 
 # Twice Pillow's own limit, where it raises whatever ours is; what one gRPC message may hold with room to spare.
 MOST_PIXELS, MOST_BYTES = 178_956_970, 1 << 30

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vilu import metrics
+from vilu.evaluation import metrics
 from vilu.export.precision import BATCH_MOVE, BUDGETS, HEAD, Budget
 
 NOT_FINITE = "holds a value that is not finite"  # no budget allows that

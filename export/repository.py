@@ -12,13 +12,13 @@ import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-import vilu.image
-import vilu.text
+import vilu.preprocess.image
+import vilu.preprocess.text
 from vilu.class_set import ClassSet
 from vilu.errors import UserError
 from vilu.export.graphs import ANSWER
-from vilu.image import Transform
-from vilu.text import TextTransform
+from vilu.preprocess.image import Transform
+from vilu.preprocess.text import TextTransform
 
 CONFIG = "config.pbtxt"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -184,7 +184,7 @@ def write_preprocess(folder: Path, transform: Transform, max_batch_size: int) ->
     version = folder / "1"
     version.mkdir(parents=True)
     shutil.copyfile(TEMPLATES / "preprocess" / "model.py", version / "model.py")
-    shutil.copyfile(Path(vilu.image.__file__), version / "image.py")
+    shutil.copyfile(Path(vilu.preprocess.image.__file__), version / "image.py")
     write_config(
         folder,
         backend="python",
@@ -211,7 +211,7 @@ def write_details_model(
     """The Python model of what is told of an answer when asked for, from the class set that was answered from.
 
     A model, so a process, of its own: the text tower does not hold it up, as it does vilu_embeddings. Its graph,
-    details.onnx, is written by `vilu.export.ragged`.
+    details.onnx, is written by `vilu.export.open_vocabulary`.
     """
     outputs = details(class_set.text_embeddings.shape[1])
     _write_head(folder, class_set, threshold, fingerprint, max_batch_size, VERSION, outputs)
@@ -243,7 +243,7 @@ def write_embeddings(
 ) -> None:
     """The Python model for embeddings in, with a class set's candidates or each request's own.
 
-    Its graphs, ragged.onnx and details.onnx, are written by `vilu.export.ragged`.
+    Its graphs, ragged.onnx and details.onnx, are written by `vilu.export.open_vocabulary`.
 
     Args:
         fingerprint: of the CLIP; with a prompt, the key of an embedding that is kept.
@@ -322,7 +322,7 @@ def write_tokenize(folder: Path, tokenizer: Path, transform: TextTransform, leng
     version = folder / "1"
     version.mkdir(parents=True)
     shutil.copyfile(TEMPLATES / "tokenize" / "model.py", version / "model.py")
-    shutil.copyfile(Path(vilu.text.__file__), version / "text.py")
+    shutil.copyfile(Path(vilu.preprocess.text.__file__), version / "text.py")
     shutil.copyfile(tokenizer, version / "tokenizer.json")
     write_config(
         folder,

@@ -1,4 +1,4 @@
-"""open_clip's tokenizers as a Hugging Face `tokenizers` JSON, for vilu.text to read where there is no torch."""
+"""open_clip's tokenizers as a Hugging Face `tokenizers` JSON, read where there is no torch (vilu.preprocess.text)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 from vilu.clip import Clip
 from vilu.errors import UserError
-from vilu.text import TextTransform
+from vilu.preprocess.text import TextTransform
 
 # The end of SimpleTokenizer's pattern; before it stand the special tokens. All of it ignores case.
 PATTERN = r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -45,9 +45,9 @@ _STAND_IN = [
 def write_tokenizer(clip: Clip, path: str | os.PathLike[str]) -> TextTransform:
     """Write the tokenizer of a CLIP; the same tokenizer gives the same file, byte for byte.
 
-    `vilu.text.Tokenizer(path, transform)`, with the transform that is returned, gives the ids of `clip.tokenize`.
-    Without it (tokenizers.Tokenizer.from_file) the ids are the same for text that `vilu.text.clean` leaves as it is
-    and for most other text; the file's normalizer has no ftfy and few HTML entities.
+    `vilu.preprocess.text.Tokenizer(path, transform)`, with the returned transform, gives the ids of `clip.tokenize`.
+    Without it (tokenizers.Tokenizer.from_file) the ids are the same for text that `vilu.preprocess.text.clean` leaves
+    as it is and for most other text; the file's normalizer has no ftfy and few HTML entities.
 
     Raises:
         UserError: a tokenizer that cannot be written so that the ids are the same, or a file that cannot be written.

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vilu.cli import progress_bar
+from vilu.cli.progress import progress_bar
+from vilu.data.image_files import SUFFIXES
 from vilu.errors import UserError
-from vilu.images import SUFFIXES
 from vilu.serving.access import connection_options, token_from
 from vilu.serving.client import Answer, Client
 

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vilu.cli import progress_bar
+from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 from vilu.serving.access import connection_options, token_from
 from vilu.serving.client import AccessDenied, AsyncClient, RequestRefused

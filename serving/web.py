@@ -28,7 +28,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vilu.errors import UserError
-from vilu.image import Transform
+from vilu.preprocess.image import Transform
 from vilu.serving.access import connection_options, listen, token_from
 from vilu.serving.classes import list_sets
 from vilu.serving.client import Answer, AsyncClient, DeadlineExceeded, RequestRefused, ServerUnavailable
@@ -269,7 +269,7 @@ def embedded_examples() -> list[tuple[str, bytes]]:
 
 def folder_examples(folder: Path) -> list[tuple[str, bytes]]:
     """The first EXAMPLES images below a folder. Raises UserError where there is none."""
-    from vilu.images import image_files
+    from vilu.data.image_files import image_files
 
     return [(path.stem, path.read_bytes()) for path in image_files(folder)[:EXAMPLES]]
 

@@ -27,7 +27,7 @@ from vilu import tiny
 from vilu.checkpoint import ClipSpec
 from vilu.class_set import DEFAULT_TEMPLATES, ClassSet, prompts
 from vilu.errors import UserError
-from vilu.image import RESIZE_MODES, Transform
+from vilu.preprocess.image import RESIZE_MODES, Transform
 
 LOCAL = "local-dir:"
 MAX_REASON = 300  # characters of what a library said

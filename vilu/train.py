@@ -27,8 +27,8 @@ from torch import Tensor
 
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
 from vilu.errors import UserError
+from vilu.evaluation.metrics import OneSidedError, auroc, fpr_at_tpr, paired_bootstrap
 from vilu.head import PARTS, ViLUHead, log_odds
-from vilu.metrics import OneSidedError, auroc, fpr_at_tpr, paired_bootstrap
 from vilu.recipes import FOLDED_SAMPLES, Recipe
 
 STATE_VERSION = 1

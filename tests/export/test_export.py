@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tritonclient.grpc import model_config_pb2
 
 from vilu import Checkpoint, UserError, ViLUHead, load_clip
-from vilu.cli import export_command
+from vilu.cli.export import export_command
 from vilu.export import export, parity
 from vilu.export.export import README
 from vilu.tiny import data

@@ -24,7 +24,7 @@ from vilu.checkpoint import ClipSpec
 from vilu.clip import Clip
 from vilu.export import fusion, graphs
 from vilu.export.graphs import HeadGraph, ImageGraph, TextGraph, example_tokens, merge_full, write_graph
-from vilu.export.ragged import write_ragged
+from vilu.export.open_vocabulary import write_ragged
 from vilu.kernels import fold
 
 # Largest absolute difference of an embedding or a probability from the eager model, by the dtype computed in.

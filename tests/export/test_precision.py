@@ -19,7 +19,8 @@ from onnx import TensorProto
 from tritonclient.grpc import model_config_pb2 as pb
 
 from vilu import UserError
-from vilu.export import export, images, precision, repository
+from vilu.export import export, precision, repository
+from vilu.export import sample as samples
 from vilu.serving import Client, Server
 from vilu.serving.backends.onnxruntime import session
 from vilu.tiny import data
@@ -31,12 +32,12 @@ COSINE = {"float16": 0.9999, "int8": 0.995}  # least mean cosine of the embedded
 
 @pytest.fixture(scope="module")
 def sample(clip, checkpoint):
-    return images.sample(clip, checkpoint.class_set.names, None, None, calibrate=True)
+    return samples.sample(clip, checkpoint.class_set.names, None, None, calibrate=True)
 
 
 @pytest.fixture(scope="module")
 def tokens(clip, checkpoint):
-    measured, others = images.texts(checkpoint.class_set.names, checkpoint.class_set.templates)
+    measured, others = samples.texts(checkpoint.class_set.names, checkpoint.class_set.templates)
     return clip.tokenize(measured).numpy(), clip.tokenize(others).numpy()
 
 
@@ -132,13 +133,13 @@ def test_the_same_calibration_gives_the_same_file(repository, sample, tmp_path):
 
 def test_calibration_and_measurement_share_no_image(sample):
     measured = {image.tobytes() for image in sample.pixels}
-    assert len(sample.calibration) == images.CALIBRATION
-    assert len(sample.pixels) == images.MIN_INPUTS
+    assert len(sample.calibration) == samples.CALIBRATION
+    assert len(sample.pixels) == samples.MIN_INPUTS
     assert not measured & {image.tobytes() for image in sample.calibration}
     names, templates = [f"class {i}" for i in range(400)], ("a {}.",)
-    first, second = images.texts(names, templates)
-    assert len(first) == images.MIN_INPUTS
-    assert len(second) == images.CALIBRATION
+    first, second = samples.texts(names, templates)
+    assert len(first) == samples.MIN_INPUTS
+    assert len(second) == samples.CALIBRATION
     assert not set(first) & set(second)
 
 
@@ -221,7 +222,7 @@ def test_int8_is_served(int8, clip, checkpoint, tmp_path):
     graph = session.open_session(int8 / "clip_image" / "1" / "model.onnx")
     from PIL import Image
 
-    from vilu.image import pixels
+    from vilu.preprocess.image import pixels
 
     feed = np.stack([pixels(Image.fromarray(photo), clip.transform) for photo in asked])
     v = torch.from_numpy(graph.run(["IMAGE_EMBEDDING"], {"PIXELS": feed})[0])

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from open_clip import tokenizer as reference
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import vilu.text
+import vilu.preprocess.text
 from vilu import UserError, load_clip
 from vilu.export.tokenizer import convert, write_tokenizer
-from vilu.text import CLEAN_MODES, TextTransform, Tokenizer, clean
+from vilu.preprocess.text import CLEAN_MODES, TextTransform, Tokenizer, clean
 from vilu.tiny import data
 
 # First and last code points: scripts, signs, and letters that are younger than the runtime's Unicode tables.
@@ -222,7 +222,7 @@ def test_the_same_tokenizer_gives_the_same_file(pair, tmp_path):
 def test_the_server_needs_one_file_and_no_torch(pair, tmp_path):
     _, theirs = pair
     exported(theirs, tmp_path)
-    (tmp_path / "text.py").write_bytes(Path(vilu.text.__file__).read_bytes())
+    (tmp_path / "text.py").write_bytes(Path(vilu.preprocess.text.__file__).read_bytes())
     program = (
         "import sys, text; ids = text.Tokenizer('tokenizer.json').encode(['caf&eacute;']); print(ids.tolist()); "
         "assert not {'torch', 'open_clip', 'vilu', 'transformers'} & set(sys.modules)"

@@ -30,7 +30,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from tests.kernels.fake_cuda import FakeDriver
 from vilu import Checkpoint, UserError, ViLUHead, load_clip, save_checkpoint
-from vilu.cli import export_command
+from vilu.cli.export import export_command
 from vilu.export import export
 from vilu.kernels import dlpack, fold
 from vilu.kernels.launch import CubinHead, Gpu, LaunchError, read_manifest

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vilu.image import decode
+from vilu.preprocess.image import decode
 from vilu.serving import Server
 from vilu.tiny import data
 

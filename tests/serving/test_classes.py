@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tests.conftest import unit_rows
 from tests.serving.test_server import agree, vilu
 from vilu import UserError
-from vilu.image import decode
+from vilu.preprocess.image import decode
 from vilu.serving import AccessDenied, Client, RequestRefused, Server
 from vilu.serving.access import Access
 from vilu.serving.classes import _change, get_set, list_sets, put_set, read_set, remove_set

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vilu.image import ImageError, decode
+from vilu.preprocess.image import ImageError, decode
 from vilu.serving import Client, Server
 
 pytestmark = pytest.mark.server

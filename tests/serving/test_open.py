@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 from tests.serving.test_access import stub_of
 from tests.serving.test_client import rows_of
 from tests.serving.test_server import agree, vilu
-from vilu.image import decode
+from vilu.preprocess.image import decode
 from vilu.scores import Doctor, Entropy
 from vilu.serving import AsyncClient, Client, RequestRefused
 

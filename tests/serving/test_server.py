@@ -133,7 +133,7 @@ def test_plain_http_without_any_client_library(server):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_single_models_of_the_repository(server, clip, checkpoint, photos, eager, protocol):
-    from vilu.image import decode
+    from vilu.preprocess.image import decode
 
     api, client = raw(server, protocol)
     pixels = np.stack([decode(photo, clip.transform) for photo in photos[:3]])

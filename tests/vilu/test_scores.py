@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from vilu import ViLUHead, metrics
+from vilu import ViLUHead
 from vilu.errors import UserError
+from vilu.evaluation import metrics
 from vilu.scores import LVU, SCORES, BayesVLM, ConfidNet, Embeddings, ProbVLM, RelU, Training, ViLU
 from vilu.scores.bayes import best_prior_precision, gauss_newton
 from vilu.scores.learned import Batch, generalised_gaussian_nll

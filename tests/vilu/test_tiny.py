@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vilu import UserError, load_clip, tiny
-from vilu.image import pixels
+from vilu.preprocess.image import pixels
 from vilu.tiny import data, train_clip
 
 

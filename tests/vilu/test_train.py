@@ -16,8 +16,9 @@ import torch
 from torch.nn import functional as F
 
 from tests.conftest import unit_rows
-from vilu import UserError, ViLUHead, load_checkpoint, metrics, train_head
+from vilu import UserError, ViLUHead, load_checkpoint, train_head
 from vilu.embeddings import EmbeddedSet, Embeddings
+from vilu.evaluation import metrics
 from vilu.head import LOWEST_LOG_ODDS, log_odds
 from vilu.recipes import RECIPES, Recipe, recipe_named
 from vilu.train import _answers, _batch, _head_logit, _loss, fit, weighted_bce

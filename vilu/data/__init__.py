@@ -3,7 +3,7 @@
     source = open_source("photos")                        # or dataset="flowers102", root=Path("DATA"), split="test"
     data = embed(source, load_clip(), cache=Path("cache"))
 
-Names are resolved on first use: the command line imports `data_options` without paying for torch.
+Names are resolved on first use, so that importing this costs nothing.
 """
 
 from importlib import import_module
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vilu.data.embed import embed
-    from vilu.data.options import data_options
     from vilu.data.pipeline import augment, batches
     from vilu.data.precomputed import load_embeddings
     from vilu.data.registry import open_source
@@ -22,7 +21,6 @@ _HOME = {
     "augment": "vilu.data.pipeline",
     "batches": "vilu.data.pipeline",
     "check_same_classes": "vilu.data.source",
-    "data_options": "vilu.data.options",
     "embed": "vilu.data.embed",
     "load_embeddings": "vilu.data.precomputed",
     "open_source": "vilu.data.registry",
@@ -32,7 +30,6 @@ __all__ = [
     "augment",
     "batches",
     "check_same_classes",
-    "data_options",
     "embed",
     "load_embeddings",
     "open_source",

@@ -23,7 +23,7 @@ from vilu.data.pipeline import Pixels, cores, in_batches, ordered, reader, too_m
 from vilu.data.source import Source
 from vilu.embeddings import EmbeddedSet, Embeddings
 from vilu.errors import UserError
-from vilu.image import ImageError
+from vilu.preprocess.image import ImageError
 
 if TYPE_CHECKING:
     from vilu.clip import Clip

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vilu.data.image_files import SUFFIXES
 from vilu.data.source import FileSource, inside
 from vilu.errors import UserError
-from vilu.images import SUFFIXES
 
 TABLES = (".csv", ".tsv", ".parquet")
 

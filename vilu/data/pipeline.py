@@ -18,7 +18,7 @@ from PIL import Image
 
 from vilu.data.source import Source
 from vilu.errors import UserError
-from vilu.image import FORMATS, ImageError, Transform, decode, pixels
+from vilu.preprocess.image import FORMATS, ImageError, Transform, decode, pixels
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -132,7 +132,7 @@ def batches(
             return transform.at(row, image) if isinstance(transform, Augment) else transform(image)
         except ImageError:
             raise
-        except Exception as error:  # as in vilu.image.decode: pixels are decoded only now
+        except Exception as error:  # as in vilu.preprocess.image.decode: pixels are decoded only now
             raise ImageError(f"image cannot be decoded ({type(error).__name__})") from None
 
     rows = [int(row) for row in order]
@@ -157,7 +157,7 @@ def _opened(data: bytes) -> Image.Image:
         raise ImageError(f"image has {len(data)} bytes, the limit is {limits.max_bytes}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as error:  # as in vilu.image.decode
+    except Exception as error:  # as in vilu.preprocess.image.decode
         raise ImageError(f"not a {', '.join(FORMATS)} image ({type(error).__name__})") from None
     if image.width * image.height > limits.max_pixels:
         raise ImageError(f"image has {image.width}x{image.height} pixels, the limit is {limits.max_pixels}")

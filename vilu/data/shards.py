@@ -18,10 +18,10 @@ import numpy as np
 
 from vilu.class_set import read_names
 from vilu.data.files import first_line
+from vilu.data.image_files import SUFFIXES
 from vilu.data.source import READ_LIMIT, Source, stamp
 from vilu.errors import UserError
-from vilu.image import ImageError
-from vilu.images import SUFFIXES
+from vilu.preprocess.image import ImageError
 
 MAX_SHARDS = 1_000_000
 MAX_TEXT = 1 << 20  # bytes of a caption's file

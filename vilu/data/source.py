@@ -15,7 +15,7 @@ import numpy as np
 
 from vilu.class_set import check_names
 from vilu.errors import UserError
-from vilu.image import ImageError, Transform
+from vilu.preprocess.image import ImageError, Transform
 
 # One byte over what `decode` takes: a larger file is refused there, and never read whole.
 READ_LIMIT = Transform(1).max_bytes + 1

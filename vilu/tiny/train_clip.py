@@ -22,10 +22,11 @@ from open_clip.tokenizer import default_bpe
 from PIL import Image
 from safetensors.torch import save_file
 
-from vilu.cli import progress_bar, run
+from vilu.cli import run
+from vilu.cli.progress import progress_bar
 from vilu.clip import load_clip
 from vilu.errors import UserError
-from vilu.image import Transform, pixels
+from vilu.preprocess.image import Transform, pixels
 from vilu.tiny import data
 
 MERGES = 1500

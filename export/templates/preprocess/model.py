@@ -4,7 +4,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import image  # vilu/image.py, copied beside this file by the export
+import image  # vilu/preprocess/image.py, copied beside this file by the export
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from PIL.Image import core

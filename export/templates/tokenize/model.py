@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-import text  # vilu/text.py, copied beside this file by the export
+import text  # vilu/preprocess/text.py, copied beside this file by the export
 import triton_python_backend_utils as pb_utils
 
 

@@ -1,0 +1,118 @@
+"""`vilu calibrate`: the threshold and what it rests on are stored, or nothing is changed."""
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn import functional as F
+
+from tests.conftest import unit_rows
+from vilu import Checkpoint, ClassSet, UserError, load_checkpoint, save_checkpoint, train_head
+from vilu.cli.calibrate import calibrate_command
+from vilu.recipes import Recipe
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A checkpoint, and held-out embeddings of the same source."""
+    folder = tmp_path_factory.mktemp("world")
+    t = unit_rows(6, 24, 0).float()
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(6, (3000,), generator=generator)
+    noise = 0.25 * torch.rand(3000, 1, generator=generator) * torch.randn(3000, 24, generator=generator)
+    v = F.normalize(t[labels] + noise, dim=1)
+    head = train_head(v[:1000], labels[:1000], t, recipe=Recipe(epochs=3, min_steps=0, folds=1))
+    names = tuple(f"class {i}" for i in range(6))
+    save_checkpoint(Checkpoint(head, None, ClassSet(names, ("a {}",), t)), folder / "head.safetensors")
+    held = {"image_embedding": v[1000:], "labels": labels[1000:], "text_embeddings": t}
+    np.savez(folder / "held.npz", class_names=names, **held)
+    np.savez(folder / "other.npz", class_names=[f"thing {i}" for i in range(6)], **held)
+    return folder, v[1000:], labels[1000:], t
+
+
+def calibrate(world, *options, data="held.npz"):
+    arguments = ["--ckpt", world[0] / "head.safetensors", "--embeddings", world[0] / data, *options]
+    return CliRunner().invoke(
+        calibrate_command, [str(a) for a in arguments], catch_exceptions=False, standalone_mode=False
+    )
+
+
+def accepted(world, checkpoint):
+    _, v, labels, t = world
+    chosen = checkpoint.head.failure_probability(v, t) < checkpoint.threshold
+    return chosen, (v @ t.T).argmax(dim=1) == labels
+
+
+def test_a_promised_risk_is_stored_with_its_data(world, tmp_path):
+    result = calibrate(world, "--target-risk", 0.1, "--output", tmp_path / "a.safetensors")
+    checkpoint = load_checkpoint(tmp_path / "a.safetensors")
+    chosen, right = accepted(world, checkpoint)
+    assert float((~right[chosen]).float().mean()) <= 0.1
+    note = checkpoint.meta["calibration"]
+    assert (note["data"], note["samples"]) == ("held", 2000)
+    assert note["threshold"]["bound"] <= 0.1
+    assert note["threshold"]["threshold"] == checkpoint.threshold
+    assert "promised at 95%" in result.output
+    assert load_checkpoint(world[0] / "head.safetensors").threshold == 0.5
+
+
+@pytest.mark.parametrize("option", ["--target-coverage", "--target-tpr"])
+def test_coverage_and_tpr(world, tmp_path, option):
+    calibrate(world, option, 0.8, "--output", tmp_path / "a.safetensors")
+    chosen, right = accepted(world, load_checkpoint(tmp_path / "a.safetensors"))
+    share = chosen.float().mean() if option == "--target-coverage" else chosen[right].float().mean()
+    assert float(share) == pytest.approx(0.8, abs=2e-3)
+
+
+@pytest.mark.parametrize("method", ["temperature", "platt"])
+def test_the_probability_and_the_threshold_come_from_different_halves(world, tmp_path, method):
+    options = ["--probability", method, "--target-risk", 0.15, "--output", tmp_path / "a.safetensors"]
+    calibrate(world, *options)
+    checkpoint = load_checkpoint(tmp_path / "a.safetensors")
+    note = checkpoint.meta["calibration"]
+    assert note["probability"]["samples"] + note["threshold"]["samples"] == 2000
+    before = load_checkpoint(world[0] / "head.safetensors").head.failure_probability(world[1], world[3]).logit()
+    after = checkpoint.head.failure_probability(world[1], world[3]).logit()
+    torch.testing.assert_close(
+        after, note["probability"]["slope"] * before + note["probability"]["offset"], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_threshold_moves_with_the_probability(world, tmp_path):
+    """Calibrating P(failure) afterwards must not change which answers a chosen threshold is about."""
+    path = tmp_path / "a.safetensors"
+    calibrate(world, "--target-coverage", 0.8, "--output", path)
+    before = load_checkpoint(path)
+    result = CliRunner().invoke(
+        calibrate_command,
+        ["--ckpt", str(path), "--embeddings", str(world[0] / "held.npz"), "--probability", "platt"],
+        catch_exceptions=False,
+        standalone_mode=False,
+    )
+    after = load_checkpoint(path)
+    assert "threshold moved from" in result.output
+    assert after.threshold != before.threshold
+    # One sample in 2,000 may lie within rounding of the threshold.
+    assert int((accepted(world, before)[0] != accepted(world, after)[0]).sum()) <= 1
+    note = after.meta["calibration"]["threshold"]
+    assert (note["rule"], note["data"], note["threshold"]) == ("coverage", "held", after.threshold)
+
+
+def test_a_probability_alone_leaves_the_default_threshold(world, tmp_path):
+    path = tmp_path / "a.safetensors"
+    calibrate(world, "--probability", "platt", "--output", path)
+    assert load_checkpoint(path).threshold == load_checkpoint(world[0] / "head.safetensors").threshold
+
+
+def test_what_cannot_be_done_changes_nothing(world):
+    before = (world[0] / "head.safetensors").read_bytes()
+    for options, message in (
+        (["--target-risk", 1e-5], "cannot be promised"),
+        ([], "give one of"),
+        (["--target-risk", 0.1, "--target-tpr", 0.9], "give one of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            calibrate(world, *options)
+    with pytest.raises(UserError, match="class names do not match"):
+        calibrate(world, "--target-risk", 0.1, data="other.npz")
+    assert (world[0] / "head.safetensors").read_bytes() == before

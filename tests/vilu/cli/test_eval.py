@@ -1,0 +1,191 @@
+"""`vilu eval` on embeddings and on the embedded data, and its one-line errors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.vilu.test_evaluate import captioned, closed, head
+from vilu.checkpoint import Checkpoint, save_checkpoint
+from vilu.class_set import ClassSet
+from vilu.cli import run
+from vilu.cli.eval import choose_methods, eval_command, one_each, whole_numbers
+from vilu.errors import UserError
+from vilu.evaluation import metrics
+from vilu.scores import SCORES
+
+
+@pytest.fixture
+def vilu(monkeypatch, capsys):
+    """vilu("--ckpt", ...) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["vilu eval", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            run(eval_command, "vilu eval")
+        return stopped.value.code, *capsys.readouterr()
+
+    return call
+
+
+def save(path, data):
+    arrays = {"image_embedding": data.image.normalised.numpy(), "text_embeddings": data.text.normalised.numpy()}
+    if not data.captions:
+        arrays |= {"labels": data.labels.numpy(), "class_names": np.array(data.class_names)}
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A checkpoint of five classes, a test and a train set of them, letters, and captions."""
+    test, train = closed(), closed(seed=1)
+    class_set = ClassSet(test.class_names, ("a {}",), test.text.normalised)
+    save_checkpoint(Checkpoint(head(12), None, class_set), tmp_path / "head.safetensors")
+    save_checkpoint(Checkpoint(head(16)), tmp_path / "wide.safetensors")
+    save(tmp_path / "test.npz", test)
+    save(tmp_path / "train.npz", train)
+    save(tmp_path / "letters.npz", closed(seed=2, names=tuple("abcde")))
+    save(tmp_path / "captions.npz", captioned(60, dim=12))
+    return tmp_path
+
+
+def test_a_table_and_a_report(vilu, files):
+    code, out, err = vilu(
+        "--ckpt", files / "head.safetensors", "--embeddings", files / "test.npz",
+        "--train-embeddings", files / "train.npz", "--methods", "mcm,rel-u,vilu", "--resamples", 30,
+        "--output", files / "out",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "80 images, classes: 5" in out
+    assert "Acc@95" in out
+    document = json.loads((files / "out" / "evaluation.json").read_text())
+    assert document["settings"]["resamples"] == 30
+    assert list(document["results"][0]["methods"]) == ["MCM", "Rel-U", "ViLU"]
+    assert str(files / "out" / "report.html") in out.replace("\n", "")
+
+
+def test_json_goes_to_standard_output_alone(vilu, files):
+    code, out, err = vilu(
+        "--ckpt", files / "head.safetensors", "--embeddings", files / "test.npz", "--embeddings",
+        files / "captions.npz", "--methods", "all", "--candidates", "10,20", "--resamples", 10, "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    closed_set, captions = document["results"]
+    assert captions["candidates"] == 20
+    assert [result["candidates"] for result in document["sweeps"]["captions"]] == [10, 20]
+    assert closed_set["methods"]["LVU-BCE"]["reason"] == "needs training data to be fitted on"
+    test = closed()
+    similarity = test.image.normalised @ test.text.normalised.T
+    expected = metrics.auroc(
+        torch.softmax(100 * similarity, dim=1).amax(dim=1).numpy(), (similarity.argmax(dim=1) == test.labels).numpy()
+    )
+    assert closed_set["methods"]["MCM"]["metrics"]["auc"]["value"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_embedded_data_through_a_real_clip(vilu, tmp_path, monkeypatch):
+    from vilu.clip import load_clip
+    from vilu.data import open_source
+    from vilu.data.source import ArraySource
+
+    def small(dataset=None, *, root=None, split="train", **_):
+        whole = open_source(dataset=dataset, split=split)
+        return ArraySource(
+            name=dataset, images=whole.images[:60], labels=whole.labels[:60], class_names=whole.class_names
+        )
+
+    monkeypatch.setattr("vilu.data.open_source", small)
+    clip = load_clip()
+    class_set = clip.class_set(open_source(dataset="digits").class_names)
+    path = tmp_path / "head.safetensors"
+    save_checkpoint(Checkpoint(head(class_set.text_embeddings.shape[1]), clip.spec, class_set), path)
+    code, out, err = vilu(
+        "--ckpt", path, "--dataset", "digits", "--methods", "mcm,rel-u,bayesvlm,vilu", "--resamples", 10, "--json",
+        "--cache", tmp_path / "cache", "--learning-curve", "--sizes", "40,60", "--curve-seeds", 1,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert not any(row["reason"] for row in document["results"][0]["methods"].values())
+    assert document["results"][0]["trained_on"] == "digits"
+    assert document["settings"]["CLIP"] == "vilu-tiny"
+    assert [point["size"] for point in document["learning_curves"]["digits"]["points"]] == [40, 60]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to test on"),
+        (["--embeddings", "{d}/missing.npz"], "no such file or folder"),
+        (["--embeddings", "{d}/test.npz", "--methods", "mcn"], "unknown method 'mcn'; near: MCM"),
+        (["--embeddings", "{d}/test.npz", "--methods", "zzz"], "unknown method 'zzz'; known: MCM"),
+        (["--embeddings", "{d}/test.npz", "--methods", " , "], "names no method"),
+        (["--embeddings", "{d}/test.npz", "--candidates", "1,2"], "whole numbers from 2 up"),
+        (["--embeddings", "{d}/test.npz", "--output", "{d}/test.npz"], "is not a folder"),
+        (["--embeddings", "{d}/test.npz", "--output", "{d}"], "no part of an earlier report"),
+        (["--embeddings", "{d}/letters.npz"], "10 differ, e.g. 'a' only in letters; give --cross-dataset"),
+        (["--embeddings", "{d}/test.npz", "--learning-curve"], "has no train data"),
+        (["--embeddings", "{d}/test.npz", "--learning-curve", "--recipe", "none"], "no recipe 'none'"),
+        (["--embeddings", "{d}/test.npz"] * 3 + ["--train-embeddings", "{d}/train.npz"] * 2, "2 given for 3 test sets"),
+        (["--dataset", "digits"], "names no CLIP; give --clip"),
+        (["--embeddings", "{d}/test.npz", "--ckpt", "{d}/missing"], "cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line(vilu, files, arguments, said):
+    arguments = [str(argument).format(d=files) for argument in arguments]
+    if "--ckpt" not in arguments:
+        arguments = ["--ckpt", files / "head.safetensors", *arguments]
+    code, out, err = vilu(*arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.startswith("vilu eval: ")
+    assert err.count("\n") == 1
+    assert not list(files.glob(".*"))
+
+
+def test_the_checkpoint_must_fit(vilu, files):
+    code, _, err = vilu("--ckpt", files / "wide.safetensors", "--embeddings", files / "test.npz")
+    assert code == 2
+    assert "its head reads embeddings 16 wide, those of test are 12" in err
+    # The right names with embeddings of another CLIP of the same width.
+    test = closed()
+    np.savez(
+        files / "other.npz",
+        image_embedding=test.image.normalised.numpy(),
+        text_embeddings=-test.text.normalised.numpy(),
+        labels=test.labels.numpy(),
+        class_names=np.array(test.class_names),
+    )
+    code, _, err = vilu("--ckpt", files / "head.safetensors", "--embeddings", files / "other.npz")
+    assert code == 2
+    assert "not those of the CLIP" in err
+    assert "median cosine -1.00" in err
+
+
+def test_another_data_set_where_it_is_meant(vilu, files):
+    arguments = [
+        "--ckpt",
+        files / "head.safetensors",
+        "--embeddings",
+        files / "letters.npz",
+        "--methods",
+        "mcm,rel-u,vilu",
+    ]
+    arguments += ["--resamples", 5, "--json"]
+    for extra in (["--cross-dataset"], ["--train-embeddings", files / "train.npz"]):
+        code, out, _ = vilu(*arguments, *extra)
+        assert code == 0
+        assert json.loads(out)["results"][0]["methods"]["ViLU"]["metrics"]["auc"] is not None
+    assert "belongs to the classes" in json.loads(out)["results"][0]["methods"]["Rel-U"]["reason"]
+
+
+def test_names_of_methods():
+    assert choose_methods("all", tuple(SCORES)) == tuple(SCORES)
+    assert choose_methods(" vilu, MCM,mcm", tuple(SCORES)) == ("ViLU", "MCM")
+    assert whole_numbers("--x", None, 1) == ()
+    assert whole_numbers("--x", "8, 16", 1) == (8, 16)
+    assert one_each([1], 3, "x") == [1, 1, 1]
+    for text in ("", "1.5", "-3", "8;9", "9" * 30):
+        with pytest.raises(UserError, match="whole numbers"):
+            whole_numbers("--x", text, 1)

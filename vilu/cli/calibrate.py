@@ -1,0 +1,177 @@
+"""`vilu calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vilu.cli.options import data_options
+from vilu.cli.progress import progress_bar
+from vilu.errors import UserError
+
+if TYPE_CHECKING:
+    from vilu.embeddings import EmbeddedSet
+
+
+@click.command("calibrate")
+@click.option("--ckpt", type=click.Path(path_type=Path), required=True, help="Checkpoint to calibrate.")
+@data_options
+@click.option("--embeddings", type=click.Path(path_type=Path), help="Embeddings made elsewhere, instead of images.")
+@click.option("--split", default="val", show_default=True, help="Of the data: one the head was not trained on.")
+@click.option("--target-risk", type=click.FloatRange(0, 1, True, True), help="Largest error rate of accepted answers.")
+@click.option("--confidence", type=click.FloatRange(0, 1, True, True), default=0.95, show_default=True)
+@click.option("--target-coverage", type=click.FloatRange(0, 1, True), help="Share of answers to accept.")
+@click.option("--target-tpr", type=click.FloatRange(0, 1, True), help="Share of right answers to accept.")
+@click.option(
+    "--probability",
+    type=click.Choice(["none", "temperature", "platt"]),
+    default="none",
+    show_default=True,
+    help="Calibrate P(failure), on a half of the data that the threshold does not see.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write.  [default: over --ckpt]")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float32", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the halves.")
+def calibrate_command(
+    ckpt: Path,
+    data: str | None,
+    dataset: str | None,
+    root: Path | None,
+    cache: Path,
+    embeddings: Path | None,
+    split: str,
+    target_risk: float | None,
+    confidence: float,
+    target_coverage: float | None,
+    target_tpr: float | None,
+    probability: str,
+    output: Path | None,
+    dtype: str,
+    seed: int,
+) -> None:
+    """Choose the threshold below which answers are accepted, on data that the head was not trained on.
+
+    --target-risk is a promise: but for a chance of 1 - confidence over the draw of this data, accepted answers
+    from the same source are wrong no more often. The choice and its data are stored in the checkpoint.
+    """
+    import numpy as np
+    import torch
+
+    from vilu.checkpoint import load_checkpoint, save_checkpoint
+    from vilu.evaluation.calibration import for_coverage, for_tpr, guaranteed_risk, platt, temperature
+
+    wanted = [t for t in (target_risk, target_coverage, target_tpr) if t is not None]
+    if len(wanted) > 1 or (not wanted and probability == "none"):
+        raise UserError("give one of --target-risk, --target-coverage and --target-tpr, or --probability")
+    checkpoint = load_checkpoint(ckpt)
+    held = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype)
+    _check_fits(ckpt, checkpoint, held)
+    for line in held.skipped:
+        click.echo(f"skipped {line}", err=True)
+    order = np.random.default_rng(seed).permutation(len(held))
+    halves = np.array_split(order, 2) if probability != "none" and wanted else [order, order]
+
+    head, correct, group = checkpoint.head, *_correct(held)
+    note: dict[str, Any] = {"data": held.name, "split": split, "samples": len(correct), "candidates": group}
+    with torch.no_grad():
+        failure = _failure_probability(head, held, group)
+    if probability != "none":
+        rows = halves[0][halves[0] < len(correct)]
+        found = (platt if probability == "platt" else temperature)(failure[rows], correct[rows])
+        head = found.fold_into(head)
+        with torch.no_grad():
+            failure = _failure_probability(head, held, group)
+        note["probability"] = {"method": probability, "samples": len(rows), **asdict(found)}
+        click.echo(f"P(failure) calibrated by {probability} on {len(rows)} samples: slope {found.slope:.3f}, "
+                   f"offset {found.offset:.3f}")  # fmt: skip
+    threshold = checkpoint.threshold
+    before = checkpoint.meta.get("calibration") or {}
+    if not wanted and before.get("threshold"):
+        # A threshold that was chosen goes on accepting the same answers: it moves with the probability.
+        threshold = float(np.float32(found(np.array([threshold]))[0]))
+        note["threshold"] = {"data": before["data"], **before["threshold"], "threshold": threshold}
+        click.echo(f"threshold moved from {checkpoint.threshold:.4f} to {threshold:.4f}: it accepts the same answers")
+    if wanted:
+        rows = halves[1][halves[1] < len(correct)]
+        given = (failure[rows], correct[rows])
+        if target_risk is not None:
+            chosen = guaranteed_risk(*given, target_risk, confidence)
+        elif target_coverage is not None:
+            chosen = for_coverage(*given, target_coverage)
+        else:
+            assert target_tpr is not None
+            chosen = for_tpr(*given, target_tpr)
+        threshold = chosen.threshold
+        note["threshold"] = asdict(chosen)
+        promise = "" if chosen.bound is None else f", promised at {confidence:.0%}: at most {chosen.target:.2%}"
+        click.echo(
+            f"threshold {threshold:.4f} on {chosen.samples} samples: accepts {chosen.coverage:.1%} of answers, "
+            f"{chosen.risk:.2%} of them wrong{promise}"
+        )
+    meta = {**checkpoint.meta, "calibration": note}
+    save_checkpoint(replace(checkpoint, head=head, threshold=threshold, meta=meta), output or ckpt)
+    click.echo(f"{output or ckpt}: written")
+
+
+def _held_out(
+    checkpoint: Any,
+    ckpt: Path,
+    data: str | None,
+    dataset: str | None,
+    root: Path | None,
+    cache: Path,
+    embeddings: Path | None,
+    split: str,
+    dtype: str,
+) -> EmbeddedSet:
+    from vilu.class_set import DEFAULT_TEMPLATES
+    from vilu.clip import load_clip
+    from vilu.data import embed, load_embeddings, open_source
+
+    if embeddings is not None:
+        if data or dataset:
+            raise UserError("--embeddings takes the place of --data and --dataset")
+        return load_embeddings(embeddings)
+    if checkpoint.clip is None:
+        raise UserError(f"{ckpt}: names no CLIP; give --embeddings")
+    source = open_source(data, dataset=dataset, root=root, split=split, cache=cache)
+    spec = checkpoint.clip
+    clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+    templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
+    with progress_bar() as bar:
+        return embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
+
+
+def _check_fits(ckpt: Path, checkpoint: Any, held: EmbeddedSet) -> None:
+    width = held.image.normalised.shape[1]
+    if checkpoint.head.dim != width:
+        raise UserError(
+            f"{ckpt}: its head reads embeddings {checkpoint.head.dim} wide, those of {held.name} are {width}"
+        )
+    known = checkpoint.class_set
+    if known is not None and held.class_names and set(known.names) != set(held.class_names):
+        other = sorted(set(known.names) ^ set(held.class_names))
+        raise UserError(
+            f"{ckpt}: class names do not match those of {held.name}: {len(other)} differ, e.g. {other[0]!r}"
+        )
+
+
+CAPTION_GROUP = 1024  # candidates of a caption set without classes: the published tables' number
+
+
+def _correct(held: EmbeddedSet) -> tuple[Any, int]:
+    """(N,) bool, whether CLIP is right; and the number of candidates. Of captions the last part group is left out."""
+    from vilu.evaluation.evaluate import correct
+
+    group = min(CAPTION_GROUP, len(held)) if held.captions else len(held.text)
+    return correct(held, group if held.captions else None), group
+
+
+def _failure_probability(head: Any, held: EmbeddedSet, group: int) -> Any:
+    from vilu.evaluation.evaluate import confidences
+    from vilu.scores import ViLU
+
+    return 1 - confidences({"ViLU": ViLU(head)}, held, group if held.captions else None)["ViLU"]

@@ -1,0 +1,369 @@
+"""`vilu eval`: every method side by side on one or several data sets."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+from rich.console import Console
+
+from vilu.cli.options import clip_options
+from vilu.cli.progress import Bar, progress_bar
+from vilu.errors import UserError
+
+if TYPE_CHECKING:
+    from vilu.checkpoint import Checkpoint
+    from vilu.clip import Clip
+    from vilu.embeddings import EmbeddedSet
+    from vilu.evaluation.evaluate import Case
+    from vilu.evaluation.learning_curve import LearningCurve
+
+T = TypeVar("T")
+Named = tuple[str, "str | Path"]  # "data", "dataset" or "embeddings", and which
+ANOTHER_CLIP = 0.7  # cosine of class embeddings below which no choice of prompts explains the difference
+SMALLEST, GROWTH = 200, 2  # sizes of a learning curve: 200, 400, ... and all
+CURVE_RESAMPLES = 400  # at most: a curve draws for every size and seed
+EMBEDDINGS = click.Path(path_type=Path)
+
+
+@click.command("eval")
+@click.option(
+    "--ckpt", "ckpts", type=click.Path(path_type=Path), multiple=True, required=True, help="One, or one a set."
+)
+@click.option("--data", multiple=True, help="Image folder, caption table or shards to test on. Repeat for several.")
+@click.option(
+    "--dataset", "datasets", multiple=True, help="Named data set to test on, e.g. digits. Repeat for several."
+)
+@click.option("--embeddings", type=EMBEDDINGS, multiple=True, help="Embeddings made elsewhere. Repeat for several.")
+@click.option("--root", type=click.Path(path_type=Path), help="Where named data sets lie.")
+@click.option("--train-data", multiple=True, help="What the baselines are fitted on: one for all sets, or one a set.")
+@click.option("--train-dataset", "train_datasets", multiple=True, help="The same.  [default: each --dataset's train]")
+@click.option("--train-embeddings", type=EMBEDDINGS, multiple=True, help="The same.")
+@click.option("--cross-dataset", is_flag=True, help="The checkpoint was trained on other classes, and that is meant.")
+@click.option("--methods", default="all", show_default=True, help="Names, separated by commas.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for report.html, JSON, CSV and pictures.")
+@click.option("--candidates", help="Captions: sizes K of a group.  [default: 128,256,...,8192]")
+@click.option("--learning-curve", "curve", is_flag=True, help="Train on growing parts of the train data; slow.")
+@click.option("--sizes", help="Of the learning curve.  [default: 200,400,... and all]")
+@click.option("--curve-seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--recipe", default="default", show_default=True, help="Of the learning curve, as `vilu train` has it.")
+@click.option("--resamples", type=click.IntRange(1), default=1000, show_default=True, help="Bootstrap draws.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Folder that keeps embeddings.")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+@clip_options
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def eval_command(
+    ckpts: tuple[Path, ...],
+    data: tuple[str, ...],
+    datasets: tuple[str, ...],
+    embeddings: tuple[Path, ...],
+    root: Path | None,
+    train_data: tuple[str, ...],
+    train_datasets: tuple[str, ...],
+    train_embeddings: tuple[Path, ...],
+    cross_dataset: bool,
+    methods: str,
+    output: Path | None,
+    candidates: str | None,
+    curve: bool,
+    sizes: str | None,
+    curve_seeds: int,
+    recipe: str,
+    resamples: int,
+    seed: int,
+    cache: Path | None,
+    dtype: str,
+    clip_name: str | None,
+    pretrained: str | None,
+    as_json: bool,
+) -> None:
+    """Compare ViLU with every baseline: AUC, FPR95, risk, calibration, with intervals and p-values.
+
+    Baselines that learn are fitted on the train data; without it they are rows that say so. Several test sets
+    are taken in the order --data, --dataset, --embeddings, and so are several train sets.
+    """
+    from vilu.checkpoint import load_checkpoint
+    from vilu.evaluation.evaluate import CANDIDATES, Case, evaluate, unique_names
+    from vilu.evaluation.report import tables as report
+    from vilu.recipes import recipe_named
+    from vilu.scores import SCORES
+
+    chosen = choose_methods(methods, tuple(SCORES))
+    groups = whole_numbers("--candidates", candidates, 2) or CANDIDATES
+    parts = whole_numbers("--sizes", sizes, 1)
+    if curve:
+        recipe_named(recipe)
+    if output is not None:
+        report.check_output(output)
+    tests = _named_sets(data, datasets, embeddings)
+    trains: list[Named | None] = [*_named_sets(train_data, train_datasets, train_embeddings)]
+    if not tests:
+        raise UserError("nothing to test on: give --data, --dataset or --embeddings")
+    own_train = not trains
+    if own_train:
+        trains = [named if named[0] == "dataset" else None for named in tests]
+    checkpoints = one_each([load_checkpoint(path) for path in ckpts], len(tests), "--ckpt")
+    cases: list[Case] = []
+    curves: dict[str, LearningCurve] = {}
+    with progress_bar() as bar:
+        reader = _Reader(root, cache, dtype, "BayesVLM" in chosen, clip_name, pretrained, bar)
+        for test_of, train_of, checkpoint, path in zip(
+            tests,
+            one_each(trains, len(tests), "train sets"),
+            checkpoints,
+            one_each(list(ckpts), len(tests), "--ckpt"),
+            strict=True,
+        ):
+            test = reader.read(*test_of, "test", checkpoint, path)
+            train = None if train_of is None else reader.read(*train_of, "train", checkpoint, path)
+            other = not own_train and train is not None and train.class_names != test.class_names
+            check_classes(path, checkpoint, test, allowed=cross_dataset or other)
+            cases.append(Case(test, train, checkpoint.head))
+        evaluation = evaluate(cases, chosen, candidates=groups, resamples=resamples, seed=seed, progress=bar)
+        if curve:
+            for case, name in zip(cases, unique_names(cases), strict=True):
+                curves[name] = draw_curve(
+                    case,
+                    parts,
+                    range(seed, seed + curve_seeds),
+                    recipe,
+                    resamples=min(resamples, CURVE_RESAMPLES),
+                    progress=bar,
+                )
+        evaluation = replace(
+            evaluation,
+            curves=curves,
+            settings={
+                "checkpoint": ", ".join(map(str, ckpts)),
+                "test": ", ".join(str(name) for _, name in tests),
+                "train": ", ".join(str(of[1]) for of in trains if of) or "none",
+                "CLIP": ", ".join(sorted(reader.clips)) or "embeddings made elsewhere",
+                "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            },
+        )
+        if output is not None:
+            bar("drawing", 0, 1)
+            report.write(evaluation, output)
+    for line in reader.skipped:
+        click.echo(f"skipped {line}", err=True)
+    if as_json:
+        click.echo(json.dumps(report.as_json(evaluation), allow_nan=False))
+        return
+    console = Console()
+    # A file or a pipe has no width of its own: it gets all there is.
+    report.print_tables(evaluation, console if console.is_terminal else Console(width=report.WIDE))
+    if output is not None:
+        click.echo(f"{output / report.HTML}")
+
+
+def _named_sets(data: Sequence[str], datasets: Sequence[str], embeddings: Sequence[Path]) -> list[Named]:
+    sets: list[Named] = [("data", name) for name in data]
+    sets += [("dataset", name) for name in datasets]
+    sets += [("embeddings", path) for path in embeddings]
+    return sets
+
+
+class _Reader:
+    """Reads each set once, and each CLIP once."""
+
+    def __init__(
+        self,
+        root: Path | None,
+        cache: Path | None,
+        dtype: str,
+        projection: bool,
+        clip_name: str | None,
+        pretrained: str | None,
+        bar: Bar,
+    ) -> None:
+        self.root, self.cache, self.dtype, self.projection, self.bar = root, cache, dtype, projection, bar
+        self.clip_name, self.pretrained = clip_name, pretrained
+        self.skipped: list[str] = []
+        self.clips: dict[str, Clip] = {}
+        self._sets: dict[tuple[object, ...], EmbeddedSet] = {}
+
+    def read(self, kind: str, name: str | Path, split: str, checkpoint: Checkpoint, path: Path) -> EmbeddedSet:
+        """The set, by the CLIP and the prompts of the checkpoint (at `path`, for messages)."""
+        from vilu.class_set import DEFAULT_TEMPLATES
+        from vilu.data import embed, load_embeddings, open_source
+
+        if kind == "embeddings":
+            key: tuple[object, ...] = (str(name),)
+            if key not in self._sets:
+                self._sets[key] = load_embeddings(Path(name))
+            return self._sets[key]
+        clip = self._clip(checkpoint, path)
+        templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
+        key = (kind, str(name), split, id(clip), templates)
+        if key not in self._sets:
+            self.bar(f"reading {name}", 0, 1)
+            if kind == "dataset":
+                embedded = str(name) in ("digits", "shapes", "shapes-captions")
+                source = open_source(dataset=str(name), root=None if embedded else self.root, split=split)
+            else:
+                source = open_source(str(name), split=split, cache=self.cache)
+            self._sets[key] = embed(
+                source,
+                clip,
+                cache=self.cache,
+                dtype=self.dtype,
+                projection=self.projection and _has_projections(clip),
+                templates=templates,
+                progress=lambda what, done, total: self.bar(f"{name}, {split}: {what}", done, total),
+            )
+            self.skipped += self._sets[key].skipped
+        return self._sets[key]
+
+    def _clip(self, checkpoint: Checkpoint, path: Path) -> Clip:
+        from vilu.clip import load_clip
+
+        spec = checkpoint.clip
+        if spec is None and not self.clip_name:
+            raise UserError(f"{path}: names no CLIP; give --clip and --pretrained")
+        if self.clip_name or self.pretrained:
+            wanted = (self.clip_name or (spec.name if spec else ""), self.pretrained)
+        else:
+            assert spec is not None
+            wanted = (spec.name, spec.pretrained)
+        label = " ".join(filter(None, wanted))
+        if label not in self.clips:
+            self.bar(f"loading {label}", 0, 1)
+            same = spec is not None and wanted == (spec.name, spec.pretrained)
+            self.clips[label] = load_clip(*wanted, fingerprint=spec.fingerprint if spec and same else "")
+        clip = self.clips[label]
+        if spec is not None and spec.fingerprint not in ("", clip.spec.fingerprint):
+            raise UserError(
+                f"{path}: was trained on CLIP {spec.name} ({spec.pretrained or 'own weights'}), not on these"
+            )
+        return clip
+
+
+def _has_projections(clip: Clip) -> bool:
+    """Whether both towers end in one linear projection; where not, BayesVLM is a row that says so."""
+    import torch
+
+    side = clip.transform.size
+    try:
+        with torch.no_grad():
+            clip.project_pixels(torch.zeros(1, side, side, 3, dtype=torch.uint8, device=clip.mean.device))
+            clip.project_tokens(clip.tokenize(["a"]).to(clip.mean.device))
+    except UserError:
+        return False
+    return True
+
+
+def choose_methods(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The methods that --methods names, case aside.
+
+    Raises:
+        UserError: none, or an unknown one.
+    """
+    if text.strip().lower() == "all":
+        return tuple(known)
+    by_name = {name.lower(): name for name in known}
+    found = []
+    for name in filter(None, map(str.strip, text.split(","))):
+        if name.lower() not in by_name:
+            near = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.5)
+            told = f"near: {', '.join(by_name[n] for n in near)}" if near else f"known: {', '.join(known)}"
+            raise UserError(f"--methods: unknown method {name!r}; {told}")
+        found.append(by_name[name.lower()])
+    if not found:
+        raise UserError("--methods: names no method")
+    return tuple(dict.fromkeys(found))
+
+
+def whole_numbers(option: str, text: str | None, least: int) -> tuple[int, ...]:
+    """ "128,256" as numbers; none where the option was not given."""
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and len(part) < 12 and int(part) >= least for part in parts):
+        raise UserError(f"{option}: whole numbers from {least} up, separated by commas, are wanted, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def one_each(given: list[T], sets: int, what: str) -> list[T]:
+    """One for all, or one for each."""
+    if len(given) not in (1, sets):
+        raise UserError(f"{what}: {len(given)} given for {sets} test sets; give one for all, or one each")
+    return given * sets if len(given) == 1 else given
+
+
+def check_classes(path: Path, checkpoint: Checkpoint, test: EmbeddedSet, *, allowed: bool) -> None:
+    """Raise UserError where the checkpoint was made for other classes (unless allowed), or for another CLIP."""
+    width = test.image.normalised.shape[1]
+    if checkpoint.head.dim != width:
+        raise UserError(
+            f"{path}: its head reads embeddings {checkpoint.head.dim} wide, those of {test.name} are {width}"
+        )
+    known = checkpoint.class_set
+    if known is None or test.captions:
+        return
+    if not allowed:
+        hint = "; give --cross-dataset if that is meant"
+        if test.class_names:
+            other = sorted(set(known.names) ^ set(test.class_names))
+            if other:
+                side = "only in the checkpoint" if other[0] in known.names else f"only in {test.name}"
+                raise UserError(
+                    f"{path}: class names do not match those of {test.name}: {len(other)} differ, "
+                    f"e.g. {other[0]!r} {side}{hint}"
+                )
+        elif len(known) != len(test.text):
+            raise UserError(f"{path}: was trained on {len(known)} classes, {test.name} has {len(test.text)}{hint}")
+    place = {name: i for i, name in enumerate(test.class_names)}
+    shared = [(i, place[name]) for i, name in enumerate(known.names) if name in place]
+    if shared:
+        ours, theirs = (list(side) for side in zip(*shared, strict=True))
+        cosine = (known.text_embeddings[ours] * test.text.normalised[theirs].float()).sum(dim=1).median()
+        if float(cosine) < ANOTHER_CLIP:
+            raise UserError(
+                f"{test.name}: its class embeddings are not those of the CLIP that {path} was trained on "
+                f"(median cosine {float(cosine):.2f})"
+            )
+
+
+def draw_curve(
+    case: Case,
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+    recipe: str,
+    *,
+    resamples: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> LearningCurve:
+    """The learning curve of what `vilu train` makes by a recipe.
+
+    Args:
+        sizes: none: 200, 400, ... and all.
+    """
+    from vilu.evaluation.learning_curve import learning_curve
+    from vilu.recipes import recipe_named
+    from vilu.train import fit
+
+    if case.train is None:
+        raise UserError(f"--learning-curve: {case.test.name} has no train data; give --train-data or the like")
+    largest = len(case.train)
+    if not sizes:
+        grown = [SMALLEST]
+        while grown[-1] < largest:
+            grown.append(grown[-1] * GROWTH)
+        sizes = [*(size for size in grown if size < largest), largest]
+    return learning_curve(
+        case.train,
+        case.test,
+        sizes,
+        seeds,
+        lambda part, seed: fit(part, recipe_named(recipe, seed=seed)).head,
+        resamples=resamples,
+        seed=seeds[0],
+        progress=progress,
+    )

@@ -1,0 +1,161 @@
+"""`vilu export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vilu.cli.options import clip_options
+from vilu.cli.progress import progress_bar
+from vilu.errors import UserError
+
+
+@click.command("export")
+@click.option("--ckpt", type=click.Path(path_type=Path), required=True, help="Checkpoint of a ViLU head.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("serving/model_repository"),
+    show_default=True,
+    help="Model repository to write; replaced whole.",
+)
+@click.option("--classes", type=click.Path(path_type=Path), help="Other class names, one a line.")
+@click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for several.")
+@clip_options
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of images to measure parity on (at least 256; int8: 320); sub-folders named as classes label them.",
+)
+@click.option(
+    "--parity-images", type=click.IntRange(min=256), default=256, show_default=True, help="How many are drawn from it."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of the CLIP towers: float16 for GPUs, bfloat16 for CPUs that have it, int8 calibrated on --images.",
+)
+@click.option("--allow-loss", is_flag=True, help="Keep an export over its precision's budget; parity.json says so.")
+@click.option(
+    "--preprocess",
+    type=click.Choice(["exact", "fast"]),
+    default="exact",
+    show_default=True,
+    help="fast: decode large JPEGs at reduced scale.",
+)
+@click.option("--threshold", type=click.FloatRange(0, 1), help="Accept below this failure probability.")
+@click.option("--max-batch-size", type=click.IntRange(2, 1024), default=32, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="What the servers have.  [default: cpu]")
+@click.option(
+    "--provider",
+    type=click.Choice(["openvino", "cpu", "cuda", "tensorrt"]),
+    help="What runs the towers.  [default: openvino where installed, else cpu; for GPUs cuda]",
+)
+@click.option("--cores", type=click.IntRange(min=1), help="Of a CPU server.  [default: this machine's]")
+@click.option(
+    "--engines", default="/var/cache/vilu/engines", show_default=True, help="TensorRT's engines, on the server."
+)
+@click.option(
+    "--cuda-arch",
+    metavar="LIST",
+    help="Compute capabilities to compile the head for, as 80,90; means --device gpu.  [default: all known]",
+)
+@click.option(
+    "--version", type=click.IntRange(1), help="Add it beside what is there, as this version.  [default: replace]"
+)
+@click.option("--max-queue", type=int, help="Requests that may wait before one model; 0: any number.  [default: 256]")
+@click.option("--queue-seconds", type=float, help="That a request may wait there.  [default: 30]")
+@click.option("--max-image-bytes", type=int, help="Of an encoded image.  [default: 20 MiB]")
+@click.option("--max-image-pixels", type=int, help="Of an image.  [default: 50,000,000]")
+@click.option("--max-labels", type=int, help="Candidates of a request's own.  [default: 1000]")
+@click.option("--max-label-bytes", type=int, help="Of one of them, in UTF-8.  [default: 256]")
+def export_command(
+    ckpt: Path,
+    output: Path,
+    classes: Path | None,
+    templates: tuple[str, ...],
+    clip_name: str | None,
+    pretrained: str | None,
+    images: Path | None,
+    parity_images: int,
+    precision: str,
+    allow_loss: bool,
+    preprocess: str,
+    threshold: float | None,
+    max_batch_size: int,
+    device: str | None,
+    provider: str | None,
+    cores: int | None,
+    engines: str,
+    cuda_arch: str | None,
+    version: int | None,
+    **limits: float | None,
+) -> None:
+    """Write ONNX graphs and a Triton model repository, proven equal to the eager model.
+
+    What the precision costs on the images is in the repository's parity.md; over its budget nothing is written.
+
+    The authors' .ckpt files name no CLIP and no classes: give --clip, --pretrained and --classes for them.
+    """
+    from dataclasses import replace
+
+    from vilu.checkpoint import load_checkpoint
+    from vilu.class_set import DEFAULT_TEMPLATES, read_names
+    from vilu.clip import load_clip
+    from vilu.export import export
+    from vilu.export.limits import Limits
+    from vilu.export.sample import CALIBRATION, from_folder
+
+    target: dict[str, Any] = {"device": device or ("gpu" if cuda_arch else "cpu"), "provider": provider, "cores": cores}
+    target |= {"precision": precision, "allow_loss": allow_loss, "engines": engines, "preprocess": preprocess}
+    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    target |= {"version": version, "limits": Limits(**given)}
+    if cuda_arch is not None:
+        if device == "cpu":
+            raise UserError("--cuda-arch is for --device gpu")
+        if not all(part.strip().isdecimal() for part in cuda_arch.split(",")):
+            raise UserError(f"--cuda-arch {cuda_arch!r}: expected numbers as in 80,90")
+        target["cuda_archs"] = [int(part) for part in cuda_arch.split(",")]
+    checkpoint = load_checkpoint(ckpt)
+    spec = checkpoint.clip
+    if clip_name or pretrained:
+        clip = load_clip(clip_name or (spec.name if spec else "vilu-tiny"), pretrained)
+        # Other weights than those the head was trained on would be served without a word.
+        if spec is not None and spec.fingerprint not in ("", clip.spec.fingerprint):
+            raise UserError(
+                f"{ckpt}: was trained on CLIP {spec.name} ({spec.pretrained or 'own weights'}), not on these"
+            )
+    elif spec is not None:
+        clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+    else:
+        raise UserError(f"{ckpt}: names no CLIP; give --clip and --pretrained")
+    class_set = checkpoint.class_set
+    if classes is not None:
+        old = class_set.templates if class_set else DEFAULT_TEMPLATES
+        class_set = clip.class_set(read_names(classes), templates or old)
+    elif templates and class_set is not None:
+        class_set = clip.class_set(class_set.names, templates)
+    elif class_set is None:
+        raise UserError(f"{ckpt}: holds no class names; give --classes")
+    checkpoint = replace(
+        checkpoint,
+        clip=clip.spec,
+        class_set=class_set,
+        threshold=checkpoint.threshold if threshold is None else threshold,
+    )
+    with progress_bar() as bar:
+        if images is not None:
+            wanted = parity_images + (CALIBRATION if precision == "int8" else 0)
+            target["images"], target["labels"] = from_folder(images, class_set.names, wanted)
+        report = export(checkpoint, output, clip=clip, max_batch_size=max_batch_size, **target, progress=bar)
+    cost = report["answers"][next(iter(report["answers"]))]
+    click.echo(
+        f"{output}: {precision}, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
+        f"P(failure) within {cost['failure_probability_error']['max']:.1e}"
+    )
+    for problem in report["over_budget"]:
+        click.echo(f"over budget, kept by --allow-loss: {problem}", err=True)

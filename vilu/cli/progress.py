@@ -1,0 +1,30 @@
+"""A progress bar for every command that takes more than two seconds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+
+class Bar:
+    """A progress bar on stderr, silent when stderr is no terminal."""
+
+    def __init__(self, shown: bool = True) -> None:
+        self.console = Console(stderr=True)
+        hidden = not (shown and self.console.is_terminal)
+        self.progress = Progress(console=self.console, disable=hidden, transient=True)
+        self.task: TaskID = self.progress.add_task("", total=None)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self.progress.update(self.task, description=what, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def progress_bar(shown: bool = True) -> Iterator[Bar]:
+    """The bar for one long step; call it with (what, done, total)."""
+    bar = Bar(shown)
+    with bar.progress:
+        yield bar

@@ -1,0 +1,325 @@
+"""Thresholds that can be promised, and probabilities that mean what they say, from held-out data.
+
+An answer is accepted when failure_probability < threshold. Every threshold here is a float32 value in [0, 1] and
+is chosen with the probabilities rounded to float32, so that a server comparing in float32 accepts exactly the
+same samples. Held-out means: not used to train the head, nor to calibrate it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vilu.errors import UserError
+from vilu.evaluation.metrics import Bools, Floats, OneSidedError, check_probability, kept
+
+if TYPE_CHECKING:
+    from vilu.head import ViLUHead
+
+# What guaranteed_risk chooses from: every 1/16 of a logit of P(failure) from −16 to 12, and 1. All of it is fixed
+# before any data are seen, which the guarantee rests on; so are the points that start with a share of the level.
+LOGITS = np.arange(-16, 12 + 1 / 32, 1 / 16)
+GRID = np.append(1 / (1 + np.exp(-LOGITS)), 1.0).astype(np.float32).astype(np.float64)
+STARTS = np.append(np.isin(LOGITS, range(-8, 5)), False)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A threshold, why it was chosen, and what it does on the data it came from.
+
+    rule, target: "risk", "coverage" or "tpr", and the value asked for.
+    threshold: accept where failure_probability < threshold.
+    coverage: share of the samples accepted. risk: share of the accepted that are wrong.
+    tpr: share of the right answers that are accepted (1 where none is right).
+    samples, failures: the size of the data and how many of its answers are wrong.
+    confidence: of the guarantee; None for a rule that has none.
+    bound: the exact binomial upper bound on the risk that met the target; None where there is no guarantee.
+    """
+
+    rule: str
+    target: float
+    threshold: float
+    coverage: float
+    risk: float
+    tpr: float
+    samples: int
+    failures: int
+    confidence: float | None = None
+    bound: float | None = None
+
+
+class TargetNotMetError(UserError):
+    """The target cannot be met on this data; `attainable` is the nearest that can, None where nothing can."""
+
+    def __init__(self, message: str, attainable: float | None) -> None:
+        super().__init__(message)
+        self.attainable = attainable
+
+
+def guaranteed_risk(
+    failure_probability: ArrayLike, correct: ArrayLike, target_risk: float, confidence: float = 0.95
+) -> Threshold:
+    """The threshold of largest coverage whose risk is at most `target_risk`, but for a chance of 1 − confidence.
+
+    Over the draw of the N samples, P(risk on new data from the same source > target_risk) ≤ 1 − confidence,
+    whatever the head and the data. For each θ of a grid fixed in advance (`GRID`), with n accepted samples and
+    e failures among them, "risk(θ) > target_risk" has the exact p-value P(Binomial(n, target_risk) ≤ e). The
+    hypotheses are tested from the lowest θ up by the fallback procedure: 13 of them (`STARTS`) have an equal
+    share of 1 − confidence each, and one that is rejected hands all it had to the next, so that the level grows
+    along a run of rejections; the chance of any false rejection stays at 1 − confidence under every dependence
+    of the tests. The highest rejected θ is taken. (Geifman and El-Yaniv bound a data-driven binary search by
+    Bonferroni over its steps; a fixed grid needs no argument about which steps were taken.)
+
+    Args:
+        failure_probability: (N,) in [0, 1], held-out.
+        correct: (N,) bool.
+        target_risk: error rate wanted among accepted answers, in (0, 1).
+        confidence: in (0, 1).
+
+    Raises:
+        TargetNotMetError: no threshold can be promised; says the lowest risk that this data would have met.
+
+    Reference: Geifman & El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017 (the
+    problem and the binomial bound); Wiens & Dmitrienko, "The Fallback Procedure for Evaluating a Single Family
+    of Hypotheses", J. Biopharm. Stat. 2005 (the testing); Angelopoulos et al., "Learn then Test", 2021 (tests
+    of risks over a grid).
+
+    Example:
+        >>> found = guaranteed_risk([0.01] * 300 + [0.9] * 100, [True] * 300 + [False] * 100, 0.05)
+        >>> found.coverage, found.risk, found.bound <= 0.05
+        (0.75, 0.0, True)
+    """
+    from scipy.stats import beta
+
+    probability, right = _read(failure_probability, correct)
+    for name, value in (("target_risk", target_risk), ("confidence", confidence)):
+        _share(name, value)
+    order = np.sort(probability)
+    accepted = np.searchsorted(order, GRID, side="left")
+    failed = np.searchsorted(np.sort(probability[~right]), GRID, side="left")
+    at, level = _highest_rejected(accepted, failed, target_risk, 1 - confidence)
+    if at is None:
+        lowest = _lowest_risk(accepted, failed, 1 - confidence)
+        said = (
+            f"no risk below 1 can be promised from these {len(right)} samples"
+            if lowest is None
+            else f"the lowest that these {len(right)} samples can promise is {lowest:.4f}"
+        )
+        least = math.ceil(math.log(1 - confidence) / math.log1p(-target_risk))
+        raise TargetNotMetError(
+            f"risk {target_risk:g} cannot be promised with confidence {confidence:g}: {said}"
+            f" (at least {least} accepted samples without a failure are needed for {target_risk:g})",
+            lowest,
+        )
+    n, e = int(accepted[at]), int(failed[at])
+    return _describe(
+        "risk", target_risk, float(GRID[at]), probability, right, confidence, float(beta.ppf(1 - level, e + 1, n - e))
+    )
+
+
+def for_coverage(failure_probability: ArrayLike, correct: ArrayLike, coverage: float) -> Threshold:
+    """The lowest threshold that accepts at least ceil(coverage · N) of the samples; ties can make it more.
+
+    Raises:
+        TargetNotMetError: too many samples have P(failure) = 1, which no threshold accepts.
+    """
+    probability, right = _read(failure_probability, correct)
+    if not 0 < coverage <= 1:
+        raise UserError(f"coverage must be in (0, 1], got {coverage}")
+    threshold = _above(probability, np.sort(probability)[kept(coverage, len(right)) - 1])
+    if threshold is None:
+        most = float((probability < 1).mean())
+        raise TargetNotMetError(
+            f"coverage {coverage:g} cannot be met: at most {most:.4f} of the samples have P(failure) below 1", most
+        )
+    return _describe("coverage", coverage, threshold, probability, right)
+
+
+def for_tpr(failure_probability: ArrayLike, correct: ArrayLike, tpr: float = 0.95) -> Threshold:
+    """The lowest threshold that accepts at least a share `tpr` of the right answers.
+
+    Raises:
+        OneSidedError: no answer is right.
+        TargetNotMetError: too many right answers have P(failure) = 1, which no threshold accepts.
+    """
+    probability, right = _read(failure_probability, correct)
+    if not 0 < tpr <= 1:
+        raise UserError(f"tpr must be in (0, 1], got {tpr}")
+    if not right.any():
+        raise OneSidedError(f"a threshold by TPR needs right answers: all {len(right)} are wrong")
+    of_right = np.sort(probability[right])
+    threshold = _above(probability, of_right[kept(tpr, len(of_right)) - 1])
+    if threshold is None:
+        most = float((of_right < 1).mean())
+        raise TargetNotMetError(
+            f"TPR {tpr:g} cannot be met: at most {most:.4f} of the right answers have P(failure) below 1", most
+        )
+    return _describe("tpr", tpr, threshold, probability, right)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """P' = sigmoid(slope · logit(P) + offset) with slope > 0: it never reorders samples."""
+
+    slope: float
+    offset: float = 0.0
+
+    def __call__(self, failure_probability: ArrayLike) -> Floats:
+        """Calibrated failure probabilities (N,), float64, of (N,) in [0, 1]."""
+        probability = np.asarray(failure_probability, dtype=np.float64)
+        if not ((probability >= 0) & (probability <= 1)).all():
+            raise UserError("a failure probability is not in [0, 1]")
+        return _sigmoid(self.slope * _logit(probability) + self.offset)
+
+    def fold_into(self, head: ViLUHead) -> ViLUHead:
+        """A copy of the head that answers calibrated: its last layer scaled and shifted, so nothing is added."""
+        import torch
+
+        calibrated = copy.deepcopy(head)
+        last = cast(torch.nn.Linear, calibrated.mlp[-1])
+        with torch.no_grad():
+            last.weight.mul_(self.slope)
+            last.bias.mul_(self.slope).add_(self.offset)
+            if calibrated.prior is not None:
+                calibrated.prior.mul_(self.slope)
+        return calibrated
+
+
+def temperature(failure_probability: ArrayLike, correct: ArrayLike) -> Calibration:
+    """Temperature scaling, sigmoid(logit(P) / T): T of least cross-entropy; slope = 1 / T, offset 0.
+
+    P(failure) keeps its decision at 1/2. See `platt` for the targets, arguments and errors.
+
+    Reference: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
+    """
+    return _fit_calibration(failure_probability, correct, shift=False)
+
+
+def platt(failure_probability: ArrayLike, correct: ArrayLike) -> Calibration:
+    """Platt scaling, sigmoid(a · logit(P) + b): a > 0 and b of least cross-entropy, a convex problem.
+
+    The targets are Platt's: (n_wrong + 1) / (n_wrong + 2) for failures and 1 / (n_right + 2) for successes
+    instead of 1 and 0, so that a perfect ranking does not ask for an infinite slope.
+
+    Args:
+        failure_probability: (N,) in [0, 1], held-out.
+        correct: (N,) bool, of both kinds.
+
+    Raises:
+        OneSidedError: all answers are right, or all wrong.
+        UserError: the best slope is not positive: P(failure) ranks no better than chance here.
+
+    Reference: Platt, "Probabilistic Outputs for Support Vector Machines", 1999, section 2.2.
+    """
+    return _fit_calibration(failure_probability, correct, shift=True)
+
+
+def _fit_calibration(failure_probability: ArrayLike, correct: ArrayLike, shift: bool) -> Calibration:
+    from scipy.optimize import minimize
+
+    probability, right = check_probability(failure_probability, correct)
+    if right.all() or not right.any():
+        raise OneSidedError(f"calibration needs both kinds: all {len(right)} are {'right' if right.all() else 'wrong'}")
+    logit = _logit(probability)
+    wrong = ~right
+    target = np.where(wrong, (wrong.sum() + 1) / (wrong.sum() + 2), 1 / (right.sum() + 2))
+
+    def loss(parameters: Floats) -> tuple[float, Floats]:
+        z = parameters[0] * logit + parameters[1]
+        residual = _sigmoid(z) - target
+        return float(np.mean(np.logaddexp(0, z) - target * z)), np.array([np.mean(residual * logit), residual.mean()])
+
+    least = 1e-6
+    bounds = [(least, None), (None, None) if shift else (0.0, 0.0)]
+    options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000}
+    found = minimize(loss, [1.0, 0.0], jac=True, bounds=bounds, method="L-BFGS-B", options=options)
+    if found.x[0] <= 2 * least:
+        raise UserError(
+            "calibration: P(failure) ranks these samples no better than chance; no positive slope improves it"
+        )
+    return Calibration(float(found.x[0]), float(found.x[1]))
+
+
+def _highest_rejected(
+    accepted: NDArray[np.int64], failed: NDArray[np.int64], target_risk: float, level: float
+) -> tuple[int | None, float]:
+    """Index of the highest threshold the fallback procedure rejects "risk > target" at, and the level it had."""
+    from scipy.stats import binom
+
+    p_values = np.where(accepted > 0, binom.cdf(failed, np.maximum(accepted, 1), target_risk), 1.0)
+    shares = level * STARTS / STARTS.sum()
+    highest, highest_level, spent = None, 0.0, 0.0
+    for at, (share, p_value) in enumerate(zip(shares, p_values, strict=True)):
+        here = share + spent
+        spent = here if p_value <= here else 0.0
+        if spent:
+            highest, highest_level = at, here
+    return highest, highest_level
+
+
+def _lowest_risk(accepted: NDArray[np.int64], failed: NDArray[np.int64], level: float) -> float | None:
+    """The smallest target that is met, to 1e-4 and rounded up; None where not even 0.9999 is."""
+    low, high = 0, 10_000
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _highest_rejected(accepted, failed, middle / 10_000, level)[0] is None:
+            low = middle
+        else:
+            high = middle
+    return None if high == 10_000 else high / 10_000
+
+
+def _above(probability: Floats, value: float) -> float | None:
+    """The next sample value above `value`, or 1 where there is none; None where `value` is 1 itself."""
+    higher = probability[probability > value]
+    if len(higher):
+        return float(higher.min())
+    return 1.0 if value < 1 else None
+
+
+def _describe(
+    rule: str,
+    target: float,
+    threshold: float,
+    probability: Floats,
+    right: Bools,
+    confidence: float | None = None,
+    bound: float | None = None,
+) -> Threshold:
+    accepted = probability < threshold
+    return Threshold(
+        rule=rule,
+        target=target,
+        threshold=threshold,
+        coverage=float(accepted.mean()),
+        risk=float((~right[accepted]).mean()),
+        tpr=float(accepted[right].mean()) if right.any() else 1.0,
+        samples=len(right),
+        failures=int((~right).sum()),
+        confidence=confidence,
+        bound=bound,
+    )
+
+
+def _read(failure_probability: ArrayLike, correct: ArrayLike) -> tuple[Floats, Bools]:
+    probability, right = check_probability(failure_probability, correct)
+    return probability.astype(np.float32).astype(np.float64), right
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise UserError(f"{name} must be in (0, 1), got {value}")
+
+
+def _logit(probability: Floats) -> Floats:
+    inside = np.clip(probability, np.finfo(np.float64).tiny, 1 - np.finfo(np.float64).epsneg)
+    return np.log(inside) - np.log1p(-inside)
+
+
+def _sigmoid(z: Floats) -> Floats:
+    return np.exp(-np.logaddexp(0, -z))

@@ -1,0 +1,241 @@
+"""The pictures of an evaluation, as PNG files in memory."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from vilu.evaluation import metrics
+from vilu.evaluation.bootstrap import BINS, one_sided
+from vilu.evaluation.evaluate import OURS, Evaluation, Result
+from vilu.evaluation.metrics import Floats
+
+if TYPE_CHECKING:
+    from vilu.evaluation.learning_curve import LearningCurve
+
+DPI = 110
+POINTS = 1000  # of a curve: more cannot be seen
+COLOURS = {
+    "MCM": "#7f7f7f",
+    "Entropy": "#bcbd22",
+    "Doctor": "#8c564b",
+    "Rel-U": "#17becf",
+    "LVU-BCE": "#2ca02c",
+    "LVU-MSE": "#98df8a",
+    "ConfidNet": "#9467bd",
+    "ProbVLM": "#e377c2",
+    "BayesVLM": "#ff7f0e",
+    "ViLU": "#1f4fd8",
+}
+RIGHT, WRONG = "#2c7fb8", "#d95f0e"
+
+
+def pictures(evaluation: Evaluation) -> dict[str, bytes]:
+    """File name to PNG: per data set what it can be drawn for, in the order of the report."""
+    found: dict[str, bytes] = {}
+    for i, result in enumerate(evaluation.results, 1):
+        for kind, draw in KINDS.items():
+            if result.confidences and not (kind == "roc" and one_sided(result.correct)):
+                found[file_name(kind, result.name, i)] = _png(draw, result)
+        if len(evaluation.sweeps.get(result.name, ())) > 1:
+            found[file_name("candidates", result.name, i)] = _png(_candidates, evaluation.sweeps[result.name])
+        if result.name in evaluation.curves:
+            found[file_name("learning-curve", result.name, i)] = _png(_curve, evaluation.curves[result.name])
+    return found
+
+
+def file_name(kind: str, name: str, number: int) -> str:
+    """A file name of plain letters whatever the data set is called; the number keeps it unique."""
+    return f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')[:40] or 'data'}-{kind}.png"
+
+
+def _png(draw: Callable[[Any], Figure], what: Any) -> bytes:
+    buffer = io.BytesIO()
+    draw(what).savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def _plain(text: str) -> str:
+    """A user's string, kept from being read as a formula."""
+    return text.replace("$", r"\$")
+
+
+def _axes(title: str, x: str, y: str, size: tuple[float, float] = (6.2, 4.6)) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlabel=x, ylabel=y)
+    axis.set_title(_plain(title), fontsize=11)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def _style(method: str) -> dict[str, Any]:
+    ours = method == OURS
+    return {"color": COLOURS.get(method), "linewidth": 2.6 if ours else 1.3, "zorder": 3 if ours else 2}
+
+
+def _thin(*columns: Floats) -> list[Floats]:
+    at = np.unique(np.linspace(0, len(columns[0]) - 1, POINTS).astype(int))
+    return [column[at] for column in columns]
+
+
+def _cell(result: Result, method: str, key: str) -> float | None:
+    row = next(row for row in result.rows if row.method == method)
+    return row.cells[key].value if key in row.cells else None
+
+
+def _roc(result: Result) -> Figure:
+    from sklearn.metrics import roc_curve
+
+    figure, axis = _axes(result.name, "wrong answers accepted (FPR)", "right answers accepted (TPR)")
+    for method, confidence in result.confidences.items():
+        fpr, tpr, _ = roc_curve(result.correct, confidence)
+        axis.plot(*_thin(fpr, tpr), label=f"{method} ({_cell(result, method, 'auc'):.1%})", **_style(method))
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle=":")
+    axis.axhline(0.95, color="0.7", linewidth=0.8, linestyle=":")
+    axis.set(xlim=(0, 1), ylim=(0, 1.01))
+    axis.legend(title="AUC", fontsize=8, loc="lower right")
+    return figure
+
+
+def _risk(result: Result) -> Figure:
+    figure, axis = _axes(result.name, "coverage: share of answers kept", "risk: share of them wrong")
+    for method, confidence in result.confidences.items():
+        coverage, risk = metrics.risk_coverage(confidence, result.correct)
+        label = f"{method} ({100 * (_cell(result, method, 'aurc') or 0):.2f})"
+        axis.plot(*_thin(coverage, risk), label=label, **_style(method))
+    axis.set(xlim=(0, 1))
+    # The first few answers alone make any risk: they must not set the scale.
+    axis.set_ylim(0, min(1.0, max(0.02, 2 * float((~result.correct).mean()))))
+    axis.legend(title="AURC, %", fontsize=8, loc="upper left")
+    return figure
+
+
+def _densities(result: Result) -> Figure:
+    columns = min(4, len(result.confidences))
+    rows = -(-len(result.confidences) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 0.4), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[len(result.confidences) :]:
+        axis.set_visible(False)
+    for axis, (method, confidence) in zip(axes, result.confidences.items(), strict=False):
+        low, high = np.quantile(confidence, [0.005, 0.995])
+        if not high > low:
+            low, high = low - 0.5, low + 0.5
+        bins = np.linspace(low, high, 41)
+        for side, colour, label in ((result.correct, RIGHT, "right"), (~result.correct, WRONG, "wrong")):
+            if side.any():
+                inside = np.clip(confidence[side], low, high)
+                axis.hist(inside, bins, density=True, alpha=0.55, color=colour, label=label)
+        axis.set_title(method, fontsize=10)
+        axis.set_yticks([])
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.ticklabel_format(axis="x", scilimits=(-3, 4))
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{_plain(result.name)}: confidence of right and of wrong answers", fontsize=11)
+    return figure
+
+
+def _reliability(result: Result) -> Figure:
+    figure, axis = _axes(result.name, "P(failure), mean of the bin", "failure rate in the bin")
+    for method, probability in result.probabilities.items():
+        mean, rate, samples = metrics.reliability(probability, result.correct, BINS)
+        kept = samples > 0
+        label = f"{method} ({100 * (_cell(result, method, 'ece') or 0):.2f})"
+        axis.plot(mean[kept], rate[kept], marker="o", markersize=3, label=label, **_style(method))
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle=":")
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    if result.probabilities:
+        axis.legend(title="ECE, %", fontsize=8, loc="upper left")
+    else:
+        axis.text(0.5, 0.6, "no method here states a probability", ha="center")
+    return figure
+
+
+KINDS: Mapping[str, Callable[[Result], Figure]] = {
+    "roc": _roc,
+    "risk-coverage": _risk,
+    "densities": _densities,
+    "reliability": _reliability,
+}
+
+
+def _candidates(sweep: Sequence[Result]) -> Figure:
+    figure, axis = _axes(sweep[0].name, "candidates K in a group", "AUC")
+    for method in (row.method for row in sweep[0].rows):
+        cells = [next(r for r in result.rows if r.method == method).cells.get("auc") for result in sweep]
+        drawn = [(result.candidates, cell) for result, cell in zip(sweep, cells, strict=True) if cell is not None]
+        if drawn:
+            sizes = [size for size, _ in drawn]
+            axis.plot(
+                sizes, [cell.value for _, cell in drawn], marker="o", markersize=4, label=method, **_style(method)
+            )
+            axis.fill_between(
+                sizes,
+                [cell.low for _, cell in drawn],
+                [cell.high for _, cell in drawn],
+                color=COLOURS.get(method),
+                alpha=0.12,
+                linewidth=0,
+            )
+    sizes = [result.candidates for result in sweep]
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _curve(curve: LearningCurve) -> Figure:
+    figure, axis = _axes(curve.test, "training images", "AUC", (7.2, 4.6))
+    axis.axhline(curve.mcm.value, color=COLOURS["MCM"], label=f"MCM, no training ({curve.mcm.value:.1%})")
+    axis.axhspan(curve.mcm.low, curve.mcm.high, color=COLOURS["MCM"], alpha=0.15, linewidth=0)
+    points = [point for point in curve.points if point.mean is not None]
+    sizes = [point.size for point in points]
+    bounded = [point for point in points if point.low is not None]
+    axis.plot(sizes, [point.mean for point in points], marker="o", label=OURS, **_style(OURS))
+    axis.fill_between(
+        [point.size for point in bounded],
+        [point.low for point in bounded],
+        [point.high for point in bounded],
+        color=COLOURS[OURS],
+        alpha=0.15,
+        linewidth=0,
+    )
+    seeds = [(point.size, auc) for point in points for auc in point.aucs]
+    axis.plot([s for s, _ in seeds], [auc for _, auc in seeds], ".", color=COLOURS[OURS], markersize=4, alpha=0.6)
+    better = [point for point in points if point.better]
+    values = [value for p in points for value in (*p.aucs, p.low, p.high) if value is not None]
+    values += [curve.mcm.low, curve.mcm.high]
+    if better:
+        places = [point.size for point in better], [point.mean for point in better]
+        axis.plot(*places, "o", color="#2ca02c", zorder=4, label="better than MCM, p < 0.05")
+    needed = curve.needed
+    if curve.power_law and sizes:
+        a, b, c = curve.power_law
+        end = max(sizes[-1], needed.high or needed.size or 0)
+        x = np.geomspace(sizes[0], end, 200)
+        axis.plot(x, a - b * x**-c, color=COLOURS[OURS], linewidth=1, linestyle="--", label="power law")
+        values.append(a - b * end**-c)
+    if needed.size is not None:
+        axis.axvline(needed.size, color="#2ca02c", linewidth=1, linestyle=":")
+        if needed.kind == "extrapolated" and needed.low is not None:
+            axis.axvspan(needed.low, needed.high or axis.get_xlim()[1], color="#2ca02c", alpha=0.08, linewidth=0)
+    axis.set_xscale("log")
+    ticks = sorted({*sizes, *([needed.size] if needed.size else [])})
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    room = 0.05 * (max(values) - min(values)) + 1e-3
+    axis.set_ylim(max(0.0, min(values) - room), min(1.0, max(values) + room))
+    axis.set_title(_plain(f"{curve.test}: {needed.text}"), fontsize=9, wrap=True)
+    axis.legend(fontsize=8)
+    return figure
