@@ -12,10 +12,10 @@ cut off. Rows are added to the output, in the place of older ones of the same sh
 
     pytest -q -m gpu tests/kernels                                            # parity, graphs, cubins on this chip
     python bench/head.py --quick                                              # the targets' shapes, before tuning
-    python bench/head.py --tune --kernels single --shapes none                # tune, measuring nothing
-    python bench/head.py --tune --kernels scan --dtypes bfloat16 --shapes none
-    python bench/head.py --tune --kernels scan --dtypes float32 --shapes none
-    python bench/head.py --tune --kernels tail --shapes none
+    python bench/head.py --tune --kernels attend_image --shapes none                # tune, measuring nothing
+    python bench/head.py --tune --kernels attend_tile --dtypes bfloat16 --shapes none
+    python bench/head.py --tune --kernels attend_tile --dtypes float32 --shapes none
+    python bench/head.py --tune --kernels combine --shapes none
     pytest -q -m gpu tests/kernels                                            # again, as tuned
     for d in 512 768; do for t in float32 float16 bfloat16; do for k in 10,1000 65536 1048576; do
         python bench/head.py --dims $d --dtypes $t --classes $k
@@ -438,16 +438,18 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 CANDIDATES: dict[str, dict[str, list[int]]] = {
-    "single": {"TILE": [2048, 4096, 8192, 16384], "STAGES": [1, 2, 3, 4], "num_warps": [4, 8, 16], "waves": [1, 2]},
-    "scan": {
+    "attend_image": {
+        "TILE": [2048, 4096, 8192, 16384], "STAGES": [1, 2, 3, 4], "num_warps": [4, 8, 16], "waves": [1, 2],
+    },
+    "attend_tile": {
         "BLOCK_M": [32, 64], "BLOCK_N": [16, 32, 64], "BLOCK_D": [32, 64, 128], "BLOCK_W": [64, 128],
         "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
     },
-    "tail": {"BLOCK_M": [16, 32], "BLOCK_N": [32, 64], "BLOCK_D": [32, 64], "STAGES": [2, 3], "num_warps": [4, 8]},
+    "combine": {"BLOCK_M": [16, 32], "BLOCK_N": [32, 64], "BLOCK_D": [32, 64], "STAGES": [2, 3], "num_warps": [4, 8]},
 }  # fmt: skip
 
 
-TUNED_IMAGES = {"single": 1, "scan": 512, "tail": 512}
+TUNED_IMAGES = {"attend_image": 1, "attend_tile": 512, "combine": 512}
 TUNED_CLASSES = {"folded": 1000, "plain": 65536}
 
 
@@ -457,14 +459,13 @@ def tune(device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Itera
     A plain bank is tuned at K = 65,536, a folded one at K = 1,000: where each is used. float16 takes bfloat16's.
     """
     from vilu.kernels import fused
-    from vilu.kernels.aot import variant_of
 
     arch, _ = fused._device(0)
     for name, dtype, dim, layout in itertools.product(kernels, dtypes, dims, TUNED_CLASSES):
         case = Case(TUNED_IMAGES[name], TUNED_CLASSES[layout], dim, dtype)
         head, v, t = case.data(device)
         folded = fold(head, t, logit_scale=SCALE, layout=layout)
-        exact, variant = Exact.of(head, v, t), variant_of(folded)
+        exact, variant = Exact.of(head, v, t), folded.variant
         settings = {kernel: dict(values) for kernel, values in tuned(arch, variant)}
         best = cost(settings, folded, exact, v)
         for key, values in CANDIDATES[name].items():
