@@ -22,8 +22,9 @@ from vilu import __version__, load_clip
 from vilu.cli.options import default_cache
 from vilu.cli.progress import progress_bar
 from vilu.data import embed, open_source, registry
+from vilu.evaluation.bootstrap import paired_bootstrap
 from vilu.evaluation.evaluate import confidences, correct
-from vilu.evaluation.metrics import auroc, fpr_at_tpr, paired_bootstrap
+from vilu.evaluation.metrics import auroc, fpr_at_tpr
 from vilu.recipes import recipe_named
 from vilu.scores import MCM, ViLU
 from vilu.train import fit

@@ -37,7 +37,11 @@ from torch import Tensor, nn
 from vilu import load_clip
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
 from vilu.recipes import Recipe, recipe_named
-from vilu.train import _answers, _batch, _loss, _Run, _start, fit
+from vilu.train import fit
+from vilu.training.batches import clip_answers, make_batch
+from vilu.training.loss import batch_loss
+from vilu.training.run import Run
+from vilu.training.start import initial_head
 
 ROOT = Path(__file__).parents[1]
 CLASSES, DIM, SCALE = 1000, 512, 100.0
@@ -223,13 +227,13 @@ def speed(data: EmbeddedSet, turns: int, clip: Any) -> Iterator[dict[str, Any]]:
 def profile(data: EmbeddedSet, case: Case, steps: int = 20) -> dict[str, Any]:
     """Share of a step's time by operation: matrix products, and the largest of the others."""
     recipe, everything = case.recipe, torch.arange(len(data))
-    answers = _answers(data, recipe)
-    run = _Run(_start(data, answers, everything, recipe), recipe, 1)
+    answers = clip_answers(data, recipe)
+    run = Run(initial_head(data, answers, everything, recipe), recipe, 1)
 
     def step() -> None:
         rows = torch.randint(len(data), (recipe.batch_size,))
         run.before_step()
-        loss = _loss(run.head, _batch(data, answers, rows, recipe), recipe, recipe.batch_size, 1)
+        loss = batch_loss(run.head, make_batch(data, answers, rows, recipe), recipe, recipe.batch_size, 1)
         run.step(loss, 1)
 
     for _ in range(5):

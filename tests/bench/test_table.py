@@ -28,7 +28,7 @@ SETS = {
 def evaluations(request):
     train, test = SETS[request.param]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vilu.train.RESAMPLES", 5)  # of each head's own validation, which the table does not read
+        patch.setattr("vilu.training.validation.RESAMPLES", 5)  # the table does not read it
         return [table.run_seed(train, test, seed, candidates=(16, 32), resamples=30, quick=True) for seed in range(2)]
 
 
