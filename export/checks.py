@@ -1,4 +1,8 @@
-"""Where an export is refused: every check of what was asked, in the order they are made, and the parity budget's."""
+"""Where an export is refused: the checks of what was asked, in the order of `export`, and that of the parity budget.
+
+A check that belongs to one value is beside it, and is called from here or from `export`: `precision.check`,
+`versions.check`, `cuda_head.check_archs`, `Limits`, and `sample.draw_sample` for the images.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +34,21 @@ def check_output(output: Path, version: int | None) -> None:
         versions.check(output, version)
 
 
-def choose_runtime(device: str, provider: str | None, precision_: str, cores: int | None, engines: str) -> Runtime:
-    """What runs the graphs, with the defaults filled in; refuses what does not fit together or is not installed."""
+def choose_runtime(device: str, provider: str | None, kind: str, cores: int | None, engines: str) -> Runtime:
+    """What runs the graphs, with the defaults filled in; refuses what does not fit together or is not installed.
+
+    Args:
+        kind: the precision. The others are as `export` has them.
+    """
     if device not in ("cpu", "gpu"):
         raise UserError(f"device must be cpu or gpu, got {device!r}")
     openvino = session.has_openvino()
     if provider is None:
         provider = "cuda" if device == "gpu" else "openvino" if openvino else "cpu"
-    precision.check(precision_, device, provider, has_openvino=openvino, has_bfloat16=session.has_bfloat16())
+    precision.check(kind, device, provider, has_openvino=openvino, has_bfloat16=session.has_bfloat16())
     if cores is not None and cores < 1:
         raise UserError(f"cores must be at least 1, got {cores}")
-    return Runtime(device, provider, precision_, cores or session.cores(), engines)
+    return Runtime(device, provider, kind, cores or session.cores(), engines)
 
 
 def check_options(preprocess: str, max_batch_size: int) -> None:

@@ -15,7 +15,7 @@ def answers(failure, index=(0, 1, 0, 1), embedding=None):
 EAGER = answers([0.1, 0.9, 0.2, 0.8])
 
 
-def test_cost_by_hand():
+def test_compared_answers_by_hand():
     turned = np.eye(4)
     turned[0] = [0.6, 0.8, 0, 0]
     row = parity.compare_answers(answers([0.1, 0.9, 0.3, 0.8], (0, 1, 1, 1), turned), EAGER, None)
@@ -50,7 +50,7 @@ def test_batch_sizes(largest, sizes):
 
 
 @pytest.mark.parametrize(("move", "independent"), [(0.0, True), (5e-7, True), (1e-5, False)])
-def test_an_answer_that_depends_on_its_batch_is_told(move, independent):
+def test_an_answer_that_depends_on_its_batch_is_reported(move, independent):
     feed = np.arange(7)
 
     def answer(images, size):

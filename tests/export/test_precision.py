@@ -1,4 +1,4 @@
-"""Reduced precisions: what is rewritten, what stays float32, what it costs, who is refused, what servers are told."""
+"""Reduced precisions: what is rewritten and what stays float32, what it costs, what is refused, what configs say."""
 
 import json
 import platform
