@@ -16,7 +16,7 @@ import click
 
 from vilu.errors import UserError
 from vilu.export.folder import replacing
-from vilu.export.repository import CONFIG, load_config, save_config
+from vilu.export.model_config import CONFIG, load_config, save_config
 from vilu.serving import AccessDenied, AsyncClient, RequestRefused
 from vilu.serving.access import token_from
 from vilu.serving.classes import control_option, server_options, with_client

@@ -45,7 +45,7 @@ def demo_command(output: Path, model_repository: Path, seed: int) -> None:
     A second run reuses the checkpoint and the model repository of the first.
     """
     from vilu.export import export
-    from vilu.export.export import digest
+    from vilu.export.report import digest
     from vilu.serving import Client, Server
     from vilu.serving.ask import print_answers
 
