@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vilu.test_evaluate import captioned, closed, head
+from tests.vilu.evaluation.test_evaluate import captioned, closed, head
 from vilu.errors import UserError
 from vilu.evaluation import metrics
 from vilu.evaluation.evaluate import confidences, correct

@@ -1,4 +1,4 @@
-"""An evaluation as a table in the terminal, and as a folder of JSON, CSV, pictures and one HTML file."""
+"""An evaluation as a folder of JSON, CSV, pictures and one HTML file."""
 
 from __future__ import annotations
 
@@ -15,19 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape as escape_markup
-from rich.table import Table
-
 from vilu.errors import UserError
 from vilu.evaluation.bootstrap import COLUMNS, Column
-from vilu.evaluation.evaluate import COMPARED, OURS, Evaluation, Result
+from vilu.evaluation.evaluate import COMPARED, Evaluation, Result
 from vilu.evaluation.metrics import Comparison, Interval
 
 DIGITS = {"aurc": 2, "ece": 2, "brier": 2}  # after the point, in percent; 1 for the rest
-WIDE, MIDDLE = 180, 138  # columns of a terminal that has room for intervals, and for every metric
-NARROW = ("auc", "fpr95", "aurc", "ece")
 HEAD = ["set", "candidates", "samples", "method", "metric", "value", "low", "high"]
 HEAD += ["vilu_minus", "vilu_minus_low", "vilu_minus_high", "p_value", "reason"]
 JSON, CSV, HTML = "evaluation.json", "evaluation.csv", "report.html"
@@ -64,52 +57,6 @@ def caption(result: Result) -> str:
     if result.trained_on:
         parts.append(f"baselines fitted on {result.trained_on}")
     return ", ".join(parts)
-
-
-def print_tables(evaluation: Evaluation, console: Console) -> None:
-    """One table a data set, and their mean; a narrow terminal gets fewer metrics, a wide one intervals."""
-    for result in (*evaluation.results, *([evaluation.mean] if evaluation.mean else [])):
-        console.print(_rich_table(result, console.width))
-        if result.note:
-            console.print(escape_markup(result.note), style="yellow")
-        for row in result.rows:
-            if row.reason:
-                console.print(escape_markup(f"{row.method}: {row.reason}"), style="yellow")
-    for name, sweep in evaluation.sweeps.items():
-        if len(sweep) > 1:
-            table = Table(
-                "K", *evaluation.methods, title=escape_markup(f"{name}: AUC against the number of candidates")
-            )
-            for result in sweep:
-                cells = [row.cells.get("auc") for row in result.rows]
-                table.add_row(str(result.candidates), *("" if c is None else f"{100 * c.value:.1f}" for c in cells))
-            console.print(table)
-    for name, curve in evaluation.curves.items():
-        console.print(escape_markup(f"{name}: {curve.needed.text}"))
-
-
-def _rich_table(result: Result, width: int) -> Table:
-    top = best(result)
-    columns = COLUMNS if width >= MIDDLE else [c for c in COLUMNS if c.key in NARROW]
-    table = Table(title=f"{escape_markup(result.name)} (%)", caption=escape_markup(caption(result)), box=SIMPLE_HEAD)
-    table.add_column("method", no_wrap=True)
-    for column in columns:
-        table.add_column(f"{column.title} {'↑' if column.higher else '↓'}", justify="right", no_wrap=True)
-    for column in compared():
-        table.add_column(f"{OURS} − it,\n{column.title} (p)", justify="right", no_wrap=True)
-    for row in result.rows:
-        cells = []
-        for column in columns:
-            cell = row.cells.get(column.key)
-            shown = "" if cell is None else text(column, cell.value)
-            if cell is not None and cell.value == top[column.key]:
-                shown = f"[bold]{shown}[/]"
-            if cell is not None and width >= WIDE:
-                shown += f"\n[dim]{text(column, cell.low)}–{text(column, cell.high)}[/]"
-            cells.append(shown)
-        pairs = [difference(c, row.against[c.key]) if c.key in row.against else "" for c in compared()]
-        table.add_row(row.method, *cells, *pairs)
-    return table
 
 
 def compared() -> list[Column]:
