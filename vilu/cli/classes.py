@@ -70,9 +70,10 @@ def put_command(
     threshold: float | None,
     **options: Any,
 ) -> None:
-    """Put the class set NAME, or replace it, while the server answers.
+    """Put the class set NAME, or replace the one of that name.
 
-    FILE holds class names, one per line (UTF-8), or is a .npz or .safetensors file with their text_embeddings.
+    The server goes on answering, and every answer is from one whole set. FILE holds class names, one per line (UTF-8),
+    or is a .npz or .safetensors file with their text_embeddings.
     """
     from vilu.serving.access import token_from
     from vilu.serving.classes import put_set, read_set
