@@ -180,7 +180,7 @@ CAPTION_GROUP = 1024  # candidates of a caption set without classes: the publish
 
 
 def _correct(held: EmbeddedSet) -> tuple[Any, int]:
-    """(N,) bool, whether CLIP is right; and the number of candidates. Of captions the last part group is left out."""
+    """(N,) bool, whether CLIP is right, and the number of candidates. The last group of captions counts if it is whole."""
     from vilu.evaluation.evaluate import correct
 
     group = min(CAPTION_GROUP, len(held)) if held.captions else len(held.text)

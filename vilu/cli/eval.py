@@ -328,7 +328,7 @@ def choose_methods(text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def whole_numbers(option: str, text: str | None, least: int) -> tuple[int, ...]:
-    """ "128,256" as numbers; none where the option was not given."""
+    """The numbers in a text such as "128,256", or none where the option was not given. Raises UserError."""
     if text is None:
         return ()
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -338,7 +338,7 @@ def whole_numbers(option: str, text: str | None, least: int) -> tuple[int, ...]:
 
 
 def one_each(given: list[T], sets: int, what: str) -> list[T]:
-    """One for all, or one for each."""
+    """One value for each test set, where one was given for all or one for each. Raises UserError otherwise."""
     if len(given) not in (1, sets):
         raise UserError(f"{what}: {len(given)} given for {sets} test sets; give one for all, or one each")
     return given * sets if len(given) == 1 else given
@@ -390,7 +390,7 @@ def draw_curve(
     """The learning curve of what `vilu train` makes by a recipe.
 
     Args:
-        sizes: none: 200, 400, ... and all.
+        sizes: numbers of training images; where there are none, 200, 400, ... and all.
     """
     from vilu.evaluation.learning_curve import learning_curve
     from vilu.recipes import recipe_named
