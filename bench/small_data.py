@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from vilu import __version__, load_clip
-from vilu.cli.options import default_cache
 from vilu.cli.progress import progress_bar
 from vilu.data import embed, open_source, registry
+from vilu.data.cache import default_cache
 from vilu.evaluation.bootstrap import paired_bootstrap
 from vilu.evaluation.evaluate import confidences, correct
 from vilu.evaluation.metrics import auroc, fpr_at_tpr

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 from vilu import ViLUHead, __version__, load_clip
-from vilu.cli.options import default_cache
 from vilu.cli.progress import progress_bar
 from vilu.data import embed, open_source
+from vilu.data.cache import default_cache
 from vilu.data.pipeline import cores
 from vilu.embeddings import EmbeddedSet
 from vilu.errors import UserError

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.vilu.evaluation.examples import captioned, closed, head, quick
+from vilu.cli.tables import MIDDLE, WIDE, print_tables
 from vilu.errors import UserError
 from vilu.evaluation.columns import COLUMNS
 from vilu.evaluation.evaluate import Case, evaluate
@@ -198,18 +199,18 @@ def test_a_set_without_any_number_still_has_a_report(tmp_path):
     assert "ViLU could not be compared" in (tmp_path / "out" / report.HTML).read_text("utf-8")
 
 
-@pytest.mark.parametrize("width", [60, report.MIDDLE, report.WIDE])
+@pytest.mark.parametrize("width", [60, MIDDLE, WIDE])
 def test_the_tables_fit_the_terminal(evaluation, width):
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    report.print_tables(evaluation, console)
+    print_tables(evaluation, console)
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= width
     assert "needs training data to be fitted on" in shown.replace("\n", " ")
-    if width >= report.MIDDLE:
+    if width >= MIDDLE:
         cell = evaluation.results[0].rows[0].cells["accuracy_at_90"]
         assert f"{100 * cell.value:.1f}" in shown
         assert "…" not in shown
-        assert (f"{100 * cell.low:.1f}–{100 * cell.high:.1f}" in shown) == (width >= report.WIDE)
+        assert (f"{100 * cell.low:.1f}–{100 * cell.high:.1f}" in shown) == (width >= WIDE)
 
 
 def test_the_summary_names_the_rival(evaluation):

@@ -1,4 +1,4 @@
-"""An evaluation as JSON and CSV, as a folder with those and one HTML file, and as a table in the terminal."""
+"""An evaluation as JSON and CSV, and as a folder with those, its figures and one HTML file."""
 
 from __future__ import annotations
 
@@ -12,21 +12,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape as escape_markup
-from rich.table import Table
-
 from vilu.errors import UserError
 from vilu.evaluation.bootstrap import Interval
 from vilu.evaluation.columns import COLUMNS
 from vilu.evaluation.report.figures import figures
-from vilu.evaluation.report.formatting import best, caption, compared, difference, percent, versions
+from vilu.evaluation.report.formatting import compared, versions
 from vilu.evaluation.report.html import as_html
-from vilu.evaluation.results import OURS, Evaluation, Result
+from vilu.evaluation.results import Evaluation, Result
 
-WIDE, MIDDLE = 180, 138  # columns of a terminal that has room for intervals, and for every metric
-NARROW = ("auc", "fpr95", "aurc", "ece")
 CSV_HEAD = ["set", "candidates", "samples", "method", "metric", "value", "low", "high"]
 CSV_HEAD += ["vilu_minus", "vilu_minus_low", "vilu_minus_high", "p_value", "reason"]
 JSON, CSV, HTML = "evaluation.json", "evaluation.csv", "report.html"
@@ -169,49 +162,3 @@ def write(evaluation: Evaluation, output: Path) -> list[Path]:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return [output / name for name in files]
-
-
-def print_tables(evaluation: Evaluation, console: Console) -> None:
-    """One table a data set, and their mean; a narrow terminal gets fewer metrics, a wide one intervals."""
-    for result in (*evaluation.results, *([evaluation.mean] if evaluation.mean else [])):
-        console.print(_rich_table(result, console.width))
-        if result.note:
-            console.print(escape_markup(result.note), style="yellow")
-        for row in result.rows:
-            if row.reason:
-                console.print(escape_markup(f"{row.method}: {row.reason}"), style="yellow")
-    for name, sweep in evaluation.sweeps.items():
-        if len(sweep) > 1:
-            table = Table(
-                "K", *evaluation.methods, title=escape_markup(f"{name}: AUC against the number of candidates")
-            )
-            for result in sweep:
-                cells = [row.cells.get("auc") for row in result.rows]
-                table.add_row(str(result.candidates), *("" if c is None else f"{100 * c.value:.1f}" for c in cells))
-            console.print(table)
-    for name, curve in evaluation.curves.items():
-        console.print(escape_markup(f"{name}: {curve.needed.text}"))
-
-
-def _rich_table(result: Result, width: int) -> Table:
-    top = best(result)
-    columns = COLUMNS if width >= MIDDLE else [c for c in COLUMNS if c.key in NARROW]
-    table = Table(title=f"{escape_markup(result.name)} (%)", caption=escape_markup(caption(result)), box=SIMPLE_HEAD)
-    table.add_column("method", no_wrap=True)
-    for column in columns:
-        table.add_column(f"{column.title} {'↑' if column.higher else '↓'}", justify="right", no_wrap=True)
-    for column in compared():
-        table.add_column(f"{OURS} − it,\n{column.title} (p)", justify="right", no_wrap=True)
-    for row in result.rows:
-        cells = []
-        for column in columns:
-            cell = row.cells.get(column.key)
-            shown = "" if cell is None else percent(column, cell.value)
-            if cell is not None and cell.value == top[column.key]:
-                shown = f"[bold]{shown}[/]"
-            if cell is not None and width >= WIDE:
-                shown += f"\n[dim]{percent(column, cell.low)}–{percent(column, cell.high)}[/]"
-            cells.append(shown)
-        pairs = [difference(c, row.against[c.key]) if c.key in row.against else "" for c in compared()]
-        table.add_row(row.method, *cells, *pairs)
-    return table
