@@ -1,174 +1,21 @@
-"""Hostile requests from a seeded generator, over gRPC and raw HTTP: damaged images, wrong tensors, garbage on the wire.
-
-Each must be refused with an error of the 4xx class, within seconds; a damaged image that still decodes may instead be
-answered, and must be where `vilu.preprocess.image.decode` reads it here.
-"""
+"""Hostile requests from a seeded generator: damaged images, wrong tensors, and bytes that are hardly gRPC or HTTP."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import re
-import struct
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
 import numpy as np
-from loadgen import INFER
 from tritonclient.grpc import service_pb2 as pb
 
+from bench.loadtest.damaged_images import Mutator, bombs
+from bench.loadtest.hostile import Attack
+from bench.loadtest.wire import Tensor, message, over_binary, pack_strings, post
 from vilu.preprocess.image import ImageError, Transform, decode
 
-PATIENCE = 5.0  # seconds; longer is a hang
-# gRPC's codes that say "your request", as HTTP's 4xx do.
-REFUSED = {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "FAILED_PRECONDITION",
-           "UNIMPLEMENTED", "PERMISSION_DENIED", "UNAUTHENTICATED"}  # fmt: skip
 FLOATS = {"NaN": np.nan, "inf": np.inf, "-inf": -np.inf, "zero": 0.0}
-
-
-_PARSER = "tritonserver's HTTP parser calls what it cannot read an internal error, before any code of ours"
-_LINK = "tritonserver's HTTP library hangs up on it"
-# What tritonserver 2.51 itself tells otherwise, by request and protocol: (codes, why). No setting changes it.
-KNOWN: dict[str, tuple[set[str], str]] = {
-    f"JSON, {what}, HTTP": ({"500"}, _PARSER)
-    for what in ("not JSON", "cut", "deep", "no object", "inputs is a string", "shape of strings", "negative shape",
-                 "fraction in a shape", "data is an object", "data of numbers", "binary size negative")
-} | {
-    f"parameters, {what}, HTTP": ({"500"}, _PARSER)
-    for what in ("surrogate", "priority a word", "timeout negative", "large")
-} | {
-    f"HTTP, {what}, HTTP": ({"closed"}, _LINK)
-    for what in ("chunks of garbage", "declared -1", "header of 1 MB", "path of 100 kB")
-} | {
-    "HTTP, line of garbage, HTTP": ({"closed", "no answer"}, "tritonserver's HTTP library hangs up, or waits for more"),
-    "HTTP, declared 8 TB, HTTP": ({"no answer", "closed"}, "it waits for the body; nothing is allocated beforehand"),
-    "HTTP, encoding unknown, HTTP": ({"501"}, "HTTP's own code for it"),
-    "HTTP, register memory, HTTP": ({"500"}, "shm_open refuses a name with a slash; the server calls that internal"),
-    "gRPC, garbage, gRPC": ({"INTERNAL"}, "gRPC's library: no protobuf message"),
-    "gRPC, cut message, gRPC": ({"INTERNAL"}, "gRPC's library: no protobuf message"),
-    "tensor's shape, HTTP": ({"500"}, _PARSER),  # a negative one
-    "no such model, NUL after the name, gRPC": ({"OK"}, "it reads the name up to the NUL"),
-    "no such model, NUL after the name, HTTP": ({"200"}, "it reads the name up to the NUL"),
-    "no such version, 1e3, gRPC": ({"OK"}, "it reads the number before the letter: version 1"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Attack:
-    """name: what is wrong; wire: a serialised ModelInferRequest, or a whole HTTP request where `http`.
-
-    decodes: whether an answer is right, or an error is; None: an error is.
-    """
-
-    name: str
-    wire: bytes
-    http: bool = False
-    decodes: bool | None = None
-
-
-@dataclass
-class Tally:
-    """What came back: (attack's name, code) -> number.
-
-    bad: those that should not have, with what was told; known: those in KNOWN.
-    """
-
-    codes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    bad: Counter[tuple[str, str]] = field(default_factory=Counter)
-    told: dict[tuple[str, str], str] = field(default_factory=dict)
-    known: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def enter(self, attack: Attack, protocol: str, code: str, told: str) -> None:
-        key = f"{attack.name}, {protocol}", code
-        self.codes[key] += 1
-        answered = code in ("OK", "200")
-        refused = code in REFUSED or (code.isdigit() and 400 <= int(code) < 500)
-        fine = refused if attack.decodes is None else answered if attack.decodes else refused
-        if not fine and code in KNOWN.get(key[0], ((), ""))[0]:
-            self.known[key] += 1
-        elif not fine:
-            self.bad[key] += 1
-            self.told.setdefault(key, told[:200])
-
-    @property
-    def sent(self) -> int:
-        return self.codes.total()
-
-
-class Mutator:
-    """Damages encoded images: cut, bits flipped, bytes overwritten, pieces spliced or repeated, lengths that lie."""
-
-    def __init__(self, corpus: Sequence[bytes]) -> None:
-        self.corpus = list(corpus)
-
-    def one(self, draw: np.random.Generator) -> tuple[str, bytes]:
-        data = bytearray(self.corpus[int(draw.integers(len(self.corpus)))])
-        way = str(draw.choice(["cut", "bits", "bytes", "splice", "repeat", "length", "head"]))
-        at = int(draw.integers(len(data)))
-        if way == "cut":
-            del data[at:]
-        elif way == "bits":
-            for _ in range(int(draw.integers(1, 30))):
-                data[int(draw.integers(len(data)))] ^= 1 << int(draw.integers(8))
-        elif way == "bytes":
-            size = int(draw.integers(1, 64))
-            data[at : at + size] = draw.bytes(size)
-        elif way == "splice":
-            other = self.corpus[int(draw.integers(len(self.corpus)))]
-            data[at:] = other[int(draw.integers(len(other))) :]
-        elif way == "repeat":
-            piece = data[at : at + int(draw.integers(1, 512))]
-            data[at:at] = piece * int(draw.integers(1, 20))
-        elif way == "length":
-            data[at : at + 4] = struct.pack(
-                ">I" if draw.random() < 0.5 else "<I", int(draw.choice([0, 1, 1 << 31, 2**32 - 1]))
-            )
-        else:
-            at = int(draw.integers(min(len(data), 40)))
-            data[at] = int(draw.integers(256))
-        return f"image, {way}", bytes(data)
-
-
-def bombs() -> dict[str, bytes]:
-    """Small files that would decode to much, and files over the limits."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    def png(width: int, height: int, *more: bytes) -> bytes:
-        head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + chunk(b"IEND", b"")
-
-    zeros = chunk(b"IDAT", zlib.compress(bytes(4 << 20), 9))
-    size = struct.pack(">HH", 65500, 65500)
-    jpeg = b"\xff\xd8\xff\xc0\x00\x11\x08" + size + b"\x03\x01\x22\x00\x02\x11\x01\x03\x11\x01"
-    webp = b"VP8X\x0a\x00\x00\x00\x10\x00\x00\x00\xff\xff\xff\xff\xff\xff"
-    return {
-        "bomb, PNG of 30000 x 30000": png(30000, 30000, zeros),
-        "bomb, PNG of 2^31 - 1": png(2**31 - 1, 2**31 - 1, zeros),
-        "bomb, PNG of no pixels": png(0, 0, zeros),
-        "bomb, PNG of 30000 chunks": png(8, 8, *[chunk(b"tEXt", b"a\0b")] * 30000),
-        "bomb, PNG text of 64 MB": png(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(64 << 20), 9))),
-        "bomb, JPEG of 65500 x 65500": jpeg + b"\xff\xda\x00\x0c\x03\x01\x00\x02\x11\x03\x11\x00\x3f\x00" + bytes(2000),
-        "bomb, WebP of 2^24": b"RIFF" + struct.pack("<I", 4 + len(webp)) + b"WEBP" + webp,
-        "bomb, 21 MB": b"\xff\xd8\xff\xe0" + bytes(21 << 20),
-        "other format, GIF": b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;",
-        "other format, SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-        "other format, EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        "empty image": b"",
-    }
-
-
 SHAPES = ((), (1,), (1, 2, 3), (-1, 1), (1, -1), (1, 1 << 62), (1 << 32, 1 << 32), (3,) * 60)
-Tensor = tuple[str, str, tuple[int, ...], bytes]  # name, type, shape, bytes
-
-
-def strings(*words: bytes) -> bytes:
-    return b"".join(struct.pack("<I", len(word)) + word for word in words)
 
 
 class Generator:
@@ -224,9 +71,9 @@ class Generator:
         except ImageError:
             decodes = False
         model = str(draw.choice(self.decoders))
-        tensors: list[Tensor] = [("IMAGE", "BYTES", (1, 1), strings(data))]
+        tensors: list[Tensor] = [("IMAGE", "BYTES", (1, 1), pack_strings(data))]
         if model == "vilu_open":
-            tensors.append(("LABELS", "BYTES", (1, 2), strings(b"a cat", b"a dog")))
+            tensors.append(("LABELS", "BYTES", (1, 2), pack_strings(b"a cat", b"a dog")))
         return self.infer(draw, name, model, tensors, decodes=decodes)
 
     def infer(
@@ -245,27 +92,27 @@ class Generator:
     def labels(self, draw: np.random.Generator) -> Attack:
         cases: dict[str, tuple[tuple[int, ...], bytes]] = {
             "labels, none": ((1, 0), b""),
-            "labels, too many": ((1, 1001), strings(*(b"%d" % i for i in range(1001)))),
-            "labels, far too many": ((1, 100_000), strings(*[b"x"] * 100_000)),
-            "labels, long": ((1, 2), strings(b"a", draw.bytes(10).hex().encode() * 500)),
-            "labels, huge": ((1, 1), strings(b"x" * (8 << 20))),
+            "labels, too many": ((1, 1001), pack_strings(*(b"%d" % i for i in range(1001)))),
+            "labels, far too many": ((1, 100_000), pack_strings(*[b"x"] * 100_000)),
+            "labels, long": ((1, 2), pack_strings(b"a", draw.bytes(10).hex().encode() * 500)),
+            "labels, huge": ((1, 1), pack_strings(b"x" * (8 << 20))),
             "labels, not UTF-8": (
                 (1, 2),
-                strings(b"a", draw.choice([b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", b"a\x80"])),
+                pack_strings(b"a", draw.choice([b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", b"a\x80"])),
             ),
-            "labels, empty": ((1, 2), strings(b"a", b"  ")),
-            "labels, twice": ((1, 2), strings(b"a", b"a")),
-            "labels, for other images": ((2, 2), strings(b"a", b"b", b"c", b"d")),
-            "labels, rank 1": ((2,), strings(b"a", b"b")),
-            "labels, rank 3": ((1, 2, 1), strings(b"a", b"b")),
-            "labels, lengths cut": ((1, 2), strings(b"a") + b"\x05\0"),
-            "labels, fewer than told": ((1, 3), strings(b"a", b"b")),
-            "labels, more than told": ((1, 1), strings(b"a", b"b")),
-            "labels, no candidate is one": ((1, 1), strings(b"")),
+            "labels, empty": ((1, 2), pack_strings(b"a", b"  ")),
+            "labels, twice": ((1, 2), pack_strings(b"a", b"a")),
+            "labels, for other images": ((2, 2), pack_strings(b"a", b"b", b"c", b"d")),
+            "labels, rank 1": ((2,), pack_strings(b"a", b"b")),
+            "labels, rank 3": ((1, 2, 1), pack_strings(b"a", b"b")),
+            "labels, lengths cut": ((1, 2), pack_strings(b"a") + b"\x05\0"),
+            "labels, fewer than told": ((1, 3), pack_strings(b"a", b"b")),
+            "labels, more than told": ((1, 1), pack_strings(b"a", b"b")),
+            "labels, no candidate is one": ((1, 1), pack_strings(b"")),
         }
         name = str(draw.choice(list(cases)))
         shape, data = cases[name]
-        first: Tensor = ("IMAGE", "BYTES", (1, 1), strings(self.image(draw)))
+        first: Tensor = ("IMAGE", "BYTES", (1, 1), pack_strings(self.image(draw)))
         model = "vilu_open"
         if draw.random() < 0.5:
             first, model = self.embedding(), "vilu_embeddings"
@@ -297,17 +144,17 @@ class Generator:
             rows = np.ones((3, 3, self.dim), np.float32)
         tensors.append(("TEXT_EMBEDDINGS", "FP32", rows.shape, rows.tobytes()[: -4 if case == "bytes" else None]))
         if case == "both":
-            tensors.append(("LABELS", "BYTES", (1, 1), strings(b"a")))
+            tensors.append(("LABELS", "BYTES", (1, 1), pack_strings(b"a")))
         return self.infer(draw, name, "vilu_embeddings", tensors)
 
     def tensors(self, draw: np.random.Generator) -> Attack:
         """Names, shapes, types and sizes that are not the model's."""
         model, good = {
-            0: ("vilu", ("IMAGE", "BYTES", (1, 1), strings(self.image(draw)))),
+            0: ("vilu", ("IMAGE", "BYTES", (1, 1), pack_strings(self.image(draw)))),
             1: ("vilu_embeddings", self.embedding()),
             2: ("vilu_full", self.pixels()),
             3: ("clip_image", self.pixels()),
-            4: ("preprocess", ("IMAGE", "BYTES", (1, 1), strings(self.image(draw)))),
+            4: ("preprocess", ("IMAGE", "BYTES", (1, 1), pack_strings(self.image(draw)))),
             5: ("clip_text", ("TOKENS", "INT64", (1, 77), np.full((1, 77), 1 << 40, np.int64).tobytes())),
         }[int(draw.integers(6))]  # fmt: skip
         name, kind, shape, data = good
@@ -343,8 +190,8 @@ class Generator:
         """Parameters of a request that name nothing, or are of another type."""
         model = str(draw.choice(["vilu", "vilu_open", "vilu_embeddings"]))
         first = self.embedding() if model == "vilu_embeddings" else (
-            "IMAGE", "BYTES", (1, 1), strings(self.image(draw)))  # fmt: skip
-        sent = [first, ("LABELS", "BYTES", (1, 2), strings(b"a", b"b"))] if model == "vilu_open" else [first]
+            "IMAGE", "BYTES", (1, 1), pack_strings(self.image(draw)))  # fmt: skip
+        sent = [first, ("LABELS", "BYTES", (1, 2), pack_strings(b"a", b"b"))] if model == "vilu_open" else [first]
         if draw.random() >= self.http:
             asked = message(model, sent)
             case = str(draw.choice(["stranger", "path", "number", "float", "unsigned", "none", "NUL", "reserved"]))
@@ -390,7 +237,7 @@ class Generator:
         if case == 3:
             return Attack("gRPC, no contents", whole)
         if case == 4:
-            good.raw_input_contents.extend([strings(b"x")] * 3)
+            good.raw_input_contents.extend([pack_strings(b"x")] * 3)
             return Attack("gRPC, contents for no input", bytes(good.SerializeToString()))
         good.inputs[0].contents.bytes_contents.append(b"no image")
         good.parameters["timeout"].string_param = "soon"
@@ -460,103 +307,3 @@ class Generator:
         }  # fmt: skip
         name = str(draw.choice(list(cases)))
         return Attack(f"HTTP, {name}", cases[name], True)
-
-
-def poison(image: bytes, dim: int) -> list[Attack]:
-    """Requests that pass tritonserver's own checks and then spoil the batch they ride in, with all who are in it."""
-    cut: Tensor = ("IMAGE", "BYTES", (1, 1), strings(image)[:-1])
-    row = np.ones(dim, np.float32).tobytes()
-    cases: dict[str, tuple[str, Tensor]] = {
-        "a string longer than its bytes": ("vilu", cut),
-        "no images in a shape, and the bytes of one": ("vilu_embeddings", ("IMAGE_EMBEDDING", "FP32", (0, dim), row)),
-        "2^40 images in a shape": ("vilu_embeddings", ("IMAGE_EMBEDDING", "FP32", (1 << 40, dim), row)),
-    }
-    return [Attack(name, message(model, [tensor]).SerializeToString()) for name, (model, tensor) in cases.items()]
-
-
-def deadly(image: bytes) -> Attack:
-    """One request that ends tritonserver 2.51 (mended in July 2025): it divides by the size of a string."""
-    asked = message("vilu", [("IMAGE", "BYTES", (1, 1), strings(image))])
-    asked.outputs.add(name="LABEL").parameters["classification"].int64_param = 1
-    return Attack("a string output as classes", asked.SerializeToString())
-
-
-def message(model: str, tensors: Sequence[Tensor], **more: Any) -> pb.ModelInferRequest:
-    """The request for gRPC, with raw contents."""
-    made = pb.ModelInferRequest(model_name=model, **more)
-    for tensor, kind, shape, data in tensors:
-        made.inputs.add(name=tensor, datatype=kind, shape=shape)
-        made.raw_input_contents.append(data)
-    return made
-
-
-def over_binary(model: str, tensors: Sequence[Tensor], before: bytes = b"") -> bytes:
-    """The request for HTTP, with binary tensors; before: what the JSON holds before its inputs."""
-    inputs = [
-        {"name": t, "datatype": k, "shape": shape, "parameters": {"binary_data_size": len(data)}}
-        for t, k, shape, data in tensors
-    ]
-    head = b"{" + before + b'"inputs": ' + json.dumps(inputs).encode() + b"}"
-    body = head + b"".join(data for *_, data in tensors)
-    return post(f"/v2/models/{model}/infer", body, {"Inference-Header-Content-Length": str(len(head))})
-
-
-def post(path: str, body: bytes, headers: dict[str, str] | None = None) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
-    lines += [f"{key}: {value}" for key, value in (headers or {}).items()]
-    return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-async def attack(grpc_url: str, http_url: str, attacks: Iterator[Attack], concurrency: int = 4) -> Tally:
-    """Send them all; what came back."""
-    tally = Tally()
-    host, _, port = http_url.removeprefix("http://").rpartition(":")
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    async with grpc.aio.insecure_channel(grpc_url, options=options) as channel:
-        call = channel.unary_unary(INFER)
-
-        async def worker() -> None:
-            for one in attacks:
-                if one.http:
-                    code, told = await over_tcp(host, int(port), one.wire)
-                else:
-                    code, told = "OK", ""
-                    try:
-                        await call(one.wire, timeout=PATIENCE)
-                    except grpc.aio.AioRpcError as error:
-                        code, told = error.code().name, str(error.details())
-                tally.enter(one, "HTTP" if one.http else "gRPC", code, told)
-
-        await asyncio.gather(*(worker() for _ in range(concurrency)))
-    return tally
-
-
-def in_flight(log: str) -> dict[str, int]:
-    """Model -> requests that a stopped server's log counts as still in flight."""
-    found = re.findall(r"Model '(\w+)' \(version \d+\) has (\d+) in-flight", log)
-    return {model: int(number) for model, number in found}
-
-
-async def over_tcp(host: str, port: int, wire: bytes, patience: float = PATIENCE) -> tuple[str, str]:
-    """(status, body) of what a server sends back to these bytes; "closed" where it hangs up, "no answer" where not."""
-    try:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), patience)
-    except (OSError, asyncio.TimeoutError):
-        return "no connection", ""
-    reply = b""
-    try:
-        try:
-            writer.write(wire)
-            await asyncio.wait_for(writer.drain(), patience)
-        except OSError:
-            pass  # it may have answered before it read everything
-        reply = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), patience)
-        length = [line for line in reply.lower().split(b"\r\n") if line.startswith(b"content-length:")]
-        body = await asyncio.wait_for(reader.readexactly(int(length[0].split(b":")[1])), patience) if length else b""
-        return reply.split(b" ", 2)[1].decode(errors="replace"), body.decode(errors="replace")
-    except asyncio.TimeoutError:
-        return "no answer", ""
-    except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, IndexError, ValueError):
-        return "closed", ""
-    finally:
-        writer.close()
