@@ -187,7 +187,7 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     if device == "cuda":
-        # Not the default stream: its handle is 0, which ONNX Runtime cannot be told to run on.
+        # Not the default stream: its handle is 0, on which ONNX Runtime cannot run.
         torch.cuda.set_stream(torch.cuda.Stream())
     if given.tune:
         if device != "cuda":

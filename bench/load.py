@@ -34,7 +34,7 @@ from bench.loadtest.phases import FULL, QUICK, At, Plan
 from bench.loadtest.processes import Processes
 from bench.loadtest.questions import MIX, QuestionMaker
 from bench.loadtest.report import markdown
-from bench.loadtest.scene import Scene, Seen, guarding
+from bench.loadtest.scene import Promise, Scene, guarding
 from bench.loadtest.world import World, digits_and_shapes, label_sets
 from vilu import Checkpoint, load_checkpoint, load_clip
 from vilu.cli.progress import progress_bar
@@ -97,7 +97,7 @@ def run(
         most = asyncio.run(largest_batch(at))
         asking = QuestionMaker(world, most)
         report: dict[str, Any] = {"environment": about, "largest_batch": most}
-        found: list[Seen] = []
+        found: list[Promise] = []
         if plan.requests:
             total, rows, memory = asyncio.run(phases.traffic_phase(asking, at, plan, processes, tick))
             latencies = {f"{kind}, {protocol}": {"requests": len(values), **percentiles(values)}
@@ -131,7 +131,7 @@ def run(
                 found += phases.all_faults(scene, tick)
         bar("done", 1, 1)
     about["load_after"] = os.getloadavg()[0]
-    report["promises"] = [asdict(seen) | {"kept": seen.fine} for seen in found]
+    report["promises"] = [asdict(promise) | {"kept": promise.fine} for promise in found]
     text = markdown(report)
     console.print(text, markup=False, highlight=False)
     output = output or RESULTS / f"load{'-quick' if quick else ''}-cpu"

@@ -49,7 +49,7 @@ def findings(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
             )
         weaker = [name for name in PARTS if name != WHOLE and table[name]["auc"]["lead"]["difference"] > 0]
         stronger = [name for name in PARTS if name != WHOLE and name not in weaker]
-        told = "; ".join(
+        parts_behind = "; ".join(
             f"{name} {-100 * table[name]['auc']['lead']['difference']:+.1f} (p {lead_p(table[name], 'auc'):.2g})"
             for name in PARTS
             if name != WHOLE
@@ -57,8 +57,8 @@ def findings(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         verdict = "above each part" if not stronger else f"not above {' nor '.join(stronger)}"
         spread = 100 * table[WHOLE]["auc"]["sd"]
         lines.append(
-            f"{dataset}, ablation: the whole head is {verdict} in AUC. Against it: {told}; its sd over seeds, which p "
-            f"does not count, is {spread:.1f}."
+            f"{dataset}, ablation: the whole head is {verdict} in AUC. Against it: {parts_behind}; its sd over "
+            f"seeds, which p does not count, is {spread:.1f}."
         )
         with_prior, without, mcm = (100 * table[name]["auc"]["mean"] for name in (OURS, WHOLE, "MCM"))
         lines.append(

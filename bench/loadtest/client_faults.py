@@ -20,13 +20,13 @@ from bench.common import percentiles
 from bench.loadtest import hostile
 from bench.loadtest.processes import Processes
 from bench.loadtest.questions import Question
-from bench.loadtest.scene import Scene, Seen, guarding, steady
+from bench.loadtest.scene import Promise, Scene, guarding, steady
 from bench.loadtest.traffic import Ledger, asker, closed_loop, open_loop
 from bench.loadtest.wire import STREAM, post
 from vilu.serving import Server
 
 
-async def poisoned(scene: Scene, server: Server, count: int = 40) -> list[Seen]:
+async def poisoned(scene: Scene, server: Server, count: int = 40) -> list[Promise]:
     """Requests that tritonserver itself takes and then fails with the whole batch; and the same behind `vilu guard`."""
     found = []
     world = scene.asking.world
@@ -35,7 +35,7 @@ async def poisoned(scene: Scene, server: Server, count: int = 40) -> list[Seen]:
         for attack in hostile.poison(world.images[0], world.embedding.shape[1]):
             for url, behind in ((server.grpc_url, ""), (guarded, ", behind vilu guard")):
                 what = f"batched with others: {attack.name}{behind}"
-                seen = Seen(what, "its sender gets an error, the others their answers")
+                promise = Promise(what, "its sender gets an error, the others their answers")
                 ledger = Ledger()
                 async with asker(url, server.http_url) as by:
                     bad = asyncio.create_task(
@@ -43,16 +43,16 @@ async def poisoned(scene: Scene, server: Server, count: int = 40) -> list[Seen]:
                     )
                     await asyncio.gather(*(by.ask(q, ledger) for q in good[: 2 * count]))
                     tally = await bad
-                seen.seen |= {"codes": {code: n for (_, code), n in tally.codes.items()}}
-                seen.count(ledger)
-                seen.expect(not tally.bad, f"its sender was told {dict(tally.bad)}", of_the_server=not behind)
-                told = f"others were told {ledger.told.most_common(1)}"
-                seen.expect(not ledger.refused, told, of_the_server=not behind)
-                found.append(seen)
+                promise.seen |= {"codes": {code: n for (_, code), n in tally.codes.items()}}
+                promise.count(ledger)
+                promise.expect(not tally.bad, f"its sender got {dict(tally.bad)}", of_the_server=not behind)
+                problem = f"others got {ledger.messages.most_common(1)}"
+                promise.expect(not ledger.refused, problem, of_the_server=not behind)
+                found.append(promise)
     return found
 
 
-async def mute_clients(scene: Scene, server: Server, *, clients: int = 20, each: int = 50) -> list[Seen]:
+async def mute_clients(scene: Scene, server: Server, *, clients: int = 20, each: int = 50) -> list[Promise]:
     """Clients that ask `each` questions and never read an answer: over HTTP (pipelined), and over a gRPC stream."""
     assert server.process is not None
     processes = Processes(server.process.pid)
@@ -61,7 +61,7 @@ async def mute_clients(scene: Scene, server: Server, *, clients: int = 20, each:
     asked = {http: scene.asking.one("preprocess", draw, http=http) for http in (True, False)}
     for protocol, http in (("HTTP", True), ("gRPC stream", False)):
         what = f"{clients} clients that never read, {each} questions each, {protocol}"
-        seen = Seen(what, "the others' answers keep coming; memory grows by no more than the answers nobody took")
+        promise = Promise(what, "the others' answers keep coming; memory grows by no more than the answers nobody took")
         async with steady(scene, server.grpc_url, server.http_url) as traffic:
             await asyncio.sleep(scene.pause)
             before, done = processes.memory(), traffic.ledger.right
@@ -73,15 +73,17 @@ async def mute_clients(scene: Scene, server: Server, *, clients: int = 20, each:
                 link.close()
             await asyncio.sleep(2 * scene.pause)
             after = processes.memory()
-        seen.count(traffic.ledger)
+        promise.count(traffic.ledger)
         grown, kept = ((value - before) / 1e6 for value in (memory, after))
-        seen.seen |= {"unread": sent, "right_meanwhile": during, "memory_grew_mb": grown, "kept_afterwards_mb": kept}
-        seen.expect(during > 0, "the others were not answered meanwhile")
-        seen.expect(set(traffic.ledger.refused) <= {"UNAVAILABLE", "503"}, f"told {dict(traffic.ledger.refused)}")
+        promise.seen |= {"unread": sent, "right_meanwhile": during, "memory_grew_mb": grown, "kept_afterwards_mb": kept}
+        promise.expect(during > 0, "the others were not answered meanwhile")
+        promise.expect(
+            set(traffic.ledger.refused) <= {"UNAVAILABLE", "503"}, f"refused: {dict(traffic.ledger.refused)}"
+        )
         size = asked[http].images * scene.asking.world.pixels[0].nbytes + len(asked[http].body)
-        seen.expect(grown < 64 + 2 * clients * each * size / 1e6, f"memory grew by {grown:.0f} MB")
-        seen.expect(kept < 64 + grown / 4, f"{kept:.0f} MB are not given back", of_the_server=True)
-        found.append(seen)
+        promise.expect(grown < 64 + 2 * clients * each * size / 1e6, f"memory grew by {grown:.0f} MB")
+        promise.expect(kept < 64 + grown / 4, f"{kept:.0f} MB are not given back", of_the_server=True)
+        found.append(promise)
     return found
 
 
@@ -140,9 +142,9 @@ def small_queues(root: Path, size: int) -> None:
         config.write_text(re.sub(r"max_queue_size: \d+", f"max_queue_size: {size}", text), "utf-8")
 
 
-async def overload(scene: Scene, server: Server, rate: float, seconds: float, capacity: float = 0.0) -> Seen:
+async def overload(scene: Scene, server: Server, rate: float, seconds: float, capacity: float = 0.0) -> Promise:
     """Open loop at `rate` requests a second, far above what the server can do."""
-    seen = Seen(
+    promise = Promise(
         f"overload, {rate:.0f} requests/s for {seconds:.0f} s",
         "what the queues cannot hold is refused at once with UNAVAILABLE (HTTP 503); what is answered is right; "
         "afterwards it answers all by itself",
@@ -156,18 +158,19 @@ async def overload(scene: Scene, server: Server, rate: float, seconds: float, ca
         drained = time.monotonic() - start - seconds
         start = time.monotonic()
         await closed_loop(by, scene.questions, 2, calm)
-    seen.count(ledger)
+    promise.count(ledger)
     shed = sum(ledger.refused[code] for code in ("UNAVAILABLE", "503"))
-    seen.seen |= {
-        "told": dict(ledger.told.most_common(4)),
+    promise.seen |= {
+        "messages": dict(ledger.messages.most_common(4)),
         "capacity": capacity, "rate": rate, "shed": shed, "drained_seconds": drained,
         "refusal_ms": percentiles(ledger.refusals), "answer_ms": percentiles(ledger.all()),
         "after": {"sent": calm.sent, "right": calm.right, "refused": dict(calm.refused),
                   **percentiles(calm.all())},
     }  # fmt: skip
-    seen.expect(shed > 0, "nothing was shed")
-    seen.expect(
-        set(ledger.refused) <= {"UNAVAILABLE", "503"}, f"told {dict(ledger.refused)}: {ledger.told.most_common(3)}"
+    promise.expect(shed > 0, "nothing was shed")
+    promise.expect(
+        set(ledger.refused) <= {"UNAVAILABLE", "503"},
+        f"refused: {dict(ledger.refused)}: {ledger.messages.most_common(3)}",
     )
-    seen.expect(calm.right == calm.sent, f"afterwards {dict(calm.refused)} {calm.wrong[:2]}")
-    return seen
+    promise.expect(calm.right == calm.sent, f"afterwards {dict(calm.refused)} {calm.wrong[:2]}")
+    return promise

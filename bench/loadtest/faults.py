@@ -1,7 +1,7 @@
 """Faults done to a real server under load: processes are killed, models broken, class sets replaced, /dev/shm filled.
 
-Every fault is a function of a Scene; its Seen is fine only where the promise was kept. Nothing is mocked: shared memory
-is filled in a mount namespace of the server's own.
+Every fault is a function that takes a Scene and returns a Promise. Nothing is mocked: shared memory is filled in a mount
+namespace of the server's own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tritonclient.utils import InferenceServerException
 from bench.loadtest import hostile
 from bench.loadtest.processes import descendants
 from bench.loadtest.questions import Question, QuestionMaker, make_question
-from bench.loadtest.scene import Scene, Seen, launched, steady
+from bench.loadtest.scene import Promise, Scene, launched, steady
 from bench.loadtest.traffic import Ledger, Steady, asker
 from bench.loadtest.wire import over_binary, over_tcp, pack_strings, unpack_strings
 from bench.loadtest.world import Answers
@@ -35,13 +35,13 @@ NOTICED = 10.0  # seconds, promised by `vilu serve --supervise`
 STUBS = ("preprocess", "clip_image", "vilu_head", "vilu_embeddings", "vilu_full", "clip_text")
 PUSHED = ("clip_image", "vilu_full", "vilu_embeddings", "preprocess", "vilu_head")
 STEER = "the-token-of-the-one-who-breaks-it"
-# What may be told to requests in flight when their process dies.
+# What requests may get that are in flight when their process dies.
 BROKEN = {"UNAVAILABLE", "INTERNAL", "500", "503", "ServerDisconnectedError", "ClientConnectorError", "ClientOSError",
           "CANCELLED", "400", "INVALID_ARGUMENT", "UNKNOWN", "DEADLINE_EXCEEDED", "TimeoutError",
           "ServerTimeoutError", "ConnectionTimeoutError"}  # fmt: skip
 
 
-async def kills(scene: Scene, victims: Sequence[str] = (*STUBS, "server")) -> list[Seen]:
+async def kills(scene: Scene, victims: Sequence[str] = (*STUBS, "server")) -> list[Promise]:
     """kill -9 of each stub, and of the server, one after the other under one supervised server."""
     found = []
     folder = scene.folder("kills")
@@ -51,7 +51,9 @@ async def kills(scene: Scene, victims: Sequence[str] = (*STUBS, "server")) -> li
             if turn and turn % 4 == 0:
                 await asyncio.sleep(60)  # the supervisor gives up after 5 restarts in 60 s
             what = "kill -9 of the server" if victim == "server" else f"kill -9 of the stub of {victim}"
-            seen = Seen(what, f"supervised: answers again within {NOTICED:.0f} s; only requests in flight are lost")
+            promise = Promise(
+                what, f"supervised: answers again within {NOTICED:.0f} s; only requests in flight are lost"
+            )
             async with steady(scene, running.url, running.http_url) as traffic:
                 await asyncio.sleep(scene.pause / 2)
                 before = running.servers()
@@ -63,38 +65,40 @@ async def kills(scene: Scene, victims: Sequence[str] = (*STUBS, "server")) -> li
                     await asyncio.sleep(0.02)
                 noticed = time.monotonic() - start
                 await running.answering()
-                seen.seen |= {"restarted_seconds": noticed, "answering_seconds": time.monotonic() - start}
+                promise.seen |= {"restarted_seconds": noticed, "answering_seconds": time.monotonic() - start}
                 await asyncio.sleep(scene.pause / 2)
                 back = time.monotonic()
                 await asyncio.sleep(scene.pause)
-            seen.count(traffic.ledger)
-            seen.expect(any(at > back for at in traffic.answered_at), "the others are not answered again")
-            seen.expect(seen.seen["answering_seconds"] <= NOTICED, f"took {seen.seen['answering_seconds']:.1f} s")
-            seen.expect(set(traffic.ledger.refused) <= BROKEN, f"told {dict(traffic.ledger.refused)}")
-            found.append(seen)
+            promise.count(traffic.ledger)
+            promise.expect(any(at > back for at in traffic.answered_at), "the others are not answered again")
+            promise.expect(
+                promise.seen["answering_seconds"] <= NOTICED, f"took {promise.seen['answering_seconds']:.1f} s"
+            )
+            promise.expect(set(traffic.ledger.refused) <= BROKEN, f"refused: {dict(traffic.ledger.refused)}")
+            found.append(promise)
     return found
 
 
-async def ended_by_a_request(scene: Scene) -> Seen:
+async def ended_by_a_request(scene: Scene) -> Promise:
     """The request that divides by zero in tritonserver 2.51."""
-    seen = Seen("a string output asked for as classes", f"supervised: answers again within {NOTICED:.0f} s")
+    promise = Promise("a string output asked for as classes", f"supervised: answers again within {NOTICED:.0f} s")
     with launched(scene.repository, scene.folder("classes") / "log", "--supervise") as running:
         await running.answering()
         before = running.servers()
         attack = hostile.deadly(scene.asking.world.images[0])
         tally = await hostile.attack(running.url, running.http_url, iter([attack]))
         start = time.monotonic()
-        seen.seen |= {"told": next(iter(tally.codes))[1]}
+        promise.seen |= {"code": next(iter(tally.codes))[1]}
         while running.servers() == before and time.monotonic() - start < 3:
             await asyncio.sleep(0.02)
-        seen.seen |= {"ended": running.servers() != before}
+        promise.seen |= {"ended": running.servers() != before}
         await running.answering()
-        seen.seen |= {"answering_seconds": time.monotonic() - start}
-        seen.expect(seen.seen["answering_seconds"] <= NOTICED, f"took {seen.seen['answering_seconds']:.1f} s")
-    return seen
+        promise.seen |= {"answering_seconds": time.monotonic() - start}
+        promise.expect(promise.seen["answering_seconds"] <= NOTICED, f"took {promise.seen['answering_seconds']:.1f} s")
+    return promise
 
 
-async def sigterm(scene: Scene, rounds: int = 1, *, after_restart: bool = False, keep_alive: bool = False) -> Seen:
+async def sigterm(scene: Scene, rounds: int = 1, *, after_restart: bool = False, keep_alive: bool = False) -> Promise:
     """SIGTERM under load, `rounds` times.
 
     after_restart: of a supervised server that has just restarted. keep_alive: idle HTTP connections stay open, for
@@ -102,7 +106,7 @@ async def sigterm(scene: Scene, rounds: int = 1, *, after_restart: bool = False,
     """
     more = " after a restart" if after_restart else " with idle HTTP connections open" if keep_alive else ""
     code, when = ("0", "") if not keep_alive else ("0 or 1", ", when --exit-timeout-secs (10) is over at the latest")
-    seen = Seen(
+    promise = Promise(
         f"SIGTERM under load{more}",
         "what is in flight is answered, or refused at once with UNAVAILABLE where it was not begun; "
         f"exit code {code}{when}; no process and no shared memory stays",
@@ -136,13 +140,13 @@ async def sigterm(scene: Scene, rounds: int = 1, *, after_restart: bool = False,
             seconds.append(time.monotonic() - start)
             left += [f"process {pid}" for pid in family if alive(pid)]
             left += [path.name for path in Path("/dev/shm").glob(f"{mine}*")]
-    seen.count(total)
-    seen.seen |= {"exit_codes": ends, "seconds": max(seconds), "left": left, "told": dict(total.told)}
-    seen.expect(set(total.refused) <= {"UNAVAILABLE", "503"}, f"requests in flight were told {dict(total.told)}")
-    seen.expect(set(ends) <= ({0, 1} if keep_alive else {0}), f"exit codes {ends}")
-    seen.expect(max(seconds) < 16, f"took {max(seconds):.1f} s")
-    seen.expect(not left, f"left behind: {left}")
-    return seen
+    promise.count(total)
+    promise.seen |= {"exit_codes": ends, "seconds": max(seconds), "left": left, "messages": dict(total.messages)}
+    promise.expect(set(total.refused) <= {"UNAVAILABLE", "503"}, f"requests in flight got {dict(total.messages)}")
+    promise.expect(set(ends) <= ({0, 1} if keep_alive else {0}), f"exit codes {ends}")
+    promise.expect(max(seconds) < 16, f"took {max(seconds):.1f} s")
+    promise.expect(not left, f"left behind: {left}")
+    return promise
 
 
 def alive(pid: int) -> bool:
@@ -153,7 +157,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-async def corrupt(scene: Scene, models: Sequence[str] = PUSHED) -> list[Seen]:
+async def corrupt(scene: Scene, models: Sequence[str] = PUSHED) -> list[Promise]:
     """Broken models pushed through model control while the old ones serve."""
     found = []
     root = scene.copy("corrupt")
@@ -180,25 +184,29 @@ async def corrupt(scene: Scene, models: Sequence[str] = PUSHED) -> list[Seen]:
         headers = {f"triton-grpc-protocol-{CONTROL}": STEER}
         for model in models:
             what, change = changes[model]
-            seen = Seen(f"pushed: {model}, {what}", "refused; the old model keeps answering, nobody's request is lost")
+            promise = Promise(
+                f"pushed: {model}, {what}", "refused; the old model keeps answering, nobody's request is lost"
+            )
             async with steady(scene, server.grpc_url, server.http_url) as traffic:
                 change()
                 try:
                     await asyncio.to_thread(api.load_model, model, headers=headers, client_timeout=30)
-                    seen.problems.append("it was taken")
+                    promise.problems.append("it was taken")
                 except InferenceServerException as error:
-                    seen.seen |= {"status": str(error.status()), "told": str(error.message())[:120]}
+                    promise.seen |= {"status": str(error.status()), "message": str(error.message())[:120]}
                 await asyncio.sleep(scene.pause)
-            seen.count(traffic.ledger)
-            seen.expect(not traffic.ledger.refused, f"others were told {dict(traffic.ledger.refused)}")
-            found.append(seen)
+            promise.count(traffic.ledger)
+            promise.expect(not traffic.ledger.refused, f"others got {dict(traffic.ledger.refused)}")
+            found.append(promise)
         api.close()
     return found
 
 
-async def replaced(scene: Scene, times: int = 100) -> Seen:
+async def replaced(scene: Scene, times: int = 100) -> Promise:
     """A class set replaced over and over under load, by two that differ in every name."""
-    seen = Seen(f"a class set replaced {times} times", "every answer comes from one whole set, the one that it names")
+    promise = Promise(
+        f"a class set replaced {times} times", "every answer comes from one whole set, the one that it names"
+    )
     world, spec = scene.asking.world, scene.asking.world.clip.spec
     first = world.closed
     sets = [first, world.answers([f"other {name}" for name in first.names], torch.from_numpy(first.rows[::-1].copy()))]
@@ -213,11 +221,11 @@ async def replaced(scene: Scene, times: int = 100) -> Seen:
 
             async def put(turn: int) -> None:
                 chosen = sets[turn % 2]
-                told = await classes.put_set(
+                stored = await classes.put_set(
                     client, "both", chosen.names, text_embeddings=chosen.rows, fingerprint=spec.fingerprint,
                     control_token=STEER,
                 )  # fmt: skip
-                served[told.version] = chosen
+                served[stored.version] = chosen
 
             await put(0)
             traffic = Steady(by, [of_a_set(scene.asking, i, "both", found) for i in range(40)], scene.concurrency)
@@ -226,28 +234,30 @@ async def replaced(scene: Scene, times: int = 100) -> Seen:
                 await put(turn)
             seconds = time.monotonic() - start
             await asyncio.sleep(scene.pause)
-            seen.count(await traffic.stop())
-    seen.expect(not traffic.ledger.refused, f"told {dict(traffic.ledger.refused)} {traffic.ledger.told.most_common(2)}")
+            promise.count(await traffic.stop())
+    promise.expect(
+        not traffic.ledger.refused, f"refused: {dict(traffic.ledger.refused)} {traffic.ledger.messages.most_common(2)}"
+    )
     versions, mixed = set(), 0
-    for told, image, label in found:
-        version = int(told.rpartition("@")[2])
+    for class_set, image, label in found:
+        version = int(class_set.rpartition("@")[2])
         versions.add(version)
         answers = served.get(version)
         right = [] if answers is None else [answers.names[i] for i in (answers.index[image], answers.second[image])]
         mixed += label.decode() not in right
-    seen.seen |= {"seconds": seconds, "replaced": times, "versions_seen_in_answers": len(versions), "mixed": mixed}
-    seen.expect(mixed == 0, f"{mixed} answers are not of the set that they name")
-    seen.expect(len(versions) > 1, "all answers were of one version")
-    return seen
+    promise.seen |= {"seconds": seconds, "replaced": times, "versions_seen_in_answers": len(versions), "mixed": mixed}
+    promise.expect(mixed == 0, f"{mixed} answers are not of the set that they name")
+    promise.expect(len(versions) > 1, "all answers were of one version")
+    return promise
 
 
 def of_a_set(asking: QuestionMaker, seed: int, name: str, found: list[tuple[str, int, bytes]]) -> Question:
-    """A question of one image to a named class set; what was told is kept, to be judged when all versions are known."""
+    """A question of one image to a named class set; its answer is kept, to be judged when all versions are known."""
     image = seed % len(asking.world.images)
 
     def check(got: Any) -> str | None:
-        (told,), (label,) = unpack_strings(got["CLASS_SET"]), unpack_strings(got["LABEL"])
-        found.append((told.decode(), image, label))
+        (class_set,), (label,) = unpack_strings(got["CLASS_SET"]), unpack_strings(got["LABEL"])
+        found.append((class_set.decode(), image, label))
         return None
 
     tensors = {"IMAGE": asking.encoded(np.array([image]))}
@@ -263,9 +273,9 @@ def can_unshare() -> bool:
         return False
 
 
-async def full_memory(scene: Scene, free: int = 300 << 10) -> Seen:
+async def full_memory(scene: Scene, free: int = 300 << 10) -> Promise:
     """/dev/shm filled to `free` bytes under a running server, in a mount namespace of its own."""
-    seen = Seen(
+    promise = Promise(
         f"/dev/shm full but for {free >> 10} KB",
         "small requests are answered; one that needs more is refused with an error, and the server lives",
     )
@@ -288,21 +298,21 @@ async def full_memory(scene: Scene, free: int = 300 << 10) -> Seen:
                 large = [await ask_image(running.http_url, image) for _ in range(3)]
                 done = traffic.ledger.right
                 await asyncio.sleep(scene.pause)
-                seen.seen |= {"free_kb": free >> 10, "right_while_full": small + traffic.ledger.right - done,
-                              "large_were_told": large}  # fmt: skip
+                promise.seen |= {"free_kb": free >> 10, "right_while_full": small + traffic.ledger.right - done,
+                              "large_got": large}  # fmt: skip
             finally:
                 filler.unlink(missing_ok=True)
             done = traffic.ledger.right
             again = await ask_image(running.http_url, image)
             await asyncio.sleep(scene.pause)
             after = traffic.ledger.right - done
-        seen.count(traffic.ledger)
-        seen.seen |= {"large_after": again, "right_after": after, "alive": running.process.poll() is None}
-        seen.expect(seen.seen["right_while_full"] > 0, "no small request was answered while it was full")
-        seen.expect(not {"200", "no answer", "closed", "no connection"} & set(large), f"large ones were told {large}")
-        seen.expect(after > 0 and again == "200", f"afterwards a large one was told {again}")
-        seen.expect(running.process.poll() is None, "the server ended")
-    return seen
+        promise.count(traffic.ledger)
+        promise.seen |= {"large_after": again, "right_after": after, "alive": running.process.poll() is None}
+        promise.expect(promise.seen["right_while_full"] > 0, "no small request was answered while it was full")
+        promise.expect(not {"200", "no answer", "closed", "no connection"} & set(large), f"large ones got {large}")
+        promise.expect(after > 0 and again == "200", f"afterwards a large one got {again}")
+        promise.expect(running.process.poll() is None, "the server ended")
+    return promise
 
 
 async def ask_image(http_url: str, image: bytes) -> str:

@@ -22,7 +22,7 @@ REFUSED = {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "OUT_OF_RANGE"
            "UNIMPLEMENTED", "PERMISSION_DENIED", "UNAUTHENTICATED"}  # fmt: skip
 _PARSER = "tritonserver's HTTP parser calls what it cannot read an internal error, before any code of ours"
 _LINK = "tritonserver's HTTP library hangs up on it"
-# What tritonserver 2.51 itself tells otherwise, by request and protocol: (codes, why). No setting changes it.
+# What tritonserver 2.51 itself answers instead, by request and protocol: (codes, why). No setting changes it.
 KNOWN: dict[str, tuple[set[str], str]] = {
     f"JSON, {what}, HTTP": ({"500"}, _PARSER)
     for what in ("not JSON", "cut", "deep", "no object", "inputs is a string", "shape of strings", "negative shape",
@@ -64,15 +64,15 @@ class Attack:
 class Tally:
     """What came back: (attack's name, code) -> number.
 
-    bad: those that should not have, with what was told; known: those in KNOWN.
+    bad: those that should not have, with the first message; known: those in KNOWN.
     """
 
     codes: Counter[tuple[str, str]] = field(default_factory=Counter)
     bad: Counter[tuple[str, str]] = field(default_factory=Counter)
-    told: dict[tuple[str, str], str] = field(default_factory=dict)
+    messages: dict[tuple[str, str], str] = field(default_factory=dict)
     known: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def enter(self, attack: Attack, protocol: str, code: str, told: str) -> None:
+    def enter(self, attack: Attack, protocol: str, code: str, message: str) -> None:
         key = f"{attack.name}, {protocol}", code
         self.codes[key] += 1
         answered = code in ("OK", "200")
@@ -82,7 +82,7 @@ class Tally:
             self.known[key] += 1
         elif not fine:
             self.bad[key] += 1
-            self.told.setdefault(key, told[:200])
+            self.messages.setdefault(key, message[:200])
 
     @property
     def sent(self) -> int:
@@ -119,14 +119,14 @@ async def attack(grpc_url: str, http_url: str, attacks: Iterator[Attack], concur
         async def worker() -> None:
             for one in attacks:
                 if one.http:
-                    code, told = await over_tcp(host, int(port), one.wire)
+                    code, text = await over_tcp(host, int(port), one.wire)
                 else:
-                    code, told = "OK", ""
+                    code, text = "OK", ""
                     try:
                         await call(one.wire, timeout=PATIENCE)
                     except grpc.aio.AioRpcError as error:
-                        code, told = error.code().name, str(error.details())
-                tally.enter(one, "HTTP" if one.http else "gRPC", code, told)
+                        code, text = error.code().name, str(error.details())
+                tally.enter(one, "HTTP" if one.http else "gRPC", code, text)
 
         await asyncio.gather(*(worker() for _ in range(concurrency)))
     return tally

@@ -106,8 +106,8 @@ class Generator:
             "labels, rank 1": ((2,), pack_strings(b"a", b"b")),
             "labels, rank 3": ((1, 2, 1), pack_strings(b"a", b"b")),
             "labels, lengths cut": ((1, 2), pack_strings(b"a") + b"\x05\0"),
-            "labels, fewer than told": ((1, 3), pack_strings(b"a", b"b")),
-            "labels, more than told": ((1, 1), pack_strings(b"a", b"b")),
+            "labels, fewer than declared": ((1, 3), pack_strings(b"a", b"b")),
+            "labels, more than declared": ((1, 1), pack_strings(b"a", b"b")),
             "labels, no candidate is one": ((1, 1), pack_strings(b"")),
         }
         name = str(draw.choice(list(cases)))
@@ -120,18 +120,21 @@ class Generator:
 
     def embeddings(self, draw: np.random.Generator) -> Attack:
         case = str(draw.choice(["value", "text value", "none", "many", "width", "both", "rank", "batch", "bytes"]))
-        name, told = f"embeddings, {case}", str(draw.choice(list(FLOATS)))
+        name, value = f"embeddings, {case}", str(draw.choice(list(FLOATS)))
         rows = np.ones((1, 3, self.dim), np.float32)
         tensors: list[Tensor] = [self.embedding()]
         if case == "value":
             vector = draw.normal(size=(1, self.dim)).astype(np.float32)
-            vector[:, slice(None) if told == "zero" else int(draw.integers(self.dim))] = FLOATS[told]
+            vector[:, slice(None) if value == "zero" else int(draw.integers(self.dim))] = FLOATS[value]
             return self.infer(
-                draw, f"{name} {told}", "vilu_embeddings", [("IMAGE_EMBEDDING", "FP32", vector.shape, vector.tobytes())]
+                draw,
+                f"{name} {value}",
+                "vilu_embeddings",
+                [("IMAGE_EMBEDDING", "FP32", vector.shape, vector.tobytes())],
             )
         if case == "text value":
-            rows[0, 1, slice(None) if told == "zero" else 5] = FLOATS[told]
-            name = f"{name} {told}"
+            rows[0, 1, slice(None) if value == "zero" else 5] = FLOATS[value]
+            name = f"{name} {value}"
         elif case == "none":
             rows = rows[:, :0]
         elif case == "many":
@@ -195,17 +198,17 @@ class Generator:
         if draw.random() >= self.http:
             asked = message(model, sent)
             case = str(draw.choice(["stranger", "path", "number", "float", "unsigned", "none", "NUL", "reserved"]))
-            told = asked.parameters["triton_x" if case == "reserved" else "class_set"]
+            parameter = asked.parameters["triton_x" if case == "reserved" else "class_set"]
             if case == "number":
-                told.int64_param = 5
+                parameter.int64_param = 5
             elif case == "float":
-                told.double_param = float("nan")
+                parameter.double_param = float("nan")
             elif case == "unsigned":
-                told.uint64_param = 2**64 - 1
+                parameter.uint64_param = 2**64 - 1
             elif case == "none":
-                told.SetInParent()
+                parameter.SetInParent()
             else:
-                told.string_param = {"path": "../../etc/passwd", "NUL": "x\0y"}.get(case, "nobody" * 1000)
+                parameter.string_param = {"path": "../../etc/passwd", "NUL": "x\0y"}.get(case, "nobody" * 1000)
             return Attack(f"parameters, {case}", asked.SerializeToString())
         cases = {
             "stranger": b'"class_set":"nobody"', "number": b'"class_set":5', "null": b'"class_set":null',
@@ -250,30 +253,30 @@ class Generator:
         nobody = {"shared_memory_region": "/etc/passwd", "shared_memory_byte_size": 10}
         deep = b"[" * 100_000
 
-        def told(first: Any, **more: Any) -> bytes:
+        def body(first: Any, **more: Any) -> bytes:
             return json.dumps({"inputs": [first], **more}).encode()
 
         cases: dict[str, bytes] = {
             "not JSON": b"\xff" + draw.bytes(200),
-            "cut": told(tensor)[: int(draw.integers(1, 80))],
+            "cut": body(tensor)[: int(draw.integers(1, 80))],
             "deep": b'{"inputs":' + deep,
             "deep and closed": b'{"inputs":' + deep + b"]" * 100_000 + b"}",
             "no object": b"[]",
             "nothing": b"",
             "inputs is a string": b'{"inputs": "IMAGE"}',
-            "inputs of null": told(None),
-            "shape of strings": told(tensor | {"shape": ["1", "1"]}),
-            "negative shape": told(tensor | {"shape": [-1, -1]}),
-            "huge shape": told(tensor | {"shape": [1 << 62, 4]}),
-            "fraction in a shape": told(tensor | {"shape": [1.5, 1]}),
-            "data is an object": told(tensor | {"data": {"a": 1}}),
-            "data of numbers": told(tensor | {"data": [1e400, 2]}),
-            "data too many": told(tensor | {"data": ["x"] * 1000}),
-            "binary size negative": told(bare | {"parameters": {"binary_data_size": -5}}),
-            "binary size huge": told(bare | {"parameters": {"binary_data_size": 1 << 50}}),
-            "shared memory of nobody": told(bare | {"parameters": nobody}),
-            "outputs of a stranger": told(tensor, outputs=[{"name": "NOBODY"}]),
-            "not an image": told(tensor),
+            "inputs of null": body(None),
+            "shape of strings": body(tensor | {"shape": ["1", "1"]}),
+            "negative shape": body(tensor | {"shape": [-1, -1]}),
+            "huge shape": body(tensor | {"shape": [1 << 62, 4]}),
+            "fraction in a shape": body(tensor | {"shape": [1.5, 1]}),
+            "data is an object": body(tensor | {"data": {"a": 1}}),
+            "data of numbers": body(tensor | {"data": [1e400, 2]}),
+            "data too many": body(tensor | {"data": ["x"] * 1000}),
+            "binary size negative": body(bare | {"parameters": {"binary_data_size": -5}}),
+            "binary size huge": body(bare | {"parameters": {"binary_data_size": 1 << 50}}),
+            "shared memory of nobody": body(bare | {"parameters": nobody}),
+            "outputs of a stranger": body(tensor, outputs=[{"name": "NOBODY"}]),
+            "not an image": body(tensor),
         }
         name = str(draw.choice(list(cases)))
         return Attack(f"JSON, {name}", post("/v2/models/vilu/infer", cases[name]), True)

@@ -19,7 +19,7 @@ from bench.loadtest.hostile_requests import Generator
 from bench.loadtest.memory import Memory
 from bench.loadtest.processes import Processes
 from bench.loadtest.questions import GUARDED, MIX, Question, QuestionMaker, label_tensor, make_question
-from bench.loadtest.scene import Scene, Seen
+from bench.loadtest.scene import Promise, Scene
 from bench.loadtest.traffic import Ledger, Steady, asker, closed_loop, open_loop
 from bench.loadtest.world import World
 from vilu import Checkpoint
@@ -119,21 +119,21 @@ def row(name: str, ledger: Ledger, seconds: float) -> dict[str, Any]:
     return {"phase": name, "seconds": seconds, "requests": ledger.sent, "images": ledger.images,
             "requests_per_second": ledger.sent / seconds, "images_per_second": ledger.images / seconds,
             "wrong": ledger.wrongs, "lost": ledger.lost, "refused": dict(ledger.refused),
-            "told": dict(ledger.told.most_common(3)), **percentiles(ledger.all())}  # fmt: skip
+            "messages": dict(ledger.messages.most_common(3)), **percentiles(ledger.all())}  # fmt: skip
 
 
-def mixed(total: Ledger, memory: Mapping[str, Any] | None) -> Seen:
-    seen = Seen(
+def mixed(total: Ledger, memory: Mapping[str, Any] | None) -> Promise:
+    promise = Promise(
         f"mixed traffic, {total.sent} requests",
         f"every answer is the eager model's; none is lost or refused; memory grows by less than {GROWTH:.0%}",
     )
-    seen.count(total)
-    seen.expect(not total.refused, f"refused: {dict(total.refused)} {total.told.most_common(2)}")
+    promise.count(total)
+    promise.expect(not total.refused, f"refused: {dict(total.refused)} {total.messages.most_common(2)}")
     if memory is not None:
         for name in ("pss", "uss"):
-            seen.seen[f"{name}_growth"] = memory[name]["growth"]
-            seen.expect(memory[name]["growth"] < GROWTH, f"{name.upper()} grew by {memory[name]['growth']:.1%}")
-    return seen
+            promise.seen[f"{name}_growth"] = memory[name]["growth"]
+            promise.expect(memory[name]["growth"] < GROWTH, f"{name.upper()} grew by {memory[name]['growth']:.1%}")
+    return promise
 
 
 async def hostile_phase(
@@ -148,7 +148,7 @@ async def hostile_phase(
     made = Generator(world.images[:60], world.clip.transform, dim, most, guarded=bool(guarded))
     worst = [*hostile.poison(world.images[0], dim), hostile.deadly(world.images[0])] if guarded else []
 
-    def told() -> Iterator[hostile.Attack]:
+    def attacks() -> Iterator[hostile.Attack]:
         for i, one in enumerate(made.attacks(count, seed=2)):
             if i % 50 == 0:
                 tick(f"hostile request {i}")
@@ -159,7 +159,7 @@ async def hostile_phase(
     async with asker(url, at.http_url) as by:
         steady = Steady(by, asking.mixed(200, seed=3, mix=mix, http=0 if guarded else 0.25), 2)
         try:
-            tally = await hostile.attack(url, at.http_url, told())
+            tally = await hostile.attack(url, at.http_url, attacks())
         finally:
             good = await steady.stop()
     return tally, good
@@ -172,24 +172,26 @@ def tallied(tally: hostile.Tally) -> dict[str, Any]:
     known = [{"request": name, "code": code, "number": number, "why": hostile.KNOWN[name][1]}
              for (name, code), number in sorted(tally.known.items())]  # fmt: skip
     return {"sent": tally.sent, "codes": {name: dict(codes) for name, codes in sorted(families.items())},
-            "known": known, "bad": [{"request": n, "code": c, "number": k, "told": tally.told[n, c]}
+            "known": known, "bad": [{"request": n, "code": c, "number": k, "message": tally.messages[n, c]}
                                     for (n, c), k in sorted(tally.bad.items())]}  # fmt: skip
 
 
-def judged(tally: hostile.Tally, good: Ledger, server: Server | None, guarded: bool = False) -> Seen:
-    other = "" if guarded else " (listed: what tritonserver itself tells otherwise)"
-    seen = Seen(
+def judged(tally: hostile.Tally, good: Ledger, server: Server | None, guarded: bool = False) -> Promise:
+    other = "" if guarded else " (listed: where tritonserver itself answers otherwise)"
+    promise = Promise(
         f"hostile inputs, {tally.sent} requests{', behind vilu guard' if guarded else ''}",
         f"each gets an error of the 4xx class{other}; the server lives; good requests in between are answered right",
     )
-    seen.count(good)
-    seen.seen |= {"hostile": tally.sent, "by_the_server_itself": sum(tally.known.values())}
-    seen.expect(not (guarded and tally.known), f"told {dict(tally.known)}")
-    seen.expect(not tally.bad, f"told {[(*key, n, tally.told[key]) for key, n in tally.bad.items()][:5]}")
-    seen.expect(not good.refused, f"good ones were told {dict(good.refused)} {good.told.most_common(2)}")
+    promise.count(good)
+    promise.seen |= {"hostile": tally.sent, "by_the_server_itself": sum(tally.known.values())}
+    promise.expect(not (guarded and tally.known), f"answered with {dict(tally.known)}")
+    promise.expect(
+        not tally.bad, f"answered with {[(*key, n, tally.messages[key]) for key, n in tally.bad.items()][:5]}"
+    )
+    promise.expect(not good.refused, f"good ones got {dict(good.refused)} {good.messages.most_common(2)}")
     if server is not None and server.process is not None:
-        seen.expect(server.process.poll() is None and not server.dead_stubs(), "a process died")
-    return seen
+        promise.expect(server.process.poll() is None and not server.dead_stubs(), "a process died")
+    return promise
 
 
 async def guard_cost(asking: QuestionMaker, at: At, guarded: str, count: int) -> list[dict[str, Any]]:
@@ -214,9 +216,9 @@ async def guard_cost(asking: QuestionMaker, at: At, guarded: str, count: int) ->
     return rows
 
 
-def all_faults(scene: Scene, tick: Tick) -> list[Seen]:
+def all_faults(scene: Scene, tick: Tick) -> list[Promise]:
     """(d): every fault; the servers they are done to are their own."""
-    found: list[Seen] = []
+    found: list[Promise] = []
     steps: list[tuple[str, Callable[[], Any]]] = [
         ("kill -9", lambda: asyncio.run(faults.kills(scene))),
         ("SIGTERM under load", lambda: asyncio.run(faults.sigterm(scene, 5))),

@@ -170,13 +170,13 @@ class QuestionMaker:
         threshold = self.world.threshold
 
         def check(got: Mapping[str, bytes]) -> str | None:
-            told = np.frombuffer(got["CLASS_INDEX"], np.int32)
+            answered = np.frombuffer(got["CLASS_INDEX"], np.int32)
             p = np.frombuffer(got["FAILURE_PROBABILITY"], np.float32)
-            if len(told) != len(index) or len(p) != len(index):
-                return f"{len(told)} answers to {len(index)} images"
-            if not ((told == index) | (told == second)).all():
-                return f"CLASS_INDEX {told.tolist()} for {index.tolist()}"
-            if unpack_strings(got["LABEL"]) != [row[i] for row, i in zip(labels, told, strict=True)]:
+            if len(answered) != len(index) or len(p) != len(index):
+                return f"{len(answered)} answers to {len(index)} images"
+            if not ((answered == index) | (answered == second)).all():
+                return f"CLASS_INDEX {answered.tolist()} for {index.tolist()}"
+            if unpack_strings(got["LABEL"]) != [row[i] for row, i in zip(labels, answered, strict=True)]:
                 return "LABEL is not CLASS_INDEX's"
             if not (worst := np.abs(p - failure).max()) <= BUDGET:
                 return f"FAILURE_PROBABILITY off by {worst:.2g}"

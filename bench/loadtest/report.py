@@ -24,9 +24,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [f"# {about['command']}", "", f"{where}, tritonserver of nvidia-pytriton "
              f"{about['nvidia-pytriton']}, commit {about['commit']}, {about['time']}", ""]  # fmt: skip
     rows: list[Sequence[Any]] = []
-    for seen in report["promises"]:
-        told = json.dumps(short(seen["seen"]), ensure_ascii=False).replace('"', "")[1:-1]
-        rows.append((seen["fault"], seen["promised"], kept(seen), told))
+    for promise in report["promises"]:
+        figures = json.dumps(short(promise["seen"]), ensure_ascii=False).replace('"', "")[1:-1]
+        rows.append((promise["fault"], promise["promised"], kept(promise), figures))
     lines += table(("what", "promised", "kept?", "seen"), rows)
     if "traffic" in report:
         part = report["traffic"]
@@ -58,13 +58,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report.get("hostile", {}).get("known"):
         lines += ["## What tritonserver itself tells otherwise", ""]
         rows = [(line["request"], line["code"], line["number"], line["why"]) for line in report["hostile"]["known"]]
-        lines += table(("request", "told", "number", "why"), rows)
+        lines += table(("request", "answer", "number", "why"), rows)
     return "\n".join(lines)
 
 
-def kept(seen: Mapping[str, Any]) -> str:
-    words = ["**not kept**: " + "; ".join(seen["problems"])] if seen["problems"] else []
-    words += ["not by tritonserver itself: " + "; ".join(seen["of_the_server"])] if seen["of_the_server"] else []
+def kept(promise: Mapping[str, Any]) -> str:
+    words = ["**not kept**: " + "; ".join(promise["problems"])] if promise["problems"] else []
+    words += ["not by tritonserver itself: " + "; ".join(promise["of_the_server"])] if promise["of_the_server"] else []
     return "; ".join(words) or "kept"
 
 

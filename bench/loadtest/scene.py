@@ -23,7 +23,7 @@ from vilu.serving.server import free_port, probe
 
 
 @dataclass
-class Seen:
+class Promise:
     """One fault. seen: figures; problems: where the promise was not kept; of_the_server: where tritonserver itself does
     not keep it."""
 
@@ -108,8 +108,8 @@ class Launched:
                 return time.monotonic() - start
             except UserError as error:
                 if time.monotonic() - start > seconds or self.process.poll() is not None:
-                    told = self.log.read_text(errors="replace")[-500:]
-                    raise UserError(f"{self.url}: {error}; {told}") from None
+                    end = self.log.read_text(errors="replace")[-500:]
+                    raise UserError(f"{self.url}: {error}; {end}") from None
                 await asyncio.sleep(0.05)
 
     def servers(self) -> list[int]:

@@ -27,7 +27,7 @@ TIMEOUT = 60.0
 class Ledger:
     """What became of every request: sent = right + wrong + refused, or some were lost.
 
-    refused: code -> number; wrong: what was told, the first few; latencies: seconds of right answers by (kind,
+    refused: code -> number; wrong: the first few problems; latencies: seconds of right answers by (kind,
     protocol), from when they were due; refusals: seconds of the refused, from when they were sent.
     """
 
@@ -39,7 +39,7 @@ class Ledger:
     refused: Counter[str] = field(default_factory=Counter)
     latencies: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     refusals: list[float] = field(default_factory=list)
-    told: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
 
     @property
     def lost(self) -> int:
@@ -57,7 +57,7 @@ class Ledger:
         self.wrongs += other.wrongs
         self.wrong += other.wrong[: 10 - len(self.wrong)]
         self.refused += other.refused
-        self.told += other.told
+        self.messages += other.messages
         self.refusals += other.refusals
         for key, values in other.latencies.items():
             self.latencies[key] += values
@@ -81,14 +81,13 @@ class Asker:
         if isinstance(got, str):
             ledger.refused[code] += 1
             ledger.refusals.append(now - sent)
-            ledger.told[got[:120]] += 1
+            ledger.messages[got[:120]] += 1
             return
-        problem = "an output is missing"
         try:
-            told = asked.check(got)
+            problem = asked.check(got)
         except KeyError:
-            told = problem
-        if told is None:
+            problem = "an output is missing"
+        if problem is None:
             ledger.right += 1
             ledger.images += asked.images
             seconds = now - (sent if due is None else due)
@@ -96,7 +95,7 @@ class Asker:
         else:
             ledger.wrongs += 1
             if len(ledger.wrong) < 10:
-                ledger.wrong.append(f"{asked.kind}: {told}")
+                ledger.wrong.append(f"{asked.kind}: {problem}")
 
     async def _over_grpc(self, asked: Question) -> tuple[str, Mapping[str, bytes] | str]:
         try:

@@ -15,7 +15,7 @@ from vilu.clip import Clip
 from vilu.preprocess.image import decode
 from vilu.tiny import data
 
-TIE = 1e-5  # candidates whose probabilities are nearer than this may be told either way
+TIE = 1e-5  # candidates whose probabilities are nearer than this may come in either order
 
 
 @dataclass

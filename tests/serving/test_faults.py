@@ -119,7 +119,7 @@ def test_wrong_answers_are_told(server, asking, http):
         assert (ledger.sent, ledger.right, ledger.wrongs, ledger.lost) == (2, 1, 1, 0), (
             kind,
             ledger.wrong,
-            ledger.told,
+            ledger.messages,
         )
 
 

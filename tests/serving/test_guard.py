@@ -167,7 +167,7 @@ def test_hostile_requests_are_refused_and_hurt_nobody(server, guarded, asking, g
 
     tally, good = asyncio.run(both())
     assert tally.sent == 420
-    assert not tally.bad, [(*key, tally.told[key]) for key in tally.bad]
+    assert not tally.bad, [(*key, tally.messages[key]) for key in tally.bad]
     assert not tally.known
     assert (good.wrongs, good.lost, dict(good.refused)) == (0, 0, {}), good.wrong
     assert good.right > 20

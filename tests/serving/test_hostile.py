@@ -31,7 +31,7 @@ def test_all_sorts_are_refused_and_good_requests_in_between_are_right(server, as
 
     tally, good = asyncio.run(both())
     assert tally.sent == 400
-    assert not tally.bad, [(*key, tally.told[key]) for key in tally.bad]
+    assert not tally.bad, [(*key, tally.messages[key]) for key in tally.bad]
     assert (good.wrongs, good.lost, dict(good.refused)) == (0, 0, {}), good.wrong
     assert good.right > 20
     assert len({name.split(",")[0] for name, _ in tally.codes}) > 15  # sorts, by their first words
