@@ -97,7 +97,10 @@ class PlainTower(nn.Module):
 def peers(
     clip: Clip, checkpoint: Checkpoint, device: str, threads: int, folder: Path, quick: bool
 ) -> Iterator[tuple[str, str, Callable[[], Way]]]:
-    """(name, precision, build) of what a user would otherwise run; one that cannot be built costs only its own row."""
+    """(name, precision, build) of what a user would otherwise run; one that cannot be built costs only its own row.
+
+    quick: only the reference, eager float32.
+    """
     cfg = open_clip.get_model_preprocess_cfg(clip.model)
     transform = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
 
@@ -118,13 +121,14 @@ def peers(
         module = torch.compile(PlainTower(clip, dtype).to(device), dynamic=False)
         return lambda pixels: module(pixels.to(device))
 
+    yield "eager", "float32", lambda: way("eager", "float32", eager(torch.float32))
+    if quick:
+        return
     half = "float16" if device == "cuda" else "bfloat16"
     low = getattr(torch, half)
-    yield "eager", "float32", lambda: way("eager", "float32", eager(torch.float32))
     yield "eager", half, lambda: way("eager", half, eager(low))
-    if not quick:
-        yield "torch.compile", "float32", lambda: way("torch.compile", "float32", compiled(torch.float32))
-        yield "torch.compile", half, lambda: way("torch.compile", half, compiled(low))
+    yield "torch.compile", "float32", lambda: way("torch.compile", "float32", compiled(torch.float32))
+    yield "torch.compile", half, lambda: way("torch.compile", half, compiled(low))
     plain = functools.cache(lambda: write_plain(clip, folder / "plain.onnx"))
     providers = ["CUDAExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
     yield "ONNX Runtime", "float32", lambda: way("ONNX Runtime", "float32", session(plain(), providers, threads))

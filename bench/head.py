@@ -1,4 +1,4 @@
-"""The head, measured: every way to compute it, side by side, correctness first.
+"""Measures every way to compute the ViLU head side by side; only what passes the gate against float64 is timed.
 
     python bench/head.py [--quick] [--tune] [--output bench/results/head-cpu.json]
 

@@ -1,13 +1,10 @@
-"""A served model under what users, enemies and accidents do to it: every answer checked, every request accounted for.
+"""Tests a served model under traffic, hostile requests, overload and faults; checks every answer.
 
     python bench/load.py [--requests N] [--hostile N] [--faults] [--quick] [--output BASE]
 
-(a) mixed traffic over all models, gRPC and HTTP, closed and open loop, against the eager model's answers, with the
-memory of the server's processes; (b) hostile requests, with good ones in between, and the same
-behind `vilu guard`, with what that costs; (c) an overload; with --faults (d) processes killed, models broken, /dev/shm
-filled, clients that never read. The server is the real one, on a head trained
-here over the embedded CLIP; or --repository with the --ckpt it was exported from, or --url with both of its ports.
-Writes BASE.json and BASE.md; exit code 1 where a promise was not kept.
+The parts and the files are described in bench/loadtest. The server is the real one, on a head trained here over the
+embedded CLIP. Instead of that, --repository takes an export, or --url both ports of a running server; each needs
+--ckpt, the checkpoint that is served. Writes BASE.json and BASE.md; the exit code is 1 where a promise was not kept.
 """
 
 from __future__ import annotations
@@ -174,16 +171,23 @@ def environment() -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--requests", type=click.IntRange(0), help=f"Of mixed traffic; 0: none.  [default: {FULL.requests}]")
-@click.option("--hostile", "hostile_count", type=click.IntRange(0), help=f"0: none.  [default: {FULL.hostile}]")
-@click.option("--faults", "with_faults", is_flag=True, help="Kill, break and fill things, too.")
-@click.option("--quick", is_flag=True, help="A small run.")
-@click.option("--ckpt", type=click.Path(path_type=Path), help="What --repository or --url serves.")
+@click.option(
+    "--requests", type=click.IntRange(0), help=f"Requests of mixed traffic; 0 for none.  [default: {FULL.requests}]"
+)
+@click.option(
+    "--hostile",
+    "hostile_count",
+    type=click.IntRange(0),
+    help=f"Hostile requests; 0 for none.  [default: {FULL.hostile}]",
+)
+@click.option("--faults", "with_faults", is_flag=True, help="Also kill processes, break models and fill /dev/shm.")
+@click.option("--quick", is_flag=True, help=f"A small run: {QUICK.requests} requests, {QUICK.hostile} hostile ones.")
+@click.option("--ckpt", type=click.Path(path_type=Path), help="The checkpoint that --repository or --url serves.")
 @click.option("--repository", type=click.Path(path_type=Path), help="A model repository, in place of an export.")
 @click.option("--url", help="A running server: HOST:PORT of gRPC, comma, http://HOST:PORT.")
 @click.option("--output", type=click.Path(path_type=Path), help="Without suffix.  [default: bench/results/load-cpu]")
 def main(**given: Any) -> None:
-    """Every answer checked, every request accounted for."""
+    """Test a served model under traffic, hostile requests, overload and faults."""
     try:
         report = run(**given)
     except UserError as error:

@@ -1,8 +1,9 @@
-"""What names that nobody asked before cost the closed set: `python bench/new_names.py [--precision int8]`.
+"""Measures what unknown class names cost the users of the closed set: `python bench/new_names.py [--precision int8]`.
 
-A real server over ViT-B-32 (random weights: they cost as much). Askers of `vilu`, one image each, in a closed loop; in
-every other window somebody also asks `vilu_open` once a second about ten new names, each a run of the text tower.
-Medians over the windows. Writes OUTPUT.json and OUTPUT.md.
+It starts a real server over ViT-B-32 with random weights, which cost as much as trained ones. Some askers of `vilu`
+send one image after the other in a closed loop. In every other window one more asker sends `vilu_open` ten new names once a
+second, and each name costs a run of the text tower. The results are medians over the windows, in OUTPUT.json and
+OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ async def window(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--precision", default="float32", show_default=True)
 @click.option("--askers", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--seconds", type=click.FloatRange(1), default=15.0, show_default=True, help="Of a window.")
-@click.option("--windows", type=click.IntRange(1), default=3, show_default=True, help="Of either kind.")
+@click.option("--seconds", type=click.FloatRange(1), default=15.0, show_default=True, help="Length of a window.")
+@click.option("--windows", type=click.IntRange(1), default=3, show_default=True, help="Windows of each kind.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS / "new-names-cpu", show_default=True)
 def main(precision: str, askers: int, seconds: float, windows: int, output: Path) -> None:
     """Closed-set traffic with and without new names beside it."""

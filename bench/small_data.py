@@ -37,10 +37,13 @@ RECIPES = ("default", "plain")
 @click.command()
 @click.option("--dataset", "datasets", multiple=True, default=("digits", "shapes"), show_default=True)
 @click.option(
-    "--sizes", default="200,800,3200,12800,50000", show_default=True, help="Those above a set's size mean all of it."
+    "--sizes",
+    default="200,800,3200,12800,50000",
+    show_default=True,
+    help="Numbers of training images; one above a set's size means all of it.",
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Without suffix.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Path of the results without suffix.")
 def main(datasets: tuple[str, ...], sizes: str, seeds: int, output: Path) -> None:
     """Train heads on growing parts of a data set and compare them with MCM."""
     registry.SHAPES["train"] = max(registry.SHAPES["train"], *map(int, sizes.split(",")))

@@ -257,10 +257,10 @@ def run(
 @click.option("--datasets", default=",".join(DATASETS), show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--resamples", type=click.IntRange(1), default=1000, show_default=True, help="Bootstrap draws.")
-@click.option("--quick", is_flag=True, help="To try it: one seed, 1,000 images, 4 epochs, 100 draws.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Without suffix.")
+@click.option("--quick", is_flag=True, help="Try it: one seed, 1,000 images, 4 epochs, 100 draws.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Path of the results without suffix.")
 def main(datasets: str, seeds: int, resamples: int, quick: bool, output: Path) -> None:
-    """Every method and the ablation on the embedded default."""
+    """Evaluate every method and the ablation on the embedded data sets."""
     chosen = [name.strip() for name in datasets.split(",")]
     unknown = [name for name in chosen if name not in DATASETS]
     if unknown:

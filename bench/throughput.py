@@ -1,12 +1,17 @@
-"""CLIP with a ViLU head, every way to run it, side by side: the same images, weights and cores, correctness first.
+"""Measures every way to run a CLIP with a ViLU head side by side, on the same images, weights and cores.
 
     python bench/throughput.py [--clip ViT-B-32 --pretrained random | --ckpt FILE] [--quick] [--output BASE]
 
-Measures (a) the image tower alone, pixels in and embedding out; (b) encoded JPEG in, answer out, in one process; (c)
-the real server over gRPC, closed and open loop; and what these cores allow. Contenders take turns in every round, so
-that what else the machine does falls on all alike. A row whose answers are over the parity budget is marked and has no
-rank. Writes BASE.json and BASE.png. On a GPU machine (not tried so far) the same program takes CUDA eager and
-the CUDA provider.
+It measures (a) the image tower alone, from pixels to embedding; (b) one process, from encoded JPEG to answer; (c) the
+real server over gRPC, in closed and open loop; and it computes what these cores allow. Every answer is compared with
+the eager float32 model before anything is timed: a contender over the parity budget is marked and has no rank. The
+contenders take turns in every round, so that other work on the machine slows all of them alike. It writes BASE.json and
+BASE.png. On a GPU (not tried so far) the same program runs eager CUDA and ONNX Runtime's CUDA provider.
+
+`--quick` takes about two minutes on two idle cores: it compares float32 alone, eager PyTorch with `vilu export`, on 16
+images, in one round, and puts two closed loops (1 and 16 requests at a time) and one open loop on the server. All
+parity checks stay, the export's own on 256 images among them. The full run adds torch.compile, ONNX Runtime, OpenVINO,
+16-bit floats and int8, and takes five rounds over 64 images.
 """
 
 from __future__ import annotations
@@ -48,18 +53,26 @@ PHOTOS = 384  # what an int8 export wants for parity and calibration; the timed 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long everything is measured."""
+    """How long everything is measured.
+
+    rounds: turns of every contender and every closed loop.
+    timed: images that are answered and compared.
+    seconds: what one contender spends in one turn at one batch size.
+    window: seconds of one load on the server; an open loop takes twice as long.
+    levels: requests at a time, one closed loop each.
+    shares: rates of the open loops, as shares of the closed loop's images a second with 16 at a time.
+    """
 
     rounds: int
-    timed: int  # images
-    seconds: float  # of one contender's turn at one batch size
-    window: float  # of one load on the server
-    levels: tuple[int, ...]  # closed-loop concurrency
-    shares: tuple[float, ...]  # open-loop rates, of the closed loop's throughput at 16
+    timed: int
+    seconds: float
+    window: float
+    levels: tuple[int, ...]
+    shares: tuple[float, ...]
 
 
 FULL = Plan(5, 64, 1.0, 4.0, (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.95))
-QUICK = Plan(2, 32, 0.5, 2.0, (1, 16), (0.8,))
+QUICK = Plan(1, BATCH, 0.2, 1.5, (1, 16), (0.8,))
 
 
 class Bench:
@@ -286,7 +299,7 @@ def numbers(text: str) -> list[float]:
 @click.option("--clip", "clip_name", default="ViT-B-32", show_default=True, help="open_clip model name or vilu-tiny.")
 @click.option("--pretrained", help="Weights: a tag, a file or 'random'.  [default: random]")
 @click.option("--ckpt", type=click.Path(path_type=Path), help="A trained head; brings its CLIP and classes.")
-@click.option("--url", help="HOST:PORT of a running server: measured in (c) instead of one of this run's.")
+@click.option("--url", help="HOST:PORT (gRPC) of a running server, to measure instead of starting one.")
 @click.option("--images", "folder", type=click.Path(path_type=Path), help="Folder of images.  [default: sample photos]")
 @click.option("--repository", "repositories", multiple=True, type=click.Path(path_type=Path, exists=True),
               help="An export of this very checkpoint, instead of exporting; may be repeated.")  # fmt: skip
@@ -296,18 +309,26 @@ def numbers(text: str) -> list[float]:
 @click.option(
     "--precisions",
     default=None,
-    help="To export, by comma; with --url that of the server.  [default: all that `vilu export` has]",
+    help="What to export, by comma; with --url what the server runs.  [default: all of `vilu export`]",
 )
 @click.option(
-    "--rates", default="", help="Open-loop rates, images/s, by comma.  [default: shares of the closed loop's]"
+    "--rates", default="", help="Images a second of the open loops, by comma.  [default: shares of the closed loop's]"
 )
-@click.option("--threads", type=click.IntRange(1), default=None, help="For every contender.  [default: the cores]")
-@click.option("--quick", is_flag=True, help="Under two minutes: fewer contenders, loads and rounds; float32 alone.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Without suffix.  [default: bench/results/throughput-DEVICE]"
+    "--threads", type=click.IntRange(1), default=None, help="CPU threads of every contender.  [default: all cores]"
+)
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Two minutes on two idle cores: float32, eager against the export, 16 images, one round, three loads.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Path of the results without suffix.  [default: bench/results/throughput-DEVICE]",
 )
 def main(**given: Any) -> None:
-    """Every way to run a CLIP with a ViLU head, side by side."""
+    """Measure every way to run a CLIP with a ViLU head side by side."""
     try:
         run(**given)
     except UserError as error:

@@ -42,11 +42,13 @@ COLUMNS = {
 @click.option(
     "--clip", "names", multiple=True, default=NAMES, help="open_clip model names; by default the listed ones."
 )
-@click.option("--images", type=click.IntRange(2), default=8, show_default=True, help="Rows to compare.")
+@click.option(
+    "--images", type=click.IntRange(2), default=8, show_default=True, help="Inputs to compare with the eager tower."
+)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--plain", is_flag=True, help="Without ONNX Runtime's own operators.")
-@click.option("--prefix", default="", help="Words to put before each process: 'flock FILE'.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Without suffix.")
+@click.option("--plain", is_flag=True, help="Export without ONNX Runtime's own operators.")
+@click.option("--prefix", default="", help="Words to put before each command, such as 'flock FILE'.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Path of the results without suffix.")
 @click.option("--one", nargs=2, hidden=True, help="Measure this CLIP and tower here and print the row.")
 def main(
     names: tuple[str, ...],

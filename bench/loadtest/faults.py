@@ -1,7 +1,7 @@
 """Faults done to a real server under load: processes are killed, models broken, class sets replaced, /dev/shm filled.
 
-Every fault is a function that takes a Scene and returns a Promise. Nothing is mocked: shared memory is filled in a mount
-namespace of the server's own.
+Every fault is a function that takes a Scene and returns a Promise. Nothing is mocked: shared memory is filled in a
+mount namespace of the server's own.
 """
 
 from __future__ import annotations
