@@ -1,8 +1,8 @@
 """Measures what unknown class names cost the users of the closed set: `python bench/new_names.py [--precision int8]`.
 
 It starts a real server over ViT-B-32 with random weights, which cost as much as trained ones. Some askers of `vilu`
-send one image after the other in a closed loop. In every other window one more asker sends `vilu_open` ten new names once a
-second, and each name costs a run of the text tower. The results are medians over the windows, in OUTPUT.json and
+send one image after the other in a closed loop. In every other window one more asker sends `vilu_open` ten new names
+once a second, and each name costs a run of the text tower. The results are medians over the windows, in OUTPUT.json and
 OUTPUT.md.
 """
 
