@@ -75,7 +75,7 @@ def find_tritonserver(explicit: str | os.PathLike[str] | None = None) -> Tritons
         if (wheel / "bin" / "tritonserver").is_file():
             return _known(wheel / "bin" / "tritonserver")
     raise UserError(
-        "no tritonserver found: give --tritonserver PATH, run in NVIDIA's container, or pip install --no-deps nvidia-pytriton"
+        "no tritonserver found: give --tritonserver PATH, or pip install --no-deps nvidia-pytriton"
     )
 
 
