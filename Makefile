@@ -20,7 +20,7 @@ load: $(READY)
 	$(BIN)/python bench/load.py --faults
 
 docs: $(READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 matrix: $(READY)
 	.ci/matrix

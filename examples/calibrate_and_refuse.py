@@ -1,6 +1,6 @@
 """Choose a threshold whose risk is guaranteed, and refuse the answers above it.
 
-    python examples/calibrate_and_refuse.py
+python examples/calibrate_and_refuse.py
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Compare ViLU with other confidence scores on held-out images, and write the report.
 
-    python examples/evaluate.py [FOLDER]
+python examples/evaluate.py [FOLDER]
 """
 
 import sys

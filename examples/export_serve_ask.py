@@ -1,6 +1,6 @@
 """Train, export, start the real server, and ask it: the whole way in one program.
 
-    python examples/export_serve_ask.py [FOLDER]
+python examples/export_serve_ask.py [FOLDER]
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Ask a running server about labels of your own, which it has never seen.
 
-    vilu serve &
-    python examples/own_labels.py photo.jpg "a cat" "a dog" [--url 127.0.0.1:8001]
+vilu serve &
+python examples/own_labels.py photo.jpg "a cat" "a dog" [--url 127.0.0.1:8001]
 """
 
 import argparse

@@ -44,7 +44,9 @@ def main() -> None:
         right = correct(test)
         for name, score in {"MCM": SCORES["MCM"](), "ViLU": SCORES["ViLU"](head)}.items():
             confidence = score.confidence(test.image, test.text, test.logit_scale)
-            print(f"{name}: AUC {auroc(confidence.numpy(), right):.3f} on {len(test)} images, {(~right).sum()} failures")
+            print(
+                f"{name}: AUC {auroc(confidence.numpy(), right):.3f} on {len(test)} images, {(~right).sum()} failures"
+            )
 
         # A head without a CLIP can be evaluated and calibrated; to be exported it needs the CLIP's name, too.
         class_set = ClassSet(train.class_names, ("{}",), train.text.normalised.float())
