@@ -27,6 +27,7 @@ _HOME = {
     "ViLUHead": "vilu.head",
     "train_head": "vilu.train",
 }
+_MODULES = {"metrics": "vilu.evaluation.metrics", "scores": "vilu.scores"}
 __all__ = [
     "Checkpoint",
     "ClassSet",
@@ -43,6 +44,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in ("metrics", "scores"):
-        return import_module(f"vilu.{name}")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     raise AttributeError(f"module 'vilu' has no attribute {name!r}")

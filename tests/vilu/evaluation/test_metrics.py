@@ -7,8 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import vilu
 from vilu.errors import UserError
 from vilu.evaluation import bootstrap, metrics
+from vilu.scores import MCM
 
 RANKING = [
     metrics.auroc,
@@ -270,3 +272,8 @@ def test_p_value_is_uniform_without_a_difference():
         values.append(bootstrap.paired_bootstrap(metrics.auroc, a, b, correct, resamples=59).p_value)
     # Of 60 tests at 10%, more than 15 rejections happen with probability 0.0002.
     assert sum(value <= 0.1 for value in values) <= 15
+
+
+def test_the_modules_that_vilu_offers_are_found():
+    assert vilu.metrics is metrics
+    assert vilu.scores.SCORES["MCM"] is MCM
