@@ -30,7 +30,10 @@ def export_all(
     exports: list[dict[str, Any]],
     tick: Callable[[str], None],
 ) -> list[tuple[str, Path]]:
-    """(precision, model repository): those given, else one exported here for every precision that can be."""
+    """(precision, model repository): those given, else one exported here for every precision that can be.
+
+    quick: float32 alone, for batches of up to 16: the export then checks fewer batch sizes.
+    """
     if repositories:
         return [(precision_of(repository), repository) for repository in repositories]
     file, folder = work / "checkpoint.safetensors", work / "photos"
@@ -42,22 +45,28 @@ def export_all(
     for precision in precisions.split(",") if precisions else export_precisions(quick, device):
         tick(f"exporting, {precision}")
         try:
-            exports.append(export_measured(file, work / precision, folder, precision, device))
+            options = ["--max-batch-size", "16"] if quick else []
+            exports.append(export_measured(file, work / precision, folder, precision, device, options))
             ready.append((precision, work / precision))
         except UserError as error:
             exports.append({"precision": precision, "note": str(error)})
     return ready
 
 
-def export_measured(checkpoint: Path, output: Path, images: Path, precision: str, device: str) -> dict[str, Any]:
+def export_measured(
+    checkpoint: Path, output: Path, images: Path, precision: str, device: str, options: Sequence[str] = ()
+) -> dict[str, Any]:
     """`vilu export` in a process of its own: seconds, and the most memory it held.
+
+    Args:
+        options: more options of `vilu export`.
 
     Raises:
         UserError: with the last line it printed.
     """
     command = [sys.executable, "-m", "vilu", "export", "--ckpt", str(checkpoint), "--output", str(output)]
     command += ["--images", str(images), "--device", "gpu" if device == "cuda" else "cpu"]
-    command += ["--allow-loss"]  # this run judges every row itself, and marks it
+    command += ["--allow-loss", *options]  # this run judges every row itself, and marks it
     if precision != "float32":
         command += ["--precision", precision]
     start = time.perf_counter()

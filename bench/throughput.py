@@ -8,10 +8,11 @@ the eager float32 model before anything is timed: a contender over the parity bu
 contenders take turns in every round, so that other work on the machine slows all of them alike. It writes BASE.json and
 BASE.png. On a GPU (not tried so far) the same program runs eager CUDA and ONNX Runtime's CUDA provider.
 
-`--quick` takes about two minutes on two idle cores: it compares float32 alone, eager PyTorch with `vilu export`, on 16
-images, in one round, and puts two closed loops (1 and 16 requests at a time) and one open loop on the server. All
-parity checks stay, the export's own on 256 images among them. The full run adds torch.compile, ONNX Runtime, OpenVINO,
-16-bit floats and int8, and takes five rounds over 64 images.
+`--quick` takes about two minutes on two idle cores, most of it the export; with `--keep FOLDER` a later run can take it
+by `--repository`. It compares float32 alone, eager PyTorch with `vilu export`, on 16 images, in one round, and
+puts two closed loops (1 and 16 requests at a time) and one open loop on the server. All parity checks stay, the
+export's own on 256 images among them. The full run adds torch.compile, ONNX Runtime, OpenVINO, 16-bit floats and int8,
+and takes five rounds over 64 images.
 """
 
 from __future__ import annotations
@@ -320,7 +321,7 @@ def numbers(text: str) -> list[float]:
 @click.option(
     "--quick",
     is_flag=True,
-    help="Two minutes on two idle cores: float32, eager against the export, 16 images, one round, three loads.",
+    help="About two minutes on two idle cores: float32, eager against the export, 16 images, one round, three loads.",
 )
 @click.option(
     "--output",
