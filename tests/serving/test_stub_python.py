@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vilu.errors import UserError
-from vilu.serving.server import build_backends, environment, find_tritonserver
 from vilu.serving.stub_python import stub_python
+from vilu.serving.tritonserver import build_backends, environment, find_tritonserver
 
 
 @pytest.fixture
