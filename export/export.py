@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import torch
 
-from vilu import __version__
+from vilu import __version__, atomic
 from vilu.checkpoint import Checkpoint, load_checkpoint
 from vilu.class_set import ClassSet
 from vilu.clip import Clip, load_clip
@@ -25,7 +25,6 @@ from vilu.errors import UserError
 from vilu.export import cuda_head, parity, repository, versions
 from vilu.export import precision as precisions
 from vilu.export import sample as samples
-from vilu.export.folder import replacing
 from vilu.export.graphs import ANSWER, HeadGraph, ImageGraph, TextGraph, merge_full, write_graph
 from vilu.export.limits import Limits
 from vilu.export.limits import write as write_limits
@@ -173,7 +172,7 @@ def export(
     _check_width(checkpoint, clip, checkpoint.class_set)
     sample = samples.sample(clip, checkpoint.class_set.names, images, labels, calibrate=precision == "int8")
     job = Job(checkpoint, clip, checkpoint.class_set, sample, max_batch_size, runtime, archs, preprocess)
-    with replacing(output) as staging:
+    with atomic.folder(output) as staging:
         tick = Ticker(progress, 12 + len(archs) + len(parity.batch_sizes(max_batch_size)))
         report = _write(job, staging, allow_loss, tick)
         write_limits(staging, limits or Limits())

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
+from vilu import atomic
 from vilu.errors import UserError
-from vilu.export.folder import replacing
 from vilu.export.repository import CONFIG, load_config, save_config
 from vilu.serving import AccessDenied, AsyncClient, RequestRefused
 from vilu.serving.access import token_from
@@ -102,7 +102,7 @@ def use(repository: Path, version: int) -> list[str]:
     if version not in present:
         raise UserError(f"{repository}: has no version {version}; it has {', '.join(map(str, present))}")
     before = served(repository)
-    with replacing(repository) as staging:
+    with atomic.folder(repository) as staging:
         shutil.copytree(repository, staging, dirs_exist_ok=True)
         if not (staging / KEEPER / str(before) / CONFIG).exists():
             _keep(staging, before)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vilu import atomic
 from vilu.class_set import ClassSet
 from vilu.errors import UserError
 from vilu.head import PARTS, ViLUHead
@@ -89,21 +89,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
             "templates": list(checkpoint.class_set.templates),
         }
     _check_finite(path, tensors)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-            temporary = Path(handle.name)
-        # mkstemp makes the file private; a checkpoint gets the mode any other new file would.
-        umask = os.umask(0)
-        os.umask(umask)
-        save_file(tensors, temporary, metadata={"format": "pt", "vilu": json.dumps(header, allow_nan=False)})
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    metadata = {"format": "pt", "vilu": json.dumps(header, allow_nan=False)}
+    with atomic.file(path) as part:
+        try:
+            save_file(tensors, part, metadata=metadata)
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be written ({error})") from None
 
 
 def load_checkpoint(

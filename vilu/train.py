@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from vilu import atomic
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
 from vilu.errors import UserError
 from vilu.evaluation.metrics import OneSidedError, auroc, fpr_at_tpr, paired_bootstrap
@@ -635,13 +636,7 @@ class _Run:
         }
         content = io.BytesIO()  # torch.save itself answers a full disk with its own internals
         torch.save(document, content)
-        temporary = path.with_name(f"{path.name}.part")  # the same name every time: what a kill left is written over
-        try:
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path}: the run's state cannot be written ({error.strerror})") from None
+        atomic.write(path, content.getbuffer())
 
     def load(self, path: Path, identity: str) -> None:
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from open_clip.tokenizer import default_bpe
 from PIL import Image
 from safetensors.torch import save_file
 
+from vilu import atomic
 from vilu.cli import run
 from vilu.cli.progress import progress_bar
 from vilu.clip import load_clip
@@ -76,17 +76,12 @@ def train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> N
     Raises:
         UserError: a folder that cannot be written, or fewer images than one batch.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    with staging as name:
-        _train(Path(name), seed, steps, batch_size, count)
+    atomic.check_folder(folder)
+    with tempfile.TemporaryDirectory() as staging:
+        _train(Path(staging), seed, steps, batch_size, count)
         folder.mkdir(exist_ok=True)
-        for path in sorted(Path(name).iterdir()):
-            path.chmod(0o644)
-            os.replace(path, folder / path.name)
+        for path in sorted(Path(staging).iterdir()):
+            atomic.write(folder / path.name, path.read_bytes())
 
 
 def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> None:
