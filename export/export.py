@@ -20,7 +20,7 @@ import torch
 from vilu import __version__, atomic
 from vilu.checkpoint import Checkpoint, load_checkpoint
 from vilu.class_set import ClassSet
-from vilu.clip import Clip, load_clip
+from vilu.clip import Clip, load_clip_for
 from vilu.errors import UserError
 from vilu.export import cuda_head, parity, repository, versions
 from vilu.export import precision as precisions
@@ -167,8 +167,7 @@ def export(
     if checkpoint.clip is None or checkpoint.class_set is None:
         raise UserError("this checkpoint holds no CLIP name and class set, so it cannot be served; train one with both")
     if clip is None:
-        spec = checkpoint.clip
-        clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+        clip = load_clip_for(checkpoint)
     _check_width(checkpoint, clip, checkpoint.class_set)
     sample = samples.sample(clip, checkpoint.class_set.names, images, labels, calibrate=precision == "int8")
     job = Job(checkpoint, clip, checkpoint.class_set, sample, max_batch_size, runtime, archs, preprocess)

@@ -12,6 +12,7 @@ import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+import vilu.preprocess.class_names
 import vilu.preprocess.image
 import vilu.preprocess.text
 from vilu.class_set import ClassSet
@@ -293,6 +294,7 @@ def write_class_sets(
     version.mkdir(parents=True)
     shutil.copyfile(TEMPLATES / "class_sets" / "model.py", version / "model.py")
     shutil.copyfile(TEMPLATES / "shared" / "sets.py", version / "sets.py")
+    shutil.copyfile(Path(vilu.preprocess.class_names.__file__), version / "class_names.py")
     write_labels(version / "labels.txt", class_set.names)
     write_config(
         folder,

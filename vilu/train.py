@@ -31,6 +31,7 @@ from vilu.errors import UserError
 from vilu.evaluation.metrics import OneSidedError, auroc, fpr_at_tpr, paired_bootstrap
 from vilu.head import PARTS, ViLUHead, log_odds
 from vilu.recipes import FOLDED_SAMPLES, Recipe
+from vilu.seeding import seeded
 
 STATE_VERSION = 1
 RESAMPLES = 999
@@ -419,8 +420,7 @@ def _projection(recipe: Recipe) -> str:
 def _start(data: EmbeddedSet, answers: _Answers | None, train: Tensor, recipe: Recipe) -> ViLUHead:
     """The head before the first step; with the prior, its MLP gives a constant and the prior is calibrated."""
     dim = data.image.normalised.shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         try:
             head = ViLUHead(
                 dim,

@@ -16,6 +16,7 @@ from vilu.embeddings import Embeddings
 from vilu.errors import UserError
 from vilu.head import ViLUHead
 from vilu.scores.base import Score, probabilities
+from vilu.seeding import seeded
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -100,8 +101,7 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=training.epochs)
     best_loss, best = math.inf, copy.deepcopy(network.state_dict())
-    with torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
-        torch.manual_seed(training.seed)  # dropout draws from the global generator
+    with seeded(training.seed, image.device):  # dropout draws from the global generator
         for _ in range(training.epochs):
             network.train()
             for batch in batches(rest[torch.randperm(len(rest), generator=generator)]):
@@ -342,8 +342,7 @@ def _mlp(width: int, hidden: tuple[int, ...]) -> nn.Sequential:
 
 
 def _seeded(build: Callable[[], Network], seed: int) -> Network:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return build()
 
 

@@ -27,6 +27,7 @@ from vilu.cli.progress import progress_bar
 from vilu.clip import load_clip
 from vilu.errors import UserError
 from vilu.preprocess.image import Transform, pixels
+from vilu.seeding import seeded
 from vilu.tiny import data
 
 MERGES = 1500
@@ -85,12 +86,12 @@ def train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> N
 
 
 def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> None:
-    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     write_tokenizer(folder / "bpe.txt.gz")
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     tokenize = open_clip.SimpleTokenizer(bpe_path=str(folder / "bpe.txt.gz"), context_length=CONTEXT)
-    model = open_clip.CLIP(**CONFIG["model_cfg"])
+    with seeded(seed):
+        model = open_clip.CLIP(**CONFIG["model_cfg"])
     mean, std = 0.5, 0.25
 
     with progress_bar() as bar:
