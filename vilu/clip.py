@@ -175,6 +175,13 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
 
     Raises:
         UserError: an unknown model, weights that are missing or do not fit, or another fingerprint.
+
+    Examples:
+        >>> clip = load_clip()
+        >>> clip.spec.name, clip.transform.size
+        ('vilu-tiny', 32)
+        >>> clip.class_set(["cat", "dog"]).text_embeddings.shape
+        torch.Size([2, 128])
     """
     source = f"{LOCAL}{tiny.FOLDER}" if name == tiny.NAME else name
     if source.startswith(LOCAL):
@@ -245,8 +252,8 @@ def load_clip_for(
 def _reason(error: Exception) -> str:
     """One line; of torch's list of tensors that do not fit, the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
-    return told if len(told) <= MAX_REASON else told[: MAX_REASON - 1] + "…"
+    reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+    return reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 1] + "…"
 
 
 def _needs_quick_gelu(name: str, pretrained: str | None) -> bool:

@@ -118,7 +118,7 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         for file in self.files.values():
-            with suppress(OSError):  # what a full disk refused is refused again; append has told it
+            with suppress(OSError):  # what a full disk refused is refused again; append has said so
                 file.close()
         self.lock.close()  # and with it the lock, as at a kill
 
@@ -226,7 +226,8 @@ class Writer:
             atomic.write(self.folder / "index.json", json.dumps(index))
             (self.folder / "journal.jsonl").unlink()
         stored = read(self.folder, self.identity)
-        assert stored is not None
+        if stored is None:
+            raise _damaged(self.folder, "index.json", "gone since it was written")
         return stored
 
 
