@@ -1,15 +1,11 @@
-PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo table export-zoo load test lint serving-env clean
+.PHONY: demo table export-zoo load docs matrix lint test clean
 
-# --no-deps: of the wheel with NVIDIA's tritonserver only the binary is used, not the Python side's dependencies.
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[export,serving,openvino,client,dev]'
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt nvidia-pytriton
-	touch $@
+# With the Python of `make demo PYTHON=python3.12`, else the first one found that serves.
+$(READY): pyproject.toml constraints.txt .ci/install
+	.ci/install $(PYTHON)
 
 demo: $(READY)
 	$(BIN)/vilu demo
@@ -23,13 +19,20 @@ export-zoo: $(READY)
 load: $(READY)
 	$(BIN)/python bench/load.py --faults
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+matrix: $(READY)
+	.ci/matrix
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: lint
 	$(BIN)/python -m pytest -q
 
 clean:
-	rm -rf .venv demo build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo build site .pytest_cache .mypy_cache .ruff_cache

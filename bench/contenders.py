@@ -12,8 +12,6 @@ import functools
 import importlib
 import io
 import logging
-import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import head as head_bench  # bench/head.py
 import numpy as np
 import onnxruntime
 import open_clip
@@ -33,17 +30,14 @@ from PIL import Image
 from torch import Tensor, nn
 from tritonclient.grpc import model_config_pb2 as pb
 
+from bench.authors import AuthorsFailureProbability, is_authors_form
+from bench.head_forms import EagerHead
 from vilu import Checkpoint, ViLUHead
-from vilu.class_set import ClassSet
 from vilu.clip import Clip
-from vilu.data.image_files import image_files
 from vilu.errors import UserError
 from vilu.preprocess.image import decode
 from vilu.serving.backends.onnxruntime import session as session_file
 
-CLASSES = 1000
-LEAD = 0.02  # of the similarity that a stand-in's answer has over the next
-SIZE = (500, 375)
 Answer = tuple[np.ndarray, np.ndarray]  # failure_probability (B,), class_index (B,)
 
 
@@ -74,78 +68,12 @@ class Way:
         return self.head(self.tower(self.batch(images)))
 
 
-def photos(count: int, folder: Path | None = None, seed: int = 0) -> list[bytes]:
-    """`count` JPEGs (quality 90, 500 x 375) of real photographs: crops, mirrored and of varied brightness.
-
-    From scikit-learn's and matplotlib's samples; the files of `folder` are taken as they are, and repeat where too few.
-    """
-    if folder is not None:
-        files = image_files(folder)
-        return [files[i % len(files)].read_bytes() for i in range(count)]
-    from matplotlib import cbook
-    from PIL import ImageEnhance
-    from sklearn.datasets import load_sample_images
-
-    sources = [Image.fromarray(image) for image in load_sample_images().images]
-    sources.append(Image.open(cbook.get_sample_data("grace_hopper.jpg")).convert("RGB"))
-    draw = np.random.default_rng(seed)
-    made = []
-    for i in range(count):
-        source = sources[i % len(sources)]
-        width = int(min(source.width, source.height * SIZE[0] / SIZE[1]) * draw.uniform(0.5, 1))
-        height = int(width * SIZE[1] / SIZE[0])
-        left = int(draw.integers(source.width - width + 1))
-        top = int(draw.integers(source.height - height + 1))
-        image = source.crop((left, top, left + width, top + height)).resize(SIZE, Image.Resampling.BICUBIC)
-        if draw.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image = ImageEnhance.Brightness(image).enhance(draw.uniform(0.7, 1.3))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
-        made.append(buffer.getvalue())
-    return made
-
-
-def stand_in(clip: Clip, images: Sequence[bytes]) -> Checkpoint:
-    """A checkpoint for a CLIP that has none: made-up classes and an untrained head, whose answers on `images` spread.
-
-    Random text embeddings would give all images one class, and no error could show. So class vectors scatter around
-    the images as these do themselves, and only such are taken as leave every image a clear first among them.
-    """
-    v = clip.embed_images([np.stack([decode(image, clip.transform) for image in images])])
-    generator = torch.Generator().manual_seed(1)
-    centre = v.mean(dim=0)
-    scatter = torch.randn(32 * CLASSES, len(v), generator=generator) @ (v - centre) / math.sqrt(len(v))
-    beside = torch.randn(scatter.shape, generator=generator) / math.sqrt(v.shape[1])
-    away = torch.linspace(0, 2, len(scatter))[:, None]
-    candidates = F.normalize(centre + scatter + away * beside, dim=1)
-    first, taken = torch.full((len(v),), -2.0), []
-    for i, similarity in enumerate(candidates @ v.T):
-        if ((similarity - first).abs() >= LEAD).all() and len(taken) < CLASSES:
-            first = torch.maximum(first, similarity)
-            taken.append(i)
-    t = candidates[taken]
-    head, _, _ = head_bench.Case(1, CLASSES, v.shape[1], torch.float32).data("cpu")
-    with torch.no_grad():
-        logit = head(v, t)
-        last: Any = head.mlp[-1]
-        gain = 1.5 / float(logit.std())
-        last.bias.copy_(gain * (last.bias - logit.median()))
-        last.weight.mul_(gain)
-    names = tuple(f"class {i}" for i in range(len(t)))
-    return Checkpoint(head.eval(), clip.spec, ClassSet(names, ("{}",), t), meta={"trained": False})
-
-
 def eager_head(checkpoint: Checkpoint, device: str) -> Callable[[Tensor], Answer]:
     """The authors' forward over the class set where this head has their form, else ours in eager PyTorch."""
     head: ViLUHead = copy.deepcopy(checkpoint.head).to(device)
     assert checkpoint.class_set is not None
     t = checkpoint.class_set.text_embeddings.to(device)
-    theirs = (
-        head.projection == "shared" and len(head.parts) == 3 and head.prior is None
-        and head.attention_scale == head_bench.SCALE
-    )  # fmt: skip
-    module: nn.Module = head_bench.AuthorsHead(head) if theirs else head_bench.EagerHead(head)
+    module: nn.Module = AuthorsFailureProbability(head) if is_authors_form(head) else EagerHead(head)
 
     def run(v: Tensor) -> Answer:
         failure, index = module(torch.as_tensor(v, device=device), t)
@@ -169,7 +97,10 @@ class PlainTower(nn.Module):
 def peers(
     clip: Clip, checkpoint: Checkpoint, device: str, threads: int, folder: Path, quick: bool
 ) -> Iterator[tuple[str, str, Callable[[], Way]]]:
-    """(name, precision, build) of what a user would otherwise run; one that cannot be built costs only its own row."""
+    """(name, precision, build) of what a user would otherwise run; one that cannot be built costs only its own row.
+
+    quick: only the reference, eager float32.
+    """
     cfg = open_clip.get_model_preprocess_cfg(clip.model)
     transform = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
 
@@ -178,7 +109,9 @@ def peers(
         return tensor
 
     def way(name: str, precision: str, tower: Callable[[Tensor], Any]) -> Way:
-        return Way(name, precision, read, torch.stack, tower, eager_head(checkpoint, device))
+        return Way(
+            name, precision, read, lambda images: torch.stack(list(images)), tower, eager_head(checkpoint, device)
+        )
 
     def eager(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         module = PlainTower(clip, dtype).to(device)
@@ -188,13 +121,14 @@ def peers(
         module = torch.compile(PlainTower(clip, dtype).to(device), dynamic=False)
         return lambda pixels: module(pixels.to(device))
 
+    yield "eager", "float32", lambda: way("eager", "float32", eager(torch.float32))
+    if quick:
+        return
     half = "float16" if device == "cuda" else "bfloat16"
     low = getattr(torch, half)
-    yield "eager", "float32", lambda: way("eager", "float32", eager(torch.float32))
     yield "eager", half, lambda: way("eager", half, eager(low))
-    if not quick:
-        yield "torch.compile", "float32", lambda: way("torch.compile", "float32", compiled(torch.float32))
-        yield "torch.compile", half, lambda: way("torch.compile", half, compiled(low))
+    yield "torch.compile", "float32", lambda: way("torch.compile", "float32", compiled(torch.float32))
+    yield "torch.compile", half, lambda: way("torch.compile", half, compiled(low))
     plain = functools.cache(lambda: write_plain(clip, folder / "plain.onnx"))
     providers = ["CUDAExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
     yield "ONNX Runtime", "float32", lambda: way("ONNX Runtime", "float32", session(plain(), providers, threads))
@@ -303,7 +237,3 @@ class Cuda:
     def run(self, names: Sequence[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
         values: list[np.ndarray] = self.session.run(list(names), feed)
         return values
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

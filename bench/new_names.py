@@ -1,15 +1,16 @@
-"""What names that nobody asked before cost the closed set: `python bench/new_names.py [--precision int8]`.
+"""Measures what unknown class names cost the users of the closed set: `python bench/new_names.py [--precision int8]`.
 
-A real server over ViT-B-32 (random weights: they cost as much). Askers of `vilu`, one image each, in a closed loop; in
-every other window somebody also asks `vilu_open` once a second about ten new names, each a run of the text tower.
-Medians over the windows. Writes OUTPUT.json and OUTPUT.md.
+It starts a real server over ViT-B-32 with random weights, which cost as much as trained ones. Some askers of `vilu`
+send one image after the other in a closed loop. In every other window one more asker sends `vilu_open` ten new names
+once a second, and each name costs a run of the text tower. The results are medians over the windows, in OUTPUT.json and
+OUTPUT.md.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,15 +19,19 @@ from typing import Any
 import click
 import grpc
 import numpy as np
-from contenders import photos, stand_in
-from hostile import message, strings
-from loadgen import INFER, percentiles, request
-from throughput import PHOTOS, environment, export_all
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
+
+from bench.common import RESULTS, markdown_table, percentiles, write_results
+from bench.exports import export_all
+from bench.inputs import photos, stand_in
+from bench.loadtest.load_generator import request
+from bench.loadtest.wire import INFER, message, pack_strings
+from bench.throughput import PHOTOS, environment
 from vilu import load_clip
+from vilu.data.pipeline import cores
 from vilu.serving import Server
 
-ROOT = Path(__file__).parents[1]
 NAMES, EVERY = 10, 1.0  # new names in a question, seconds from one question to the next
 
 
@@ -48,8 +53,8 @@ async def window(
                 at += 1
 
         async def ask(number: int) -> None:
-            names = strings(*(b"new name %d" % (NAMES * number + i) for i in range(NAMES)))
-            tensors = [("IMAGE", "BYTES", (1, 1), strings(image)), ("LABELS", "BYTES", (1, NAMES), names)]
+            names = pack_strings(*(b"new name %d" % (NAMES * number + i) for i in range(NAMES)))
+            tensors = [("IMAGE", "BYTES", (1, 1), pack_strings(image)), ("LABELS", "BYTES", (1, NAMES), names)]
             start = time.perf_counter()
             await call(message("vilu_open", tensors).SerializeToString(), timeout=60)
             opened.append(time.perf_counter() - start)
@@ -71,17 +76,15 @@ async def window(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--precision", default="float32", show_default=True)
 @click.option("--askers", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--seconds", type=click.FloatRange(1), default=15.0, show_default=True, help="Of a window.")
-@click.option("--windows", type=click.IntRange(1), default=3, show_default=True, help="Of either kind.")
-@click.option(
-    "--output", type=click.Path(path_type=Path), default=ROOT / "bench/results/new-names-cpu", show_default=True
-)
+@click.option("--seconds", type=click.FloatRange(1), default=15.0, show_default=True, help="Length of a window.")
+@click.option("--windows", type=click.IntRange(1), default=3, show_default=True, help="Windows of each kind.")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS / "new-names-cpu", show_default=True)
 def main(precision: str, askers: int, seconds: float, windows: int, output: Path) -> None:
     """Closed-set traffic with and without new names beside it."""
     clip = load_clip("ViT-B-32", "random")
     jpegs = photos(PHOTOS, None)
     checkpoint = stand_in(clip, jpegs)
-    about = environment("cpu", len(os.sched_getaffinity(0)))
+    about = environment("cpu", cores())
     with tempfile.TemporaryDirectory(prefix="vilu-names-") as folder:
         exports: list[dict[str, Any]] = []
         ready = export_all(checkpoint, jpegs, (), precision, False, "cpu", Path(folder), exports, click.echo)
@@ -100,21 +103,22 @@ def main(precision: str, askers: int, seconds: float, windows: int, output: Path
     about["load_after"] = os.getloadavg()[0]
     report = {"environment": about, "precision": precision, "askers": askers, "seconds": seconds, "medians": rows,
               "windows": found}  # fmt: skip
-    lines = [f"# new_names.py --precision {precision}", "",
-             f"ViT-B-32 in {precision}, {askers} closed askers, {about['cores']} cores of an {about['device']}, commit "
-             f"{about['commit']}. Medians of {windows} windows of {seconds:g} s; milliseconds.", "",
-             f"| {NAMES} new names a second | images/s | p50 | p99 | longest | their own p50 |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    table = []
     for kind, row in rows.items():
         own = f"{row['new_names_p50']:.0f}" if "new_names_p50" in row else ""
-        lines.append(f"| {kind} | {row['images_per_second']:.1f} | {row['p50']:.0f} | {row['p99']:.0f} | "
-                     f"{row['max']:.0f} | {own} |")  # fmt: skip
+        times = (f"{row[key]:.0f}" for key in ("p50", "p99", "max"))
+        table.append((kind, f"{row['images_per_second']:.1f}", *times, own))
+    lines = [
+        f"# new_names.py --precision {precision}",
+        "",
+        f"ViT-B-32 in {precision}, {askers} closed askers, {about['cores']} cores of an {about['device']}, commit "
+        f"{about['commit']}. Medians of {windows} windows of {seconds:g} s; milliseconds.",
+        "",
+        *markdown_table((f"{NAMES} new names a second", "images/s", "p50", "p99", "longest", "their own p50"), table),
+    ]
     text = "\n".join(lines) + "\n"
     click.echo(text)
-    for suffix, words in ((".json", json.dumps(report, indent=1) + "\n"), (".md", text)):
-        temporary = output.with_name(f".{output.name}{suffix}")
-        temporary.write_text(words, "utf-8")
-        temporary.replace(output.with_name(output.name + suffix))
+    write_results(output, {".json": report, ".md": text})
 
 
 if __name__ == "__main__":

@@ -9,21 +9,25 @@ Writes OUTPUT.json (with versions, commit and machine) and OUTPUT.png.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 
-from vilu import __version__, load_clip
-from vilu.cli.options import default_cache
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
+
+from bench.common import origin, png, write_results
+from vilu import load_clip
 from vilu.cli.progress import progress_bar
 from vilu.data import embed, open_source, registry
+from vilu.data.cache import default_cache
+from vilu.evaluation.bootstrap import paired_bootstrap
 from vilu.evaluation.evaluate import confidences, correct
-from vilu.evaluation.metrics import auroc, fpr_at_tpr, paired_bootstrap
+from vilu.evaluation.metrics import auroc, fpr_at_tpr
 from vilu.recipes import recipe_named
 from vilu.scores import MCM, ViLU
 from vilu.train import fit
@@ -34,14 +38,17 @@ RECIPES = ("default", "plain")
 @click.command()
 @click.option("--dataset", "datasets", multiple=True, default=("digits", "shapes"), show_default=True)
 @click.option(
-    "--sizes", default="200,800,3200,12800,50000", show_default=True, help="Those above a set's size mean all of it."
+    "--sizes",
+    default="200,800,3200,12800,50000",
+    show_default=True,
+    help="Numbers of training images; one above a set's size means all of it.",
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Without suffix.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Path of the results without suffix.")
 def main(datasets: tuple[str, ...], sizes: str, seeds: int, output: Path) -> None:
     """Train heads on growing parts of a data set and compare them with MCM."""
     registry.SHAPES["train"] = max(registry.SHAPES["train"], *map(int, sizes.split(",")))
-    clip, rows = load_clip(), []
+    clip, rows = load_clip(), list[dict[str, Any]]()
     with progress_bar() as bar:
         for dataset in datasets:
             train, test = (
@@ -76,16 +83,12 @@ def main(datasets: tuple[str, ...], sizes: str, seeds: int, output: Path) -> Non
                         )
                         bar(f"{dataset}, {size} images", seed + 1, seeds)
                         click.echo(json.dumps(rows[-1]))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
-    head = {"commit": commit, "vilu": __version__, "torch": torch.__version__, **machine}
-    temporary = output.with_name(f".{output.name}.json")
-    temporary.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    temporary.replace(output.with_suffix(".json"))
-    draw(rows, output.with_suffix(".png"))
+    about = origin() | {"threads": torch.get_num_threads()}
+    write_results(output, {".json": {**about, "rows": rows}, ".png": draw(rows)})
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict[str, Any]]) -> bytes:
+    """A PNG: AUC against the number of training images, a panel a data set."""
     from matplotlib.figure import Figure
 
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
@@ -101,9 +104,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set(title=dataset, xlabel="training images", ylabel="AUC on the test split", xscale="log")
         axis.grid(alpha=0.3)
         axis.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=90, format="png")
-    temporary.replace(path)
+    return png(figure, 90)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,78 @@
-"""CLIP with a ViLU head, every way to run it, side by side: the same images, weights and cores, correctness first.
+"""Measures every way to run a CLIP with a ViLU head side by side, on the same images, weights and cores.
 
     python bench/throughput.py [--clip ViT-B-32 --pretrained random | --ckpt FILE] [--quick] [--output BASE]
 
-Measures (a) the image tower alone, pixels in and embedding out; (b) encoded JPEG in, answer out, in one process; (c)
-the real server over gRPC, closed and open loop; and what these cores allow. Contenders take turns in every round, so
-that what else the machine does falls on all alike. A row whose answers are over the parity budget is marked and has no
-rank. Writes BASE.json and BASE.png. On a GPU machine (not tried so far) the same program takes CUDA eager and
-the CUDA provider.
+It measures (a) the image tower alone, from pixels to embedding; (b) one process, from encoded JPEG to answer; (c) the
+real server over gRPC, in closed and open loop; and it computes what these cores allow. Every answer is compared with
+the eager float32 model before anything is timed: a contender over the parity budget is marked and has no rank. The
+contenders take turns in every round, so that other work on the machine slows all of them alike. It writes BASE.json and
+BASE.png. On a GPU (not tried so far) the same program runs eager CUDA and ONNX Runtime's CUDA provider.
+
+`--quick` takes about two minutes on two idle cores: it compares float32 alone, eager PyTorch with `vilu export`, on 16
+images, in one round, and puts two closed loops (1 and 16 requests at a time) and one open loop on the server. All
+parity checks stay, the export's own on 256 images among them. The full run adds torch.compile, ONNX Runtime, OpenVINO,
+16-bit floats and int8, and takes five rounds over 64 images.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from contenders import CLASSES, Way, cores, exported, peers, photos, stand_in
-from head import machine
-from loadgen import Load, Processes, request, ticker
 from rich.console import Console
-from throughput_rows import BATCH, Reference, Row, Served, Timing, document, picture, print_report, targets
 
-from vilu import Checkpoint, load_checkpoint, load_clip
-from vilu.checkpoint import save_checkpoint
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
+
+from bench.common import RESULTS, cpu_flags, machine, package_versions, ticker, write_results
+from bench.contenders import Way, exported, peers
+from bench.exports import export_all
+from bench.inputs import CLASSES, photos, stand_in
+from bench.loadtest.load_generator import Load, request
+from bench.loadtest.processes import Processes
+from bench.throughput_report import document, picture, print_report
+from bench.throughput_rows import BATCH, Reference, Row, Served, Timing, targets
+from vilu import load_checkpoint, load_clip
 from vilu.cli.progress import progress_bar
-from vilu.clip import Clip
+from vilu.clip import Clip, load_clip_for
+from vilu.data.pipeline import cores
 from vilu.errors import UserError
 from vilu.preprocess.image import decode
 
-ROOT = Path(__file__).parents[1]
 PHOTOS = 384  # what an int8 export wants for parity and calibration; the timed ones are the first of them
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long everything is measured."""
+    """How long everything is measured.
+
+    rounds: turns of every contender and every closed loop.
+    timed: images that are answered and compared.
+    seconds: what one contender spends in one turn at one batch size.
+    window: seconds of one load on the server; an open loop takes twice as long.
+    levels: requests at a time, one closed loop each.
+    shares: rates of the open loops, as shares of the closed loop's images a second with 16 at a time.
+    """
 
     rounds: int
-    timed: int  # images
-    seconds: float  # of one contender's turn at one batch size
-    window: float  # of one load on the server
-    levels: tuple[int, ...]  # closed-loop concurrency
-    shares: tuple[float, ...]  # open-loop rates, of the closed loop's throughput at 16
+    timed: int
+    seconds: float
+    window: float
+    levels: tuple[int, ...]
+    shares: tuple[float, ...]
 
 
 FULL = Plan(5, 64, 1.0, 4.0, (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.95))
-QUICK = Plan(2, 32, 0.5, 2.0, (1, 16), (0.8,))
+QUICK = Plan(1, BATCH, 0.2, 1.5, (1, 16), (0.8,))
 
 
 class Bench:
@@ -178,77 +192,11 @@ def decode_timing(images: Sequence[bytes], clip: Clip, threads: int, rounds: int
     return timing
 
 
-def export_measured(checkpoint: Path, output: Path, images: Path, precision: str, device: str) -> dict[str, Any]:
-    """`vilu export` in a process of its own: seconds, and the most memory it held.
-
-    Raises:
-        UserError: with the last line it printed.
-    """
-    command = [sys.executable, "-m", "vilu", "export", "--ckpt", str(checkpoint), "--output", str(output)]
-    command += ["--images", str(images), "--device", "gpu" if device == "cuda" else "cpu"]
-    command += ["--allow-loss"]  # this run judges every row itself, and marks it
-    if precision != "float32":
-        command += ["--precision", precision]
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - start
-        printed.seek(0)
-        lines = printed.read().decode(errors="replace").strip().splitlines()
-    if process.returncode:
-        raise UserError(lines[-1] if lines else f"vilu export ended with code {process.returncode}")
-    return {"precision": precision, "seconds": seconds, "peak_gib": usage.ru_maxrss / 2**20}
-
-
 def environment(device: str, threads: int) -> dict[str, Any]:
     """The machine, versions and commit that every figure belongs to."""
-    flags: set[str] = set()
-    with contextlib.suppress(OSError):
-        line = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags"))
-        flags = {f for f in line.split() if f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni") or
-                 f.startswith("amx")}  # fmt: skip
-    found = machine(device) | {"threads": threads, "cores": cores(), "cpu_flags": sorted(flags)}
-    for package in ("vilu", "open_clip_torch", "onnx", "openvino", "onnxruntime-ep-openvino", "nvidia-pytriton",
-                    "tritonclient", "numpy", "pillow"):  # fmt: skip
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--clip", "clip_name", default="ViT-B-32", show_default=True, help="open_clip model name or vilu-tiny.")
-@click.option("--pretrained", help="Weights: a tag, a file or 'random'.  [default: random]")
-@click.option("--ckpt", type=click.Path(path_type=Path), help="A trained head; brings its CLIP and classes.")
-@click.option("--url", help="HOST:PORT of a running server: measured in (c) instead of one of this run's.")
-@click.option("--images", "folder", type=click.Path(path_type=Path), help="Folder of images.  [default: sample photos]")
-@click.option("--repository", "repositories", multiple=True, type=click.Path(path_type=Path, exists=True),
-              help="An export of this very checkpoint, instead of exporting; may be repeated.")  # fmt: skip
-@click.option(
-    "--keep", type=click.Path(path_type=Path), help="Folder for the checkpoint and the exports, kept for --repository."
-)
-@click.option(
-    "--precisions",
-    default=None,
-    help="To export, by comma; with --url that of the server.  [default: all that `vilu export` has]",
-)
-@click.option(
-    "--rates", default="", help="Open-loop rates, images/s, by comma.  [default: shares of the closed loop's]"
-)
-@click.option("--threads", type=click.IntRange(1), default=None, help="For every contender.  [default: the cores]")
-@click.option("--quick", is_flag=True, help="Under two minutes: fewer contenders, loads and rounds; float32 alone.")
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="Without suffix.  [default: bench/results/throughput-DEVICE]"
-)
-def main(**given: Any) -> None:
-    """Every way to run a CLIP with a ViLU head, side by side."""
-    try:
-        run(**given)
-    except UserError as error:
-        raise click.ClickException(str(error)) from None
+    found = machine(device) | {"threads": threads, "cores": cores(), "cpu_flags": cpu_flags()}
+    return found | package_versions("vilu", "open_clip_torch", "onnx", "openvino", "onnxruntime-ep-openvino",
+                                    "nvidia-pytriton", "tritonclient", "numpy", "pillow")  # fmt: skip
 
 
 def run(
@@ -275,7 +223,7 @@ def run(
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     plan = QUICK if quick else FULL
-    output = output or ROOT / f"bench/results/throughput-{device}"
+    output = output or RESULTS / f"throughput-{device}"
     asked = numbers(rates)
     if url is not None:
         url = url.removeprefix("grpc://")
@@ -296,8 +244,7 @@ def run(
                 checkpoint = load_checkpoint(ckpt)
                 if checkpoint.clip is None or checkpoint.class_set is None:
                     raise UserError(f"{ckpt}: names no CLIP and no classes")
-                spec = checkpoint.clip
-                clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+                clip = load_clip_for(checkpoint, ckpt)
             else:
                 clip = load_clip(clip_name, pretrained or (None if clip_name == "vilu-tiny" else "random"))
                 checkpoint = stand_in(clip, images if quick else jpegs)
@@ -331,16 +278,8 @@ def run(
     extra = {"images": len(images), "export": exports, "decode": decoding and decoding.rate(), "targets": goals}
     report = document(bench.rows, bench.servers, about, extra)
     print_report(console, bench.rows, bench.servers, report, decoding)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.json")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    temporary.replace(output.with_name(f"{output.name}.json"))
-    picture(
-        bench.rows,
-        bench.servers,
-        output.with_name(f"{output.name}.png"),
-        f"{about.get('clip', url)}, {about['device']}, {threads} threads",
-    )
+    title = f"{about.get('clip', url)}, {about['device']}, {threads} threads"
+    write_results(output, {".json": report, ".png": picture(bench.rows, bench.servers, title)})
     return report
 
 
@@ -355,51 +294,44 @@ def numbers(text: str) -> list[float]:
     return found
 
 
-def precision_of(repository: Path) -> str:
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--clip", "clip_name", default="ViT-B-32", show_default=True, help="open_clip model name or vilu-tiny.")
+@click.option("--pretrained", help="Weights: a tag, a file or 'random'.  [default: random]")
+@click.option("--ckpt", type=click.Path(path_type=Path), help="A trained head; brings its CLIP and classes.")
+@click.option("--url", help="HOST:PORT (gRPC) of a running server, to measure instead of starting one.")
+@click.option("--images", "folder", type=click.Path(path_type=Path), help="Folder of images.  [default: sample photos]")
+@click.option("--repository", "repositories", multiple=True, type=click.Path(path_type=Path, exists=True),
+              help="An export of this very checkpoint, instead of exporting; may be repeated.")  # fmt: skip
+@click.option(
+    "--keep", type=click.Path(path_type=Path), help="Folder for the checkpoint and the exports, kept for --repository."
+)
+@click.option(
+    "--precisions",
+    default=None,
+    help="What to export, by comma; with --url what the server runs.  [default: all of `vilu export`]",
+)
+@click.option(
+    "--rates", default="", help="Images a second of the open loops, by comma.  [default: shares of the closed loop's]"
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=None, help="CPU threads of every contender.  [default: all cores]"
+)
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Two minutes on two idle cores: float32, eager against the export, 16 images, one round, three loads.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Path of the results without suffix.  [default: bench/results/throughput-DEVICE]",
+)
+def main(**given: Any) -> None:
+    """Measure every way to run a CLIP with a ViLU head side by side."""
     try:
-        return str(json.loads((repository / "parity.json").read_text("utf-8"))["precision"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{repository}: no model repository of `vilu export` (parity.json)") from None
-
-
-def export_all(
-    checkpoint: Checkpoint,
-    jpegs: Sequence[bytes],
-    repositories: Sequence[Path],
-    precisions: str | None,
-    quick: bool,
-    device: str,
-    work: Path,
-    exports: list[dict[str, Any]],
-    tick: Callable[[str], None],
-) -> list[tuple[str, Path]]:
-    """(precision, model repository): those given, else one exported here for every precision that can be."""
-    if repositories:
-        return [(precision_of(repository), repository) for repository in repositories]
-    file, folder = work / "checkpoint.safetensors", work / "photos"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(checkpoint, file)
-    for i, jpeg in enumerate(jpegs):
-        (folder / f"{i:04}.jpg").write_bytes(jpeg)
-    ready = []
-    for precision in precisions.split(",") if precisions else export_precisions(quick, device):
-        tick(f"exporting, {precision}")
-        try:
-            exports.append(export_measured(file, work / precision, folder, precision, device))
-            ready.append((precision, work / precision))
-        except UserError as error:
-            exports.append({"precision": precision, "note": str(error)})
-    return ready
-
-
-def export_precisions(quick: bool, device: str) -> list[str]:
-    """What `vilu export --precision` offers for this device, float32 first."""
-    from vilu.cli.export import export_command
-
-    offered = [o for o in export_command.params if o.name == "precision" and isinstance(o.type, click.Choice)]
-    known = [str(choice) for o in offered for choice in o.type.choices]  # type: ignore[attr-defined]
-    useful = ("bfloat16", "int8") if device == "cpu" else ("float16", "bfloat16")
-    return ["float32"] if quick else ["float32", *(p for p in known if p in useful)]
+        run(**given)
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":

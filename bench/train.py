@@ -14,7 +14,6 @@ Besides: the share of matrix products in our step, our memory for growing data, 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -31,16 +30,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from head import machine
-from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
+
+from bench.authors import AuthorsLoop
+from bench.common import RESULTS, machine, quantiles, write_results
 from vilu import load_clip
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
 from vilu.recipes import Recipe, recipe_named
-from vilu.train import _answers, _batch, _loss, _Run, _start, fit
+from vilu.train import fit
+from vilu.training.batches import clip_answers, make_batch
+from vilu.training.loss import batch_loss
+from vilu.training.run import Run
+from vilu.training.start import initial_head
 
-ROOT = Path(__file__).parents[1]
-CLASSES, DIM, SCALE = 1000, 512, 100.0
+CLASSES, DIM = 1000, 512
 STEPS, PROMPTS = 25, 125  # of theirs, in a turn
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
 
@@ -60,99 +64,6 @@ CASES = (
     Case("paper-cifar10, projections trained", recipe_named("paper-cifar10", freeze_steps=0), False),
     Case("default", recipe_named("default", validation=0, min_steps=0), True),
 )
-
-
-class AuthorsModel(nn.Module):
-    """Their head and its forward, operation by operation."""
-
-    def __init__(self, frozen: bool) -> None:
-        super().__init__()
-        self.frozen = frozen
-        self.register_buffer("iteration_count", torch.tensor(0))
-        widths = (3 * DIM, 512, 256, 128)
-        layers: list[nn.Module] = []
-        for width, out in itertools.pairwise(widths):
-            layers += [nn.Linear(width, out), nn.ReLU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(128, 1))
-        self.in_proj_v, self.in_proj_t = nn.Linear(DIM, DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
-        nn.init.eye_(self.in_proj_v.weight)
-        nn.init.eye_(self.in_proj_t.weight)
-
-    def forward(self, v: Tensor, t: Tensor) -> Tensor:
-        self.iteration_count += 1
-        if self.frozen:
-            q, k = self.in_proj_v(v) * 0 + v, self.in_proj_t(t) * 0 + t
-        else:
-            q, k = self.in_proj_v(v), self.in_proj_t(t)
-        x = torch.cat((v, F.softmax(SCALE * q @ k.t(), dim=-1) @ k), dim=1)
-        _, predicted = F.softmax(SCALE * v @ t.t(), dim=-1).topk(1, 1, True, True)
-        return self.mlp(torch.cat((x, t[predicted[:, 0]]), dim=1))
-
-
-class AuthorsLoop:
-    """Their epoch, in parts: the text features, and steps with and without what they measure in each."""
-
-    def __init__(self, data: EmbeddedSet, case: Case, clip: Any, autocast: bool = False) -> None:
-        assert data.labels is not None
-        self.image, self.labels, self.text = data.image.normalised.float(), data.labels, data.text.normalised
-        self.batch, self.clip, self.autocast = case.recipe.batch_size, clip, autocast
-        self.model = AuthorsModel(case.frozen).train()
-        options = {"lr": case.recipe.learning_rate, "weight_decay": case.recipe.weight_decay}
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), **options)
-        if case.recipe.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.model.parameters(), momentum=case.recipe.momentum, **options)
-        self.metrics = 0.0
-
-    def text_features(self, prompts: int) -> float:
-        """Seconds to tokenize and encode them."""
-        started = time.perf_counter()
-        with torch.no_grad(), self._cast():
-            features = self.clip.encode_tokens(self.clip.tokenize([f"a photo of a thing {i}." for i in range(prompts)]))
-            features /= features.norm(dim=-1, keepdim=True)
-        return time.perf_counter() - started
-
-    def steps(self, rows: Tensor) -> tuple[float, float]:
-        """Seconds of the steps over these rows, a multiple of the batch size, and those of their metrics."""
-        self.metrics, started = 0.0, time.perf_counter()
-        for chosen in rows.split(self.batch):
-            self._step(self.image[chosen], self.labels[chosen])
-        return time.perf_counter() - started, self.metrics
-
-    def _step(self, v: Tensor, labels: Tensor) -> None:
-        with torch.no_grad(), self._cast():
-            probs = torch.softmax(SCALE * v @ self.text.t(), dim=-1)
-        with self._cast():
-            scores = self.model(v, self.text).squeeze(-1)
-            correct = labels == probs.argmax(dim=-1)
-            weights = torch.ones_like(probs[:, 0])
-            accuracy = correct.float().mean()
-            weights[~correct] *= torch.log(1 + accuracy / (1 - accuracy))
-            loss = F.binary_cross_entropy_with_logits(scores, correct.float(), weights)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        started = time.perf_counter()
-        wrong = labels != probs.argmax(dim=-1)
-        _roc(scores[~wrong].detach().float().numpy(), scores[wrong].detach().float().numpy())
-        loss.item()
-        self.metrics += time.perf_counter() - started
-
-    def _cast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
-
-
-def _roc(success: np.ndarray, failure: np.ndarray) -> None:
-    """FPR at 95% TPR, then AUC, each from a concatenation of its own: what their meter gets in every step."""
-    import sklearn.metrics
-    from scipy.interpolate import interp1d
-
-    def both() -> tuple[list[int], np.ndarray]:
-        return [1] * len(success) + [0] * len(failure), np.concatenate((success, failure))
-
-    if len(success) and len(failure):
-        fpr, tpr, _ = sklearn.metrics.roc_curve(*both())
-        float(interp1d(tpr, fpr)(0.95))
-        sklearn.metrics.roc_auc_score(*both())
 
 
 def write_data(folder: Path, samples: int) -> None:
@@ -184,16 +95,14 @@ def our_epoch(data: EmbeddedSet, recipe: Recipe) -> tuple[float, float]:
     return at[2] - at[1], max(0.0, (at[1] - at[0]) - (at[2] - at[1]))
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    low, high = np.quantile(seconds, (0.2, 0.8))
-    return {"median_s": statistics.median(seconds), "q20_s": float(low), "q80_s": float(high)}
-
-
 def speed(data: EmbeddedSet, turns: int, clip: Any) -> Iterator[dict[str, Any]]:
     """Seconds of an epoch, a row for each case and contender, in turns."""
     for case in CASES:
         batches = len(data) // case.recipe.batch_size  # theirs drop the last, part batch
-        loops = {name: AuthorsLoop(data, case, clip, name == "autocast") for name in ("authors", "autocast")}
+        loops = {
+            name: AuthorsLoop(data, case.recipe, case.frozen, clip, name == "autocast")
+            for name in ("authors", "autocast")
+        }
         recipe = replace(case.recipe, epochs=2)
         times: dict[str, list[float]] = {}
         for turn in range(turns + 1):
@@ -216,20 +125,20 @@ def speed(data: EmbeddedSet, turns: int, clip: Any) -> Iterator[dict[str, Any]]:
                 "case": case.name, "N": len(data), "K": CLASSES, "D": DIM, "batch": case.recipe.batch_size,
                 "contender": name, "turns": turns, "times_vilu": ratio,
                 "extrapolated_from": None if ratio is None else {"steps": STEPS, "prompts": PROMPTS},
-                **quantiles(values),
+                **quantiles(values, unit="_s"),
             }  # fmt: skip
 
 
 def profile(data: EmbeddedSet, case: Case, steps: int = 20) -> dict[str, Any]:
     """Share of a step's time by operation: matrix products, and the largest of the others."""
     recipe, everything = case.recipe, torch.arange(len(data))
-    answers = _answers(data, recipe)
-    run = _Run(_start(data, answers, everything, recipe), recipe, 1)
+    answers = clip_answers(data, recipe)
+    run = Run(initial_head(data, answers, everything, recipe), recipe, 1)
 
     def step() -> None:
         rows = torch.randint(len(data), (recipe.batch_size,))
         run.before_step()
-        loss = _loss(run.head, _batch(data, answers, rows, recipe), recipe, recipe.batch_size, 1)
+        loss = batch_loss(run.head, make_batch(data, answers, rows, recipe), recipe, recipe.batch_size, 1)
         run.step(loss, 1)
 
     for _ in range(5):
@@ -312,7 +221,7 @@ def extraction(clip: Any, images: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, default=ROOT / "bench/results/train-cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "train-cpu.json")
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--images", type=int, default=256, help="JPEGs to embed")
@@ -345,10 +254,7 @@ def main() -> None:
         print(f"N = {used['N']}: own memory at the peak {grown:.0f} MB above the start; with mappings {peak:.0f} MB")
     document["extraction"] = found = extraction(clip, given.images)
     print(f"embedding: {found['images_per_second']:.1f} images/s, CPU time / wall time {found['cpu_over_wall']:.2f}")
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    work = given.output.with_suffix(".new")
-    work.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    work.rename(given.output)
+    write_results(given.output.with_suffix(""), {".json": document})
 
 
 if __name__ == "__main__":

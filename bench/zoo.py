@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
+
+from bench.common import markdown_table, origin, package_versions, write_results
 
 NAMES = (
     "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "RN50", "ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP", "EVA02-B-16",
@@ -37,11 +42,13 @@ COLUMNS = {
 @click.option(
     "--clip", "names", multiple=True, default=NAMES, help="open_clip model names; by default the listed ones."
 )
-@click.option("--images", type=click.IntRange(2), default=8, show_default=True, help="Rows to compare.")
+@click.option(
+    "--images", type=click.IntRange(2), default=8, show_default=True, help="Inputs to compare with the eager tower."
+)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--plain", is_flag=True, help="Without ONNX Runtime's own operators.")
-@click.option("--prefix", default="", help="Words to put before each process: 'flock FILE'.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Without suffix.")
+@click.option("--plain", is_flag=True, help="Export without ONNX Runtime's own operators.")
+@click.option("--prefix", default="", help="Words to put before each command, such as 'flock FILE'.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Path of the results without suffix.")
 @click.option("--one", nargs=2, hidden=True, help="Measure this CLIP and tower here and print the row.")
 def main(
     names: tuple[str, ...],
@@ -57,7 +64,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="vilu-zoo-") as folder:
             click.echo(json.dumps(measure(*one, Path(folder), images, threads, fused=not plain)))
         return
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     towers = [(name, tower) for name in names for tower in ("image", "text")]
     for k, (name, tower) in enumerate(towers, 1):
         click.echo(f"[{k}/{len(towers)}] {name}, {tower}", err=True)
@@ -77,7 +84,7 @@ def main(
         raise SystemExit(1)
 
 
-def measure(name: str, tower: str, folder: Path, images: int, threads: int, *, fused: bool) -> dict:
+def measure(name: str, tower: str, folder: Path, images: int, threads: int, *, fused: bool) -> dict[str, Any]:
     """One row of the table; rates are of the fastest of five runs."""
     import logging
 
@@ -94,6 +101,8 @@ def measure(name: str, tower: str, folder: Path, images: int, threads: int, *, f
     clip = load_clip(name, "random")
     path = folder / f"clip_{tower}" / "1" / "model.onnx"
     side = clip.transform.size
+    graph: torch.nn.Module
+    encode: Callable[[torch.Tensor], torch.Tensor]
     if tower == "image":
         generator = torch.Generator().manual_seed(1)
         feed = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, generator=generator)
@@ -139,30 +148,17 @@ def measure(name: str, tower: str, folder: Path, images: int, threads: int, *, f
     return row
 
 
-def write(rows: list[dict], output: Path, threads: int) -> None:
+def write(rows: list[dict[str, Any]], output: Path, threads: int) -> None:
     """OUTPUT.json and OUTPUT.md, whole or not at all."""
-    import onnxruntime
-    import torch
-
-    from vilu import __version__
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = {"vilu": __version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
-    head = {"commit": commit, **versions, "machine": platform.machine(), "threads": threads}
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
+    cells = []
     for row in rows:
-        cells = [f"{row[key]:.1e}" if key == "max_abs_error" and key in row else row.get(key, "") for key in COLUMNS]
-        lines.append(
-            f"| {' | '.join(map(str, cells))} |"
-            if "error" not in row
-            else f"| {row['clip']} | {row['tower']} | {row['error']} |"
-        )
-    texts = {".json": json.dumps({**head, "rows": rows}, indent=1), ".md": "\n".join(lines)}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in texts.items():
-        temporary = output.with_name(f".{output.name}{suffix}")
-        temporary.write_text(text + "\n", "utf-8")
-        temporary.replace(output.with_name(output.name + suffix))
+        if "error" in row:
+            cells.append([row["clip"], row["tower"], row["error"]])
+        else:
+            cells.append([f"{row[key]:.1e}" if key == "max_abs_error" else row.get(key, "") for key in COLUMNS])
+    table = markdown_table(list(COLUMNS.values()), cells)
+    about = {**origin(), **package_versions("onnxruntime"), "threads": threads}
+    write_results(output, {".json": {**about, "rows": rows}, ".md": "\n".join(table) + "\n"})
 
 
 if __name__ == "__main__":

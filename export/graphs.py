@@ -1,19 +1,17 @@
-"""The ONNX graphs: image tower, text tower, head over its folded class set, and all of them in one.
+"""The ONNX graphs of the towers and of the head over its folded class set, and how a module becomes such a file.
 
-Traced from the very modules that run eagerly; labels are looked up in the graph, so no step follows the head.
+They are traced from the modules that run eagerly; labels are looked up in the graph, so no step follows the head.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -21,14 +19,11 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from vilu.clip import Clip
-from vilu.export import fusion
+from vilu.export import attention, fusion, onnx_file
 from vilu.kernels import FoldedHead
 
-# What the onnxruntime in two-year-old server containers reads: IR 10 at most, opset 20 at most.
+# The newest operator set that the ONNX Runtime in two-year-old server containers reads.
 OPSET = 20
-MAX_IR = 10
-# Weights above this lie in a file of their own: a protobuf ends at 2 GiB, and the full graph joins two.
-MAX_INLINE = 1_000_000_000
 
 MERGING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm calls to merge a module's branches
 
@@ -40,7 +35,7 @@ class ImageGraph(nn.Module):
 
     def __init__(self, clip: Clip) -> None:
         super().__init__()
-        self.clip = _single_branch(clip)
+        self.clip = _merge_branches(clip)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.clip.encode_pixels(pixels)
@@ -78,7 +73,7 @@ def example_tokens(clip: Clip, rows: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(1, text.vocab_size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def _single_branch(clip: Clip) -> Clip:
+def _merge_branches(clip: Clip) -> Clip:
     """The same CLIP with the parallel branches that training used merged into one convolution (MobileCLIP)."""
     trunk = getattr(clip.model.visual, "trunk", None)
     if trunk is None or not any(hasattr(module, name) for module in trunk.modules() for name in MERGING):
@@ -99,7 +94,7 @@ def write_graph(
     example: Tensor | Sequence[Tensor],
     path: Path,
     input_name: str | Sequence[str],
-    outputs: Mapping[str, Sequence[int]],
+    outputs: Mapping[str, Sequence[int | str]],
     labels: Sequence[str] | None = None,
     *,
     fused: bool = False,
@@ -107,19 +102,25 @@ def write_graph(
 ) -> None:
     """Trace `module` and write a checked ONNX file whose inputs are dynamic in their first dimension.
 
-    The same module and weights give the same bytes. Weights above MAX_INLINE go to `path`.data.
+    The same module and weights give the same bytes. Large weights go to `path`.data (`onnx_file.save`).
 
     Args:
         example: an input, or one for each name, with at least 2 rows (a 1 would be frozen into the graph).
+        path: MODEL/VERSION/model.onnx; the graph takes the model's name.
+        input_name: the input's name, or one for each example.
         outputs: name -> shape without the batch, in the module's order.
         labels: class names; adds LABEL (B, 1), gathered by CLASS_INDEX.
-        fused: ONNX Runtime's own operators (com.microsoft) for attention and QuickGELU; other runtimes lack them.
-        axes: what the first dimensions of the inputs are called; that of the first is the outputs' too.
+        fused: write attention and QuickGELU as ONNX Runtime's own operators (com.microsoft); other runtimes lack them.
+        axes: names of the inputs' first dimensions; the outputs' first dimension has the first name.
+
+    Raises:
+        ValueError: an output has another shape than `outputs` says.
+        NotImplementedError: attention with dropout or grouped queries.
     """
     examples = (example,) if isinstance(example, Tensor) else tuple(example)
     names = (input_name,) if isinstance(input_name, str) else tuple(input_name)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # its optimizer warns of nodes it leaves as they are
-    with warnings.catch_warnings(), torch.no_grad(), fusion.batch_first_attention():
+    with warnings.catch_warnings(), torch.no_grad(), attention.batch_first_attention():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module.eval(),
@@ -129,7 +130,7 @@ def write_graph(
             input_names=names,
             output_names=list(outputs),
             dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples),
-            custom_translation_table=fusion.translations(fused),
+            custom_translation_table=attention.translations(fused),
             external_data=False,
             verbose=False,
         )
@@ -141,16 +142,16 @@ def write_graph(
     graph.name = path.parent.parent.name
     _name_axes(graph, dict(zip(names, axes, strict=False)))
     for output, shape in zip(graph.outputs, outputs.values(), strict=True):
-        traced, told = output.shape, ir.Shape([axes[0], *shape])
-        if traced is None or traced[1:] != told[1:]:
-            raise ValueError(f"{output.name} is ({_text(traced)}), told ({_text(told)})")
-        output.shape = told
+        traced, expected = output.shape, ir.Shape([axes[0], *shape])
+        if traced is None or traced[1:] != expected[1:]:
+            raise ValueError(f"{output.name} is ({_dimensions(traced)}), expected ({_dimensions(expected)})")
+        output.shape = expected
     if labels is not None:
-        _look_up(graph, labels, axes[0])
-    _save(model, path)
+        _add_label(graph, labels, axes[0])
+    onnx_file.save(model, path)
 
 
-def _text(shape: ir.Shape | None) -> str:
+def _dimensions(shape: ir.Shape | None) -> str:
     return "of unknown shape" if shape is None else ", ".join(str(size) for size in shape)
 
 
@@ -165,7 +166,8 @@ def _name_axes(graph: ir.Graph, axes: Mapping[str, str]) -> None:
             value.shape = ir.Shape([d if isinstance(d, int) else known.get(str(d)) for d in value.shape])
 
 
-def _look_up(graph: ir.Graph, labels: Sequence[str], axis: str) -> None:
+def _add_label(graph: ir.Graph, labels: Sequence[str], axis: str) -> None:
+    """Add the output LABEL (B, 1): the names, gathered by CLASS_INDEX."""
     index = next(value for value in graph.outputs if value.name == "CLASS_INDEX")
     names = ir.StringTensor(np.array([label.encode() for label in labels], dtype=object), name="labels")
     table = ir.Value(name="labels", shape=names.shape, type=ir.TensorType(names.dtype), const_value=names)
@@ -175,70 +177,3 @@ def _look_up(graph: ir.Graph, labels: Sequence[str], axis: str) -> None:
     label.name, label.shape, label.type = "LABEL", ir.Shape([axis, 1]), ir.TensorType(ir.DataType.STRING)
     graph.append(node)
     graph.outputs.insert(0, label)
-
-
-def merge_full(image_graph: Path, head_graph: Path, path: Path) -> None:
-    """Join the image tower's file and the head's into one: PIXELS -> what the head gives.
-
-    Nothing is traced again. Weights in files of their own are copied: runtimes follow no path out of a model's folder,
-    and `onnx` refuses a file with several hard links.
-    """
-    model, head = ir.load(image_graph), ir.load(head_graph)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    graph = model.graph
-    graph.name = path.parent.parent.name
-    _copy_data(graph.initializers.values(), image_graph, path.with_name("model.onnx.data"))
-    _copy_data(head.graph.initializers.values(), head_graph, path.with_name("head.onnx.data"))
-    (embedding,), (entry,) = graph.outputs, head.graph.inputs
-    if embedding.name != entry.name:
-        raise ValueError(f"{image_graph} gives {embedding.name}, {head_graph} takes {entry.name}")
-    outputs, nodes, weights = list(head.graph.outputs), list(head.graph), list(head.graph.initializers.values())
-    ir.convenience.replace_all_uses_with(entry, embedding)
-    head.graph.remove(nodes)
-    head.graph.outputs.clear()
-    head.graph.initializers.clear()
-    answers = {value.name for value in outputs}
-    for value in (*weights, *(output for node in nodes for output in node.outputs)):
-        if value.name not in answers:
-            value.name = f"head/{value.name}"
-    for value in weights:
-        graph.register_initializer(value)
-    for node in nodes:
-        node.name = f"head/{node.name}"
-    graph.extend(nodes)
-    graph.outputs[:] = outputs
-    for domain, version in head.opset_imports.items():
-        if model.opset_imports.setdefault(domain, version) != version:
-            raise ValueError(f"{head_graph} has opset {version}, {image_graph} {model.opset_imports[domain]}")
-    _save(model, path)
-
-
-def _copy_data(weights: Iterable[ir.Value], origin: Path, target: Path) -> None:
-    """Copy the one file with the external weights of `origin` to `target`, and have them read there."""
-    for value in weights:
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        if not target.exists():
-            shutil.copyfile(origin.parent / tensor.location, target)
-        value.const_value = ir.ExternalTensor(
-            target.name,
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=tensor.name,
-            base_dir=target.parent,
-        )
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    inline = sum(tensor.nbytes for tensor in weights if not isinstance(tensor, ir.ExternalTensor))
-    model.ir_version = min(model.ir_version, MAX_IR)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if inline > MAX_INLINE:
-        ir.save(model, path, external_data=f"{path.name}.data", alignment=4096)  # runtimes map whole pages
-    else:
-        ir.save(model, path)
-    onnx.checker.check_model(str(path), full_check=True)

@@ -1,13 +1,12 @@
-"""The head over candidates that are an input of the graph: many label sets in one run, and what lies behind an answer.
+"""The head's graph for an open vocabulary: the candidates are its input, so one run answers over many label sets.
 
-Requests that ride in one batch bring different candidates. Their rows lie one set after another in TEXT_EMBEDDINGS
-(N, D), and CANDIDATES (B, 2) says from which row to before which an image is asked about; the others count for nothing,
-as rows that are not there. What only some requests ask for is a graph of its own, over one set of rows.
+Requests of one batch bring different candidates. All candidates lie one set after another in TEXT_EMBEDDINGS (N, D);
+row b of CANDIDATES (B, 2) names the first row of image b's set and the row after its last. The image's answer is the
+same as if the other rows were absent.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -18,18 +17,20 @@ from vilu.head import log_odds
 from vilu.kernels import FoldedHead
 
 
-class RaggedHeadGraph(nn.Module):
-    """IMAGE_EMBEDDING (B, D), TEXT_EMBEDDINGS (N, D), CANDIDATES (B, 2) int64 -> CLASS_INDEX (a row of the N),
-    CONFIDENCE, FAILURE_PROBABILITY, ACCEPT, each (B, 1). Every image needs a candidate.
+class OpenVocabularyGraph(nn.Module):
+    """IMAGE_EMBEDDING (B, D), TEXT_EMBEDDINGS (N, D), CANDIDATES (B, 2) int64 -> the answer, four outputs (B, 1).
+
+    CLASS_INDEX is a row of the N; CONFIDENCE, FAILURE_PROBABILITY and ACCEPT are as HeadGraph's. Every image needs a
+    candidate.
 
     Raises:
-        ValueError: a head that is folded over one class set; its layout must be "plain".
+        ValueError: the head is folded over one class set; its layout must be "plain".
     """
 
     def __init__(self, folded: FoldedHead, threshold: float) -> None:
         super().__init__()
         if folded.layout != "plain":
-            raise ValueError("candidates of each request's own need layout='plain': a folded bank has one class set's")
+            raise ValueError("an open vocabulary needs a head folded with layout='plain', without a class set")
         self.folded, self.threshold = folded, threshold
 
     def forward(
@@ -58,59 +59,21 @@ class RaggedHeadGraph(nn.Module):
         return index.int()[:, None], confidence[:, None], failure, failure < self.threshold
 
 
-def write_ragged(folded: FoldedHead, threshold: float, path: Path) -> None:
-    """The graph as an ONNX file, for any B and N."""
+def write_open_vocabulary(folded: FoldedHead, threshold: float, path: Path) -> None:
+    """Write the graph as an ONNX file, for any B and N.
+
+    Args:
+        folded: the head, with layout "plain".
+        threshold: answers with a lower failure probability are accepted.
+        path: MODEL/VERSION/NAME.onnx.
+    """
     t = folded.text_embeddings
     examples = (t[:1].repeat(3, 1), t[:1].repeat(4, 1), torch.tensor([[0, 4]] * 3))
     write_graph(
-        RaggedHeadGraph(folded, threshold),
+        OpenVocabularyGraph(folded, threshold),
         examples,
         path,
         ("IMAGE_EMBEDDING", "TEXT_EMBEDDINGS", "CANDIDATES"),
         {name: [1] for name in ANSWER if name != "LABEL"},
         axes=("batch", "classes", "batch"),
     )
-
-
-class DetailsGraph(nn.Module):
-    """IMAGE_EMBEDDING (B, D), TEXT_EMBEDDINGS (K, D) -> PROBABILITIES (B, K), CLIP's own; ATTENTION (B, K), the head's,
-    where it attends; ENTROPY and DOCTOR (B, 1), as `vilu.kernels.HeadOutput` defines them.
-
-    Raises:
-        ValueError: a head that is folded over one class set; its layout must be "plain".
-    """
-
-    def __init__(self, folded: FoldedHead) -> None:
-        super().__init__()
-        if folded.layout != "plain":
-            raise ValueError("candidates of each request's own need layout='plain': a folded bank has one class set's")
-        self.folded = folded
-
-    @property
-    def outputs(self) -> dict[str, list[int | str]]:
-        """Name -> shape without the batch."""
-        attention: dict[str, list[int | str]] = {} if self.folded.attended is None else {"ATTENTION": ["classes"]}
-        return {"PROBABILITIES": ["classes"], **attention, "ENTROPY": [1], "DOCTOR": [1]}
-
-    def forward(self, image_embedding: Tensor, text_embeddings: Tensor) -> tuple[Tensor, ...]:
-        head, v, t = self.folded, image_embedding, text_embeddings
-        similarity = v @ t.T
-        log_p = torch.log_softmax(head.logit_scale * similarity, dim=-1)
-        p = log_p.exp()
-        # K is a number of the graph's input; at K = 1 the entropy is 0 over anything.
-        spread = torch.full((), t.shape[0], dtype=p.dtype, device=p.device).log().clamp(min=math.log(2))
-        g = (p * p).sum(dim=-1, keepdim=True)
-        scores = (p * log_p).sum(dim=-1, keepdim=True) / spread, -(1 - g) / g
-        if head.attended is None:
-            return p, *scores
-        logits = head.attention_scale * similarity
-        if head.query_map is not None:
-            logits = v @ head.query_map.T @ t.T
-        return p, torch.softmax(logits, dim=-1), *scores
-
-
-def write_details(folded: FoldedHead, path: Path) -> None:
-    """The graph of what lies behind an answer as an ONNX file, for any B and K."""
-    graph, t = DetailsGraph(folded), folded.text_embeddings
-    examples = (t[:1].repeat(3, 1), t[:1].repeat(4, 1))
-    write_graph(graph, examples, path, ("IMAGE_EMBEDDING", "TEXT_EMBEDDINGS"), graph.outputs)

@@ -1,4 +1,4 @@
-"""What an export is measured on: images, their labels where those are known, texts, and what int8 is calibrated on."""
+"""The inputs that an export is measured on: images, their labels where known, and texts; others calibrate int8."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ MIN_CALIBRATION = 64
 
 @dataclass(frozen=True)
 class Sample:
-    """pixels (N, S, S, 3) uint8 and labels (N,), -1 where unknown, to measure on; others to calibrate on, or none."""
+    """What an export is measured on.
+
+    Attributes:
+        pixels: (N, S, S, 3) uint8, to measure on.
+        labels: (N,) class indices, -1 where unknown.
+        calibration: (M, S, S, 3) uint8, other images, to calibrate int8 on; M is 0 for other precisions.
+    """
 
     pixels: np.ndarray
     labels: np.ndarray
     calibration: np.ndarray
 
 
-def sample(
+def draw_sample(
     clip: Clip,
     names: Sequence[str],
     images: Sequence[np.ndarray] | None,
@@ -40,8 +46,14 @@ def sample(
 ) -> Sample:
     """Split images at random, the same way each time; by default held-out digits and shapes of the embedded CLIP.
 
+    Args:
+        names: the class names.
+        images: uint8 images (H, W, 3) of any sizes.
+        labels: their class indices, -1 where unknown.
+        calibrate: keep 64 to 128 images to calibrate int8 on.
+
     Raises:
-        UserError: too few images, labels that do not fit, or nothing to calibrate another CLIP on.
+        UserError: there are too few images, labels do not fit, or there is nothing to calibrate another CLIP on.
     """
     needed = MIN_INPUTS + (MIN_CALIBRATION if calibrate else 0)
     if images is None:
@@ -74,11 +86,15 @@ def _embedded(names: Sequence[str], count: int) -> tuple[list[np.ndarray], list[
 
 
 def from_folder(folder: Path, names: Sequence[str], count: int) -> tuple[list[np.ndarray], list[int] | None]:
-    """At most `count` images drawn at random below a folder, and their class indices where its sub-folders are named
-    as the classes are (_ read as a space); None where none is.
+    """Draw at most `count` images below a folder at random, the same each time.
+
+    Images in a sub-folder named as a class (_ is read as a space) have that class's label.
+
+    Returns:
+        The images, uint8 (H, W, 3), and their class indices, -1 where unknown; None where no label is known.
 
     Raises:
-        UserError: no images, or one that cannot be decoded.
+        UserError: there are no images, or one cannot be decoded.
     """
     files = image_files(folder)
     drawn = np.sort(np.random.default_rng(0).permutation(len(files))[:count])
@@ -90,7 +106,7 @@ def from_folder(folder: Path, names: Sequence[str], count: int) -> tuple[list[np
 
 
 def texts(names: Sequence[str], templates: Sequence[str]) -> tuple[list[str], list[str]]:
-    """MIN_INPUTS texts to measure on, class prompts first, and as many others for calibration."""
+    """MIN_INPUTS texts to measure on, class prompts first, and at most CALIBRATION others to calibrate on."""
     from vilu.tiny import data
 
     own = prompts(names, templates)

@@ -1,4 +1,4 @@
-"""open_clip's tokenizers as a Hugging Face `tokenizers` JSON, read where there is no torch (vilu.preprocess.text)."""
+"""Write open_clip's tokenizers as a Hugging Face `tokenizers` JSON, which the server reads without torch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from vilu.clip import Clip
 from vilu.errors import UserError
 from vilu.preprocess.text import TextTransform
 
-# The end of SimpleTokenizer's pattern; before it stand the special tokens. All of it ignores case.
+# The end of SimpleTokenizer's pattern, after its special tokens. The whole pattern ignores case.
 PATTERN = r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 SUFFIX = "</w>"
 
 _CLEAN = {reference.get_clean_fn(mode): mode for mode in ("lower", "whitespace", "canonicalize")}
 _CHARACTERS = "".join(chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c <= 0xDFFF)
-# What ftfy and HTML unescaping do to common strings, for readers of the file that have neither.
-_STAND_IN = [
+# Replacements that do what ftfy and HTML unescaping do to common strings, for readers of the file that have neither.
+_REPLACEMENTS = [
     (r"[\x00-\x08\x0B\x0E-\x1F\x7F\x{206A}-\x{206F}\x{FEFF}\x{FFF9}-\x{FFFC}]", ""),
     ("&(?:amp;)+", "&"),
     ("&lt;", "<"),
@@ -45,13 +45,13 @@ def write_tokenizer(clip: Clip, path: str | os.PathLike[str]) -> TextTransform:
     """Write the tokenizer of a CLIP; the same tokenizer gives the same file, byte for byte.
 
     `vilu.preprocess.text.Tokenizer(path, transform)`, with the returned transform, gives the ids of `clip.tokenize`.
-    Without it (tokenizers.Tokenizer.from_file) the ids are the same for text that `vilu.preprocess.text.clean` leaves
-    as it is and for most other text; the file's normalizer has no ftfy and few HTML entities.
+    `tokenizers.Tokenizer.from_file(path)` gives the same ids for text that `vilu.preprocess.text.clean` leaves
+    unchanged, and for most other text: the file's normalizer has no ftfy and few HTML entities.
 
     Raises:
-        UserError: a tokenizer that cannot be written so that the ids are the same, or a file that cannot be written.
+        UserError: the tokenizer has no JSON form with the same ids, or the file cannot be written.
     """
-    clip.tokenize([""])  # where the tokenizer's files could not be had, this says so
+    clip.tokenize([""])  # raises where the tokenizer's files could not be loaded
     try:
         document, transform = convert(clip.tokenize)
     except UserError as error:
@@ -61,7 +61,11 @@ def write_tokenizer(clip: Clip, path: str | os.PathLike[str]) -> TextTransform:
 
 
 def convert(tokenizer: object) -> tuple[str, TextTransform]:
-    """The JSON of an open_clip tokenizer, and what must happen around it. Raises UserError as write_tokenizer."""
+    """The JSON of an open_clip tokenizer, and what must be done to a text before and to its ids after.
+
+    Raises:
+        UserError: the tokenizer has no JSON form with the same ids.
+    """
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return _byte_pairs(tokenizer).to_str(), TextTransform(_clean_mode(tokenizer.clean_fn))
     if isinstance(tokenizer, reference.HFTokenizer):
@@ -109,7 +113,7 @@ def _byte_pairs(source: open_clip.SimpleTokenizer) -> tokenizers.Tokenizer:
         symbols.add("".join(pair))
     target = tokenizers.Tokenizer(_with_specials(source, specials))
     mode = _clean_mode(source.clean_fn)
-    steps: list[Any] = [normalizers.Replace(Regex(pattern), to) for pattern, to in _STAND_IN]
+    steps: list[Any] = [normalizers.Replace(Regex(pattern), to) for pattern, to in _REPLACEMENTS]
     steps += [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     target.normalizer = normalizers.Sequence(steps if mode == "whitespace" else [*steps, normalizers.Lowercase()])
     target.pre_tokenizer = pre_tokenizers.Sequence(

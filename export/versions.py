@@ -10,16 +10,11 @@ from __future__ import annotations
 import filecmp
 import shutil
 from pathlib import Path
-from typing import Any
-
-import click
 
 from vilu import atomic
 from vilu.errors import UserError
-from vilu.export.repository import CONFIG, load_config, save_config
+from vilu.export.model_config import CONFIG, load_config, save_config
 from vilu.serving import AccessDenied, AsyncClient, RequestRefused
-from vilu.serving.access import token_from
-from vilu.serving.classes import control_option, server_options, with_client
 
 ABOUT = ("labels.txt", "parity.json", "parity.md", "parity.png")  # of the version that is served
 KEEPER = "vilu"  # the model whose version folders keep them
@@ -187,35 +182,3 @@ def _differ(model: Path, one: int, other: int) -> bool:
     if set(mine) != set(others):
         return True
     return not all(filecmp.cmp(mine[name], others[name], shallow=False) for name in mine)
-
-
-@click.command("versions")
-@click.argument("repository", type=click.Path(path_type=Path))
-@click.option("--use", "chosen", type=click.IntRange(1), help="Serve this version from the server's next start on.")
-@click.option("--live", is_flag=True, help="With --use: have the server at --url change to it now.")
-@server_options
-@control_option
-def versions_command(
-    repository: Path,
-    chosen: int | None,
-    live: bool,
-    url: str,
-    token: str | None,
-    control_token: str | None,
-    **options: Any,
-) -> None:
-    """List a repository's versions, the served one marked; with --use go back, or forward, to another."""
-    if live and chosen is None:
-        raise UserError("--live needs --use VERSION")
-    if live:
-        assert chosen is not None
-        control = token_from(control_token, "VILU_CONTROL_TOKEN")
-        with_client(url, token, options, lambda client: switch(client, repository, chosen, control_token=control))
-        click.echo(f"{repository}: version {chosen} is served", err=True)
-    elif chosen is not None:
-        changed = use(repository, chosen)
-        click.echo(f"{repository}: version {chosen} is next; what changes: {', '.join(changed) or 'nothing'}", err=True)
-    present = versions(repository)
-    now = served(repository)
-    for version in present:
-        click.echo(f"{version}{' served' if version == now else ''}")

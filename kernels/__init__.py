@@ -1,6 +1,7 @@
-"""The head made fast: folding, and the fused kernel built on it.
+"""A fast ViLU head: `fold` combines it with a class set, `fused_head` answers a batch of images in one pass.
 
-Names are resolved on first use: `plan` and `launch` serve where there is no torch, and importing this needs no Triton.
+Names are resolved on first use. So importing this package needs no Triton, and the server, which has no torch, can
+use `plan` and `launch`.
 """
 
 from importlib import import_module

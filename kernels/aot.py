@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
@@ -30,7 +29,7 @@ from vilu.errors import UserError
 from vilu.kernels import fused
 from vilu.kernels.folding import FoldedHead
 from vilu.kernels.launch import FORMAT
-from vilu.kernels.plan import Kernel, Variant, kernels_of, tuned
+from vilu.kernels.plan import Kernel, Variant, all_kernels, tuned
 
 # Shared memory one block may have, bytes: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -54,20 +53,15 @@ class Compiled:
     arguments: tuple[tuple[str, str], ...]  # name and type, in the order of the launch
 
 
-def variant_of(folded: FoldedHead) -> Variant:
-    return Variant(
-        dim=folded.text_embeddings.shape[1],
-        widths=folded.widths,
-        at=folded.packed_offsets(),
-        parts=folded.parts,
-        projected=folded.keys is not None or folded.query_map is not None,
-        folded=folded.layout == "folded",
-        itemsize=folded.text_embeddings.element_size(),
-    )
-
-
 def compile_kernel(
-    kernel: Kernel, variant: Variant, arch: int, *, stored: torch.dtype, image: torch.dtype, ragged: bool, same: bool
+    kernel: Kernel,
+    variant: Variant,
+    arch: int,
+    *,
+    stored: torch.dtype,
+    image: torch.dtype,
+    ragged: bool,
+    shared_softmax: bool,
 ) -> Compiled:
     """Compile one kernel for a compute capability.
 
@@ -76,8 +70,8 @@ def compile_kernel(
     """
     if arch not in SHARED_LIMIT:
         raise UserError(f"cuda-arch {arch}: expected one of {', '.join(map(str, SHARED_LIMIT))}")
-    function = getattr(fused, kernel.name)
-    constants = kernel.constants(variant, ragged=ragged, same=same)
+    function = fused.KERNELS[kernel.name]
+    constants = kernel.constants(variant, ragged=ragged, shared_softmax=shared_softmax)
     attended, predicted = "attended" in variant.parts, "predicted" in variant.parts
     absent = {
         "query": not variant.projected,
@@ -136,18 +130,24 @@ def variants(
     folded: FoldedHead, arch: int, image_types: Iterable[torch.dtype]
 ) -> Iterator[tuple[str, Callable[[], Compiled]]]:
     """(name, compile) of every cubin that this head may need on a compute capability; each call can be pickled."""
-    variant = variant_of(folded)
-    common = {
-        "variant": variant,
-        "arch": arch,
-        "stored": folded.text_embeddings.dtype,
-        "same": variant.same(folded.logit_scale, folded.attention_scale),
-    }
-    for kernel in kernels_of(tuned(arch, variant)):
+    variant = folded.variant
+    for kernel in all_kernels(tuned(arch, variant)):
         for image in image_types:
-            for ragged in (False, True) if kernel.name == "single" else (False,):
+            for ragged in (False, True) if kernel.name == "attend_image" else (False,):
                 name = "-".join([kernel.name, TYPES[image], *(["ragged"] if ragged else [])])
-                yield name, functools.partial(compile_kernel, kernel, image=image, ragged=ragged, **common)
+                yield (
+                    name,
+                    functools.partial(
+                        compile_kernel,
+                        kernel,
+                        variant,
+                        arch,
+                        stored=folded.text_embeddings.dtype,
+                        image=image,
+                        ragged=ragged,
+                        shared_softmax=variant.shares_softmax(folded.logit_scale, folded.attention_scale),
+                    ),
+                )
 
 
 def build(
@@ -170,7 +170,7 @@ def build(
     """
     if fused.INTERPRETED:
         raise UserError("TRITON_INTERPRET is set: nothing can be compiled while it is")
-    variant = variant_of(folded)
+    variant = folded.variant
     stored = folded.text_embeddings.dtype
     with atomic.folder(output) as work:
         manifest: dict[str, Any] = {
@@ -202,16 +202,11 @@ def build(
 
 
 def _write_weights(folded: FoldedHead, path: Path) -> dict[str, Any]:
-    """The tensors a launch reads, raw, each from a multiple of 256 bytes; where they lie and the file's hash."""
-    tensors: dict[str, Tensor | None] = {
-        "t": folded.text_embeddings,
-        "query": folded.keys if folded.layout == "folded" else folded.query_map,
-        "predicted": folded.predicted if folded.layout == "folded" else None,
-        "attended": folded.attended if folded.layout == "folded" else None,
-        "packed": folded.packed,
-    }
+    """Write the kernels' tensors, each from a multiple of 256 bytes; where they lie, and the file's hash."""
+    tensors = folded.kernel_tensors()
+    tensors["t"] = tensors.pop("text_embeddings")
     data, at = bytearray(), {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor is not None:
             data += bytes(-len(data) % 256)
             at[name] = len(data)

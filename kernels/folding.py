@@ -1,4 +1,4 @@
-"""Folding: a head and a class set become one bank of rows, read once per query.
+"""Folding: combine a head and a class set, so that one pass over the class set answers an image.
 
 With u = scale · W_Kᵀ W_Q v the attention logits are u · t_j: no projected key is ever formed. z = W_V Σ α_j t_j,
 and the MLP's first layer is linear in each of its parts, so
@@ -9,46 +9,60 @@ and one pass over the text embeddings gives CLIP's own softmax (argmax, max p, �
 attention's weighted sum together. Two layouts of a class set:
 
     plain    rows t_j (K, D); the sum is taken in embedding space and sent through (W_1a W_V) once per query
-    folded   besides, T W_1pᵀ and T (W_1a W_V)ᵀ (K, H) are precomputed: the sum lands in the first hidden layer.
-             So are the attention keys scale · T W_Kᵀ W_Q (K, D): u · t_j = v · key_j, and no block of the kernel
-             has to form u before it can start
+    folded   T W_1pᵀ and T (W_1a W_V)ᵀ (K, H) are precomputed as well, so that the sum is taken in the first hidden
+             layer. The attention keys scale · T W_Kᵀ W_Q (K, D) are precomputed too: u · t_j = v · key_j, and no
+             kernel has to form u
 
-This file is plain PyTorch: the reference of the kernels (fused.py), the CPU path, and what the ONNX graph is
-traced from. Whatever the storage type, logits, softmax and sums are float32 (float64 in a float64 head).
+This file is plain PyTorch: the reference of the Triton kernels, the CPU path, and what the ONNX graph is traced
+from. Logits, softmax and sums are float32 for every storage type (float64 for a float64 head).
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vilu.head import LOWEST_LOG_ODDS, ViLUHead, log_odds
+from vilu.kernels.plan import Variant
 
 BLOCK_ROWS = 2048  # 4 MB of float32 rows at D = 512
 FAR = -1e4  # e^FAR is 0 in every type, and 0 · FAR too
 
 
 class HeadOutput(NamedTuple):
-    """What one pass gives, each (B,). Scores are confidences: higher means more likely right."""
+    """The answer for a batch, each field (B,). p = softmax(logit_scale · v · t_j) over the K classes.
 
-    failure_probability: Tensor  # P(CLIP's prediction is wrong), ViLU
-    class_index: Tensor  # int64, argmax_j v · t_j, the lowest index on ties
-    confidence: Tensor  # max p (MCM)
-    entropy: Tensor  # Σ p log p / log K, 0 where K = 1
-    doctor: Tensor  # -(1 - g) / g with g = Σ p²
+    failure_probability: P(CLIP's prediction is wrong), by the ViLU head.
+    class_index: CLIP's prediction, argmax_j v · t_j, int64; the lowest index on ties.
+    confidence: max p (MCM). Higher means more likely right, here and below.
+    entropy: Σ p log p / log K, and 0 where K = 1.
+    doctor: -(1 - g) / g with g = Σ p².
+    """
+
+    failure_probability: Tensor
+    class_index: Tensor
+    confidence: Tensor
+    entropy: Tensor
+    doctor: Tensor
 
 
 class FoldedHead(nn.Module):
-    """A head folded over one class set: `forward(image_embedding (B, D)) -> HeadOutput`.
+    """A head combined with one class set: `forward(image_embedding (B, D)) -> HeadOutput`. Use `fold` to make one.
 
-    Buffers: `text_embeddings` (K, D); `query_map` (D, D) when plain, `keys` (K, D) when folded, both None when the
-    projections are the identity; `image_weight` (H, D), `predicted` and `attended` — (K, H) banks when folded,
-    (H, D) weights when plain, None where the head has no such part; `tail`, the MLP from the first activation
-    on. `packed` holds every weight the kernel reads besides the banks in one row (see `packed_offsets`).
+    text_embeddings: (K, D), the class set.
+    query_map: (D, D) scale · W_Kᵀ W_Q in the plain layout; None without projections.
+    keys: (K, D) scale · T W_Kᵀ W_Q in the folded layout; None without projections.
+    image_weight: (H, D) W_1v, or None where the MLP does not see the image.
+    predicted: W_1p (H, D) in the plain layout, T W_1pᵀ (K, H) in the folded one; None without that part.
+    attended: W_1a W_V (H, D) in the plain layout, T (W_1a W_V)ᵀ (K, H) in the folded one; None without that part.
+    bias: (H,) b_1.
+    tail: the MLP from its first activation on.
+    packed: every weight that the kernels read besides the (K, ...) tensors, in one row (see `packed_offsets`).
     """
 
     text_embeddings: Tensor
@@ -100,17 +114,47 @@ class FoldedHead(nn.Module):
         self.register_buffer("bias", first.bias.detach().clone().to(dtype))
         self.tail = copy.deepcopy(nn.Sequential(*list(head.mlp)[1:])).to(dtype).requires_grad_(False)
         self.register_buffer("packed", self._pack(), persistent=False)
+        # Made here, because torch.compile cannot trace through JSON.
+        self.variant_json = Variant(
+            dim=head.dim,
+            widths=self.widths,
+            packed_offsets=self.packed_offsets(),
+            parts=self.parts,
+            projected=query_map is not None or keys is not None,
+            folded=layout == "folded",
+            itemsize=text_embeddings.element_size(),
+        ).to_json()
 
     def _matrices(self) -> list[Tensor | None]:
         plain = self.layout == "plain"
         first = [self.image_weight, self.predicted if plain else None, self.attended if plain else None, self.bias]
         return first + [p for layer in self.tail if isinstance(layer, nn.Linear) for p in (layer.weight, layer.bias)]
 
-    def packed_offsets(self) -> tuple[int, ...]:
-        """Where each piece starts in `packed`: W_1v, W_1p, W_1a W_V, b_1, then weight and bias of every later layer.
+    @property
+    def variant(self) -> Variant:
+        """What the kernels are compiled for: shapes, parts, layout and the bytes of an element."""
+        return replace(Variant.from_json(self.variant_json), itemsize=self.text_embeddings.element_size())
 
-        Every piece starts at a multiple of 16 elements, so that the kernel's loads are wide; an absent one
-        takes no room.
+    def kernel_tensors(self) -> dict[str, Tensor | None]:
+        """The tensors that the kernels read, by the kernels' names.
+
+        text_embeddings (K, D); query: keys (K, D) when folded, else query_map (D, D), or None; predicted and
+        attended (K, H) when folded, else None, as `packed` then has their weights; packed.
+        """
+        folded = self.layout == "folded"
+        return {
+            "text_embeddings": self.text_embeddings,
+            "query": self.keys if folded else self.query_map,
+            "predicted": self.predicted if folded else None,
+            "attended": self.attended if folded else None,
+            "packed": self.packed,
+        }
+
+    def packed_offsets(self) -> tuple[int, ...]:
+        """Where each weight starts in `packed`, in elements.
+
+        The order is W_1v, W_1p, W_1a W_V, b_1, then weight and bias of every later layer. Each starts at a multiple of
+        16 elements, which lets the kernels load 128 bits at once; an absent one takes no room.
         """
         sizes = [0 if m is None else -(-m.numel() // 16) * 16 for m in self._matrices()]
         return tuple(sum(sizes[:i]) for i in range(len(sizes)))
@@ -120,10 +164,10 @@ class FoldedHead(nn.Module):
         return torch.cat([nn.functional.pad(m, (0, -len(m) % 16)) for m in present])
 
     def with_text(self, text_embeddings: Tensor) -> FoldedHead:
-        """The same head over other candidates, weights shared: what an open vocabulary needs per request.
+        """The same head over another class set (K, D), weights shared: for an open vocabulary, once a request.
 
         Raises:
-            ValueError: a folded layout, whose banks belong to one class set, or rows of another width.
+            ValueError: a folded layout, which belongs to one class set, or rows of another width.
         """
         if self.layout != "plain":
             raise ValueError("with_text needs layout='plain': a folded bank belongs to one class set")
@@ -135,9 +179,9 @@ class FoldedHead(nn.Module):
         return other
 
     def forward(self, image_embedding: Tensor) -> HeadOutput:
-        """HeadOutput of image_embedding (B, D), each softmax whole: the plain form that the ONNX graph is traced from.
+        """HeadOutput of image_embedding (B, D), with each softmax over all classes at once, as the ONNX graph has it.
 
-        An image that is not finite gets NaN and class 0 (left to itself a ReLU would make an answer of -inf).
+        A row with NaN or infinity gets NaN scores and class 0. (A ReLU alone would turn -inf into a number.)
         """
         t, v = _wide(self.text_embeddings), self._read(image_embedding)
         if self.query_map is None:
@@ -155,10 +199,10 @@ class FoldedHead(nn.Module):
         return self._finish(v, similarity.argmax(dim=-1), z, odds, p.amax(dim=-1), (p * log_p).sum(dim=-1), g)
 
     def answer(self, image_embedding: Tensor, rows: slice = slice(None)) -> HeadOutput:
-        """The same over those rows of the class set, as fast as a CPU allows.
+        """HeadOutput of image_embedding (B, D) over these rows of the class set, for speed on a CPU.
 
-        Blocks of rows are read once, while in cache, and their softmax states merged by the rule told in fused.py; so
-        nothing as large as (B, K) is made, nor a float32 copy of a 16-bit bank.
+        It reads blocks of rows once and merges their softmax states by the rule in softmax.py. So it makes no (B, K)
+        tensor and no float32 copy of a 16-bit class set.
         """
         v = self._read(image_embedding)
         t = self.text_embeddings[rows]
@@ -194,7 +238,7 @@ class FoldedHead(nn.Module):
         return self._finish(v, index, z, odds, top, top * le - r.log1p(), top.square() * l2, rows)
 
     def _merge(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One state from those of two sets of rows, b's behind a's: (best, index, r, l2, le[, top, sum, sums])."""
+        """The state of two sets of rows, b's after a's: (best, index, r, l2, le[, attention's max, sum and sums])."""
         rises = b[0] > a[0]
         best = torch.where(rises, b[0], a[0])
         g_a, g_b = (self.logit_scale * (best - x[0]) for x in (a, b))
@@ -214,14 +258,14 @@ class FoldedHead(nn.Module):
         return (*merged, top, c_a * a[6] + c_b * b[6], c_a[:, None] * a[7] + c_b[:, None] * b[7])
 
     def _read(self, image_embedding: Tensor) -> Tensor:
-        """At the bank's precision, as the kernel reads it, so that every path rounds alike."""
+        """Rounded to the class set's type, as the kernels read it, then at least float32."""
         return _wide(image_embedding.to(self.text_embeddings.dtype))
 
     def _finish(
         self, v: Tensor, index: Tensor, z: Tensor | None, odds: Tensor | None, top: Tensor, entropy: Tensor, g: Tensor,
         rows: slice = slice(None),
     ) -> HeadOutput:  # fmt: skip
-        """The MLP and the scores, from max p, Σ p log p, Σ p² and the attention's sum (in hidden space when folded)."""
+        """HeadOutput from max p (top), Σ p log p (entropy), Σ p² (g) and z, the attention's sum of values."""
         finite = torch.isfinite(v).all(dim=-1)
         index = torch.where(finite, index, 0)
         t = self.text_embeddings[rows]
@@ -261,17 +305,28 @@ FOLDED_MAX_CLASSES = 4096
 def fold(
     head: ViLUHead, text_embeddings: Tensor, *, logit_scale: float = 100.0, layout: str | None = None
 ) -> FoldedHead:
-    """Fold a head over a class set.
+    """Combine a head with a class set, for `fused_head`.
 
     Args:
         head: the eager head.
-        text_embeddings: (K, D), L2-normalised.
+        text_embeddings: (K, D), L2-normalised, float64, float32, float16 or bfloat16: the type of every stored tensor.
         logit_scale: CLIP's factor on v · t (100 for OpenAI's models).
-        layout: "folded" or "plain"; by default folded up to `FOLDED_MAX_CLASSES` classes.
+        layout: "folded" or "plain"; by default "folded" up to `FOLDED_MAX_CLASSES` classes.
 
     Raises:
-        ValueError: an unknown layout, text embeddings that do not fit the head, or a logit scale that is not the one
-            its prior was trained at.
+        ValueError: an unknown layout, text embeddings that do not fit the head, or a logit scale that differs from
+            the one that the head's prior was trained at.
+
+    Example:
+        >>> import torch
+        >>> from vilu import ViLUHead
+        >>> from vilu.kernels import fold
+        >>> folded = fold(ViLUHead(8, hidden=(16, 4)), torch.eye(3, 8))
+        >>> folded.layout, tuple(folded.predicted.shape)
+        ('folded', (3, 16))
+        >>> output = folded(torch.eye(3, 8)[:1])  # plain PyTorch; fused_head(image_embedding, folded) on any device
+        >>> int(output.class_index)
+        0
     """
     if layout is None:
         layout = "folded" if len(text_embeddings) <= FOLDED_MAX_CLASSES else "plain"

@@ -19,12 +19,12 @@ and e^{-g} = 0 forgets it. The attention keeps (m, l, Σ e^{x-m} value_j). State
 rule, so the rows may be cut anywhere; the cut depends on shapes alone, and no sum is made by atomics, so a run
 repeats bit for bit.
 
-`single` (one program per image and split of the rows; one launch): every row slot of a tile keeps a state of its
+`attend_image` (one program per image and split of the rows; one launch): every row slot of a tile keeps a state of its
 own, merged once at the end, so the loop has no exchange between rows. W_1v v is spread over the splits. The last
 split to arrive merges and runs the MLP. Images may have row ranges of their own (`offsets`).
 
-`scan` and `tail` (batches): a tile of images shares each tile of rows through the tensor cores and leaves its
-states in scratch; `tail` merges them and runs the MLP, 16 images a program. It is a second launch because a scan
+`attend_tile` and `combine` (batches): a tile of images shares each tile of rows through the tensor cores and leaves its
+states in scratch; `combine` merges them and runs the MLP, 16 images a program. It is a second launch because a scan
 program's registers hold (BLOCK_M, D) sums: run by the last scan program to arrive, the MLP would have one program
 per BLOCK_M images, where now it has several and reads the weights from L2 on more multiprocessors at once.
 
@@ -41,7 +41,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,7 +51,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from vilu.head import LOWEST_LOG_ODDS
-from vilu.kernels.plan import Variant, launches, tuned
+from vilu.kernels.plan import Variant, plan_launches, tuned
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -74,7 +75,7 @@ WIDEN = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def _dot(a, b, acc):
+def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
     """acc + a @ b in float32: float32 factors stay float32, which at scale 100 tf32 would not survive."""
     if WIDEN:
         a = a.to(tl.float32)
@@ -83,7 +84,7 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _merge(m, r, l2, le, best, index):
+def _merge(m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor) -> tl.tensor:
     """One state of p from the many in vectors [N]."""
     slot = tl.arange(0, m.shape[0])
     top = tl.max(m, 0)
@@ -98,7 +99,7 @@ def _merge(m, r, l2, le, best, index):
 
 
 @triton.jit
-def _step(x, live, m, r, l2, le):
+def _step(x: tl.tensor, live: tl.tensor, m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor) -> tl.tensor:
     """The state of p after one more logit in every slot that is live."""
     top = tl.maximum(m, tl.where(live, x, LOWEST))
     g = top - m
@@ -109,7 +110,21 @@ def _step(x, live, m, r, l2, le):
 
 
 @triton.jit
-def _scores(scores, index, row, mask, rows, n, finite, logit, prior, r, l2, le, first):
+def _scores(
+    scores: tl.tensor,
+    index: tl.tensor,
+    row: tl.tensor,
+    mask: tl.tensor,
+    rows: tl.tensor,
+    n: tl.tensor,
+    finite: tl.tensor,
+    logit: tl.tensor,
+    prior: tl.tensor,
+    r: tl.tensor,
+    l2: tl.tensor,
+    le: tl.tensor,
+    first: tl.tensor,
+) -> tl.tensor:
     """Write one image's answer, or a block's: NaN and class 0 where the image is not finite or has no class."""
     nan = float("nan")
     good = finite & (n > 0)
@@ -125,13 +140,22 @@ def _scores(scores, index, row, mask, rows, n, finite, logit, prior, r, l2, le, 
 
 
 @triton.jit
-def _relu(x):
+def _relu(x: tl.tensor) -> tl.tensor:
     # Not maximum(x, 0), which would turn NaN into 0.
     return tl.where(x < 0, 0.0, x)
 
 
 @triton.jit
-def _matvec(b_x, w, y, lo, hi, N_IN: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr):
+def _matvec(
+    b_x: tl.tensor,
+    w: tl.tensor,
+    y: tl.tensor,
+    lo: tl.tensor,
+    hi: tl.tensor,
+    N_IN: tl.constexpr,
+    TILE: tl.constexpr,
+    ADD: tl.constexpr,
+) -> tl.tensor:
     """y[lo:hi] (+)= w[lo:hi] @ x: x in registers, y in scratch and visible to the whole program on return."""
     PAD: tl.constexpr = triton.next_power_of_2(N_IN)
     BLOCK: tl.constexpr = max(TILE // PAD, 1)
@@ -149,7 +173,17 @@ def _matvec(b_x, w, y, lo, hi, N_IN: tl.constexpr, TILE: tl.constexpr, ADD: tl.c
 
 
 @triton.jit
-def _tile_dot(acc, p_x, m_x, w, o, m_o, N_IN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):
+def _tile_dot(
+    acc: tl.tensor,
+    p_x: tl.tensor,
+    m_x: tl.tensor,
+    w: tl.tensor,
+    o: tl.tensor,
+    m_o: tl.tensor,
+    N_IN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> tl.tensor:
     """acc [BLOCK_M, BLOCK_N] + x @ w[o].T, for rows of x at pointers p_x [BLOCK_M] and rows o [BLOCK_N] of w."""
     d = tl.arange(0, BLOCK_D)
     for k in tl.range(0, N_IN, BLOCK_D, num_stages=STAGES):
@@ -162,18 +196,19 @@ def _tile_dot(acc, p_x, m_x, w, o, m_o, N_IN: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit(do_not_specialize=["K"])
-def single(
-    v, t, query, predicted, attended, packed, offsets, scratch, arrived, scores, index,
-    K, logit_scale, attention_scale, prior,
-    D: tl.constexpr, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr, AT: tl.constexpr,
+def attend_image(
+    v: tl.tensor, t: tl.tensor, query: tl.tensor, predicted: tl.tensor, attended: tl.tensor, packed: tl.tensor,
+    offsets: tl.tensor, scratch: tl.tensor, arrived: tl.tensor, scores: tl.tensor, index: tl.tensor,
+    K: tl.tensor, logit_scale: tl.tensor, attention_scale: tl.tensor, prior: tl.tensor,
+    D: tl.constexpr, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr, OFFSETS: tl.constexpr,
     IMAGE: tl.constexpr, PREDICTED: tl.constexpr, ATTENDED: tl.constexpr,
     PROJECTED: tl.constexpr, FOLDED: tl.constexpr, RAGGED: tl.constexpr,
     TILE: tl.constexpr, MAX_SPLITS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Grid (images, splits).
 
     v (B, D); t (K, D); query: keys (K, D) when FOLDED, else query_map (D, D); predicted, attended (K, H) when
-    FOLDED; packed, AT: FoldedHead.packed and its offsets; offsets (B + 1) when RAGGED; arrived (B,) int32, all
+    FOLDED; packed, OFFSETS: FoldedHead.packed and its offsets; offsets (B + 1) when RAGGED; arrived (B,) int32, all
     zero before and after; scores (4, B); index (B,) int64. TILE: elements of a tile of rows.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -216,7 +251,7 @@ def single(
         tl.debug_barrier()
     if IMAGE:
         rows = tl.cdiv(H, n_s)
-        _matvec(b_v, packed + AT[0], p_hidden, i_s * rows, tl.minimum(i_s * rows + rows, H), D, TILE, False)
+        _matvec(b_v, packed + OFFSETS[0], p_hidden, i_s * rows, tl.minimum(i_s * rows + rows, H), D, TILE, False)
 
     slot = tl.arange(0, BLOCK)
     b_m = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -292,7 +327,7 @@ def single(
         first = tl.where(first == FAR, 0, first)
         pred = tl.minimum(begin + first, K - 1)
 
-        b_h = tl.load(packed + AT[3] + h, h < H, 0.0).to(tl.float32)  # [HP]
+        b_h = tl.load(packed + OFFSETS[3] + h, h < H, 0.0).to(tl.float32)  # [HP]
         if IMAGE:
             b_h += tl.load(p_hidden + h, h < H, 0.0)
             tl.debug_barrier()
@@ -313,40 +348,43 @@ def single(
             if FOLDED:
                 b_h += b_z
             else:
-                _matvec(b_z, packed + AT[2], p_hidden, 0, H, D, TILE, False)
+                _matvec(b_z, packed + OFFSETS[2], p_hidden, 0, H, D, TILE, False)
         if PREDICTED:
             if FOLDED:
                 b_h += tl.load(predicted + pred * H + h, h < H, 0.0).to(tl.float32)
             else:
                 b_p = tl.load(t + pred * D + d, m_d, 0.0).to(tl.float32)
-                _matvec(b_p, packed + AT[1], p_hidden, 0, H, D, TILE, ATTENDED)
+                _matvec(b_p, packed + OFFSETS[1], p_hidden, 0, H, D, TILE, ATTENDED)
         if (ATTENDED or PREDICTED) and not FOLDED:
             b_h += tl.load(p_hidden + h, h < H, 0.0)
 
         p_y = p_hidden + (H + 15) // 16 * 16
         for i in tl.static_range(1, len(WIDTHS) - 1):
             o = tl.arange(0, triton.next_power_of_2(WIDTHS[i]))
-            _matvec(_relu(b_h), packed + AT[2 * i + 2], p_y, 0, WIDTHS[i], WIDTHS[i - 1], TILE, False)
+            _matvec(_relu(b_h), packed + OFFSETS[2 * i + 2], p_y, 0, WIDTHS[i], WIDTHS[i - 1], TILE, False)
             b_h = tl.load(p_y + o, o < WIDTHS[i], 0.0)
-            b_h += tl.load(packed + AT[2 * i + 3] + o, o < WIDTHS[i], 0.0).to(tl.float32)
+            b_h += tl.load(packed + OFFSETS[2 * i + 3] + o, o < WIDTHS[i], 0.0).to(tl.float32)
             p_y += (WIDTHS[i] + 15) // 16 * 16
         o = tl.arange(0, triton.next_power_of_2(WIDTHS[len(WIDTHS) - 2]))
         m_o = o < WIDTHS[len(WIDTHS) - 2]
-        b_w = tl.load(packed + AT[2 * len(WIDTHS)] + o, m_o, 0.0).to(tl.float32)
-        logit = tl.sum(_relu(b_h) * b_w, 0) + tl.load(packed + AT[2 * len(WIDTHS) + 1]).to(tl.float32)
+        b_w = tl.load(packed + OFFSETS[2 * len(WIDTHS)] + o, m_o, 0.0).to(tl.float32)
+        logit = tl.sum(_relu(b_h) * b_w, 0) + tl.load(packed + OFFSETS[2 * len(WIDTHS) + 1]).to(tl.float32)
         finite = tl.min((tl.abs(b_v) < float("inf")).to(tl.int32), 0) > 0
         _scores(scores, index, i_b, True, n_b, n, finite, logit, prior, r, l2, le, first)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
-def scan(
-    v, t, query, attended, scratch, B, K, logit_scale, attention_scale,
+def attend_tile(
+    v: tl.tensor, t: tl.tensor, query: tl.tensor, attended: tl.tensor, scratch: tl.tensor,
+    B: tl.tensor, K: tl.tensor, logit_scale: tl.tensor, attention_scale: tl.tensor,
     D: tl.constexpr, WIDTHS: tl.constexpr,
-    ATTENDED: tl.constexpr, PROJECTED: tl.constexpr, FOLDED: tl.constexpr, SAME: tl.constexpr,
+    ATTENDED: tl.constexpr, PROJECTED: tl.constexpr, FOLDED: tl.constexpr, SHARED_SOFTMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
     RESIDENT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of BLOCK_M images, splits). SAME: α is p, one softmax serves both. Arguments as in `single`.
+) -> None:  # fmt: skip
+    """Grid (tiles of BLOCK_M images, splits). Arguments as in `attend_image`.
+
+    SHARED_SOFTMAX: the attention weights equal CLIP's probabilities, so one softmax serves both.
 
     RESIDENT: the images' tile stays on the chip and a plain bank's tile is read once for both products, which
     needs tensor cores that take their factors from shared memory (then BLOCK_W = BLOCK_D); else both are read
@@ -438,7 +476,7 @@ def scan(
         b_m = top
 
         if ATTENDED:
-            if not SAME:
+            if not SHARED_SOFTMAX:
                 if PROJECTED:
                     b_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     if FOLDED and not RESIDENT:
@@ -475,7 +513,7 @@ def scan(
                 new = new + (_dot(e.to(dtype), b_w, b_sum[i] * c[:, None]),)
             b_sum = new
 
-    if SAME:
+    if SHARED_SOFTMAX:
         b_ma = b_m
         b_la = 1 + b_r
     # The sums take the place of u, which a slower warp may still be reading.
@@ -496,13 +534,14 @@ def scan(
 
 
 @triton.jit(do_not_specialize=["B", "K", "n_s"])
-def tail(
-    v, t, predicted, packed, scratch, scores, index, B, K, n_s, prior,
-    D: tl.constexpr, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr, AT: tl.constexpr,
+def combine(
+    v: tl.tensor, t: tl.tensor, predicted: tl.tensor, packed: tl.tensor, scratch: tl.tensor,
+    scores: tl.tensor, index: tl.tensor, B: tl.tensor, K: tl.tensor, n_s: tl.tensor, prior: tl.tensor,
+    D: tl.constexpr, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr, OFFSETS: tl.constexpr,
     IMAGE: tl.constexpr, PREDICTED: tl.constexpr, ATTENDED: tl.constexpr, FOLDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of BLOCK_M images,): merge the n_s states of `scan`, then the MLP. Arguments as in `single`."""
+) -> None:  # fmt: skip
+    """Grid (tiles of BLOCK_M images,): merge the n_s states of `attend_tile`, then the MLP."""
     dtype: tl.constexpr = t.dtype.element_ty
     H: tl.constexpr = WIDTHS[0]
     W: tl.constexpr = H if FOLDED else D
@@ -565,19 +604,19 @@ def tail(
         m_h = m_b[:, None] & m_o[None, :]
         b_h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if IMAGE:
-            b_h = _tile_dot(b_h, v + b * D, m_b, packed + AT[0], o, m_o, D, BLOCK_D, STAGES)
+            b_h = _tile_dot(b_h, v + b * D, m_b, packed + OFFSETS[0], o, m_o, D, BLOCK_D, STAGES)
         if PREDICTED:
             pred = first.to(tl.int64)
             if FOLDED:
                 b_h += tl.load(predicted + pred[:, None] * H + o[None, :], m_h, 0.0).to(tl.float32)
             else:
-                b_h = _tile_dot(b_h, t + pred * D, m_b, packed + AT[1], o, m_o, D, BLOCK_D, STAGES)
+                b_h = _tile_dot(b_h, t + pred * D, m_b, packed + OFFSETS[1], o, m_o, D, BLOCK_D, STAGES)
         if ATTENDED:
             if FOLDED:
                 b_h += tl.load(p_z[:, None] + o[None, :], m_h, 0.0)
             else:
-                b_h = _tile_dot(b_h, p_z, m_b, packed + AT[2], o, m_o, D, BLOCK_D, STAGES)
-        b_h += tl.load(packed + AT[3] + o, m_o, 0.0).to(tl.float32)[None, :]
+                b_h = _tile_dot(b_h, p_z, m_b, packed + OFFSETS[2], o, m_o, D, BLOCK_D, STAGES)
+        b_h += tl.load(packed + OFFSETS[3] + o, m_o, 0.0).to(tl.float32)[None, :]
         tl.store(p_hidden[:, None] + o[None, :], _relu(b_h), m_h)
     tl.debug_barrier()
 
@@ -587,17 +626,17 @@ def tail(
             o = k + c_n
             m_o = o < WIDTHS[i]
             b_h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            b_h = _tile_dot(b_h, p_hidden, m_b, packed + AT[2 * i + 2], o, m_o, WIDTHS[i - 1], BLOCK_D, STAGES)
-            b_h += tl.load(packed + AT[2 * i + 3] + o, m_o, 0.0).to(tl.float32)[None, :]
+            b_h = _tile_dot(b_h, p_hidden, m_b, packed + OFFSETS[2 * i + 2], o, m_o, WIDTHS[i - 1], BLOCK_D, STAGES)
+            b_h += tl.load(packed + OFFSETS[2 * i + 3] + o, m_o, 0.0).to(tl.float32)[None, :]
             tl.store(p_hidden[:, None] + step + o[None, :], _relu(b_h), m_b[:, None] & m_o[None, :])
         tl.debug_barrier()
         p_hidden += step
     LAST: tl.constexpr = WIDTHS[len(WIDTHS) - 2]
-    logit = tl.zeros((BLOCK_M,), tl.float32) + tl.load(packed + AT[2 * len(WIDTHS) + 1]).to(tl.float32)
+    logit = tl.zeros((BLOCK_M,), tl.float32) + tl.load(packed + OFFSETS[2 * len(WIDTHS) + 1]).to(tl.float32)
     for k in range(0, LAST, BLOCK_N):
         m_o = k + c_n < LAST
         b_h = tl.load(p_hidden[:, None] + k + c_n[None, :], m_b[:, None] & m_o[None, :], 0.0)
-        b_w = tl.load(packed + AT[2 * len(WIDTHS)] + k + c_n, m_o, 0.0).to(tl.float32)
+        b_w = tl.load(packed + OFFSETS[2 * len(WIDTHS)] + k + c_n, m_o, 0.0).to(tl.float32)
         logit += tl.sum(b_h * b_w[None, :], 1)
 
     ok = tl.full((BLOCK_M,), 1, tl.int32)
@@ -605,6 +644,9 @@ def tail(
         b_v = tl.load(v + b[:, None] * D + k + d[None, :], m_b[:, None] & (k + d < D)[None, :], 0.0)
         ok = tl.minimum(ok, tl.min((tl.abs(b_v.to(dtype).to(tl.float32)) < float("inf")).to(tl.int32), 1))
     _scores(scores, index, b, m_b, B, K, ok > 0, logit, prior, r, l2, le, first)
+
+
+KERNELS = {"attend_image": attend_image, "attend_tile": attend_tile, "combine": combine}
 
 
 @functools.cache
@@ -645,43 +687,50 @@ def _arrived(device: torch.device, images: int) -> Tensor:
     return _arrivals[key]
 
 
+class Scales(NamedTuple):
+    """The numbers of a folded head: CLIP's factor on v · t, the attention's, and the weight of the prior."""
+
+    logit_scale: float
+    attention_scale: float
+    prior: float
+
+
 def launch(
-    image_embedding: Tensor,
-    text_embeddings: Tensor,
-    query: Tensor | None,
-    predicted: Tensor | None,
-    attended: Tensor | None,
-    packed: Tensor,
-    offsets: Tensor | None,
-    variant: Variant,
-    logit_scale: float,
-    attention_scale: float,
-    prior: float,
+    image_embedding: Tensor, tensors: Mapping[str, Tensor | None], variant: Variant, scales: Scales
 ) -> tuple[Tensor, Tensor]:
     """scores (4, B) float32 (failure_probability, confidence, entropy, doctor) and class_index (B,) int64.
 
-    Shapes as in `single`; everything contiguous and on one device, which `op.fused_head` sees to.
+    Args:
+        image_embedding: (B, D), contiguous.
+        tensors: those of `FoldedHead.kernel_tensors`, and "offsets", (B + 1,) integers or None; all contiguous and on
+            the image embedding's device.
     """
-    v, t = image_embedding, text_embeddings
+    v, t, offsets = image_embedding, tensors["text_embeddings"], tensors["offsets"]
+    assert t is not None
     B, K = len(v), len(t)
     scores = torch.empty((4, B), dtype=torch.float32, device=v.device)
     index = torch.empty((B,), dtype=torch.int64, device=v.device)
     arch, multiprocessors = _device(v.device.index or 0)
     ragged = offsets is not None
-    plan = launches(variant, B, K, ragged=ragged, settings=tuned(arch, variant), multiprocessors=multiprocessors)
-    scratch = torch.empty((plan.scratch,), dtype=torch.float32, device=v.device)
-    same = variant.same(logit_scale, attention_scale)
+    plan = plan_launches(variant, B, K, ragged=ragged, settings=tuned(arch, variant), multiprocessors=multiprocessors)
+    values = dict(tensors) | {
+        "v": v,
+        "t": t,
+        "scratch": torch.empty((plan.scratch,), dtype=torch.float32, device=v.device),
+        "scores": scores,
+        "index": index,
+        "B": B,
+        "K": K,
+        "n_s": plan.splits,
+        **scales._asdict(),
+    }
+    shared_softmax = variant.shares_softmax(scales.logit_scale, scales.attention_scale)
     for kernel in plan.kernels:
-        options = kernel.constants(variant, ragged=ragged, same=same)
-        if not INTERPRETED:
-            options |= {"num_warps": kernel.num_warps, "maxnreg": kernel.registers}
-        if kernel.name == "single":
-            single[kernel.grid](
-                v, t, query, predicted, attended, packed, offsets, scratch, _arrived(v.device, B), scores, index,
-                K, logit_scale, attention_scale, prior, **options,
-            )  # fmt: skip
-        elif kernel.name == "scan":
-            scan[kernel.grid](v, t, query, attended, scratch, B, K, logit_scale, attention_scale, **options)
-        else:
-            tail[kernel.grid](v, t, predicted, packed, scratch, scores, index, B, K, plan.splits, prior, **options)
+        function = KERNELS[kernel.name]
+        constants = kernel.constants(variant, ragged=ragged, shared_softmax=shared_softmax)
+        if "arrived" in function.arg_names:
+            values["arrived"] = _arrived(v.device, B)
+        arguments = {name: values[name] for name in function.arg_names if name not in constants}
+        options = {} if INTERPRETED else {"num_warps": kernel.num_warps, "maxnreg": kernel.registers}
+        function[kernel.grid](**arguments, **constants, **options)
     return scores, index

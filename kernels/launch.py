@@ -1,7 +1,7 @@
-"""Runs the cubins that `aot.build` wrote, through cuda-bindings: no torch, no Triton, no compilation.
+"""Run the cubins that `aot.build` wrote, through cuda-bindings, without torch, Triton or compilation.
 
-The export copies this file, plan.py and dlpack.py beside the server's model, so they import nothing of vilu but each
-other. A cold start reads the folder, loads the cubins of one compute capability and copies the weights to the GPU.
+The export copies this file, plan.py and dlpack.py beside the server's model, so they import only each other. A start
+reads the folder, loads the cubins of one compute capability and copies the weights to the GPU.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .plan import Variant, launches
+from .plan import Variant, plan_launches
 
-FORMAT = 1
+FORMAT = 2
 KINDS = {"i32": ctypes.c_int, "fp32": ctypes.c_float}
 
 
 class LaunchError(RuntimeError):
-    """A build that cannot run here, told in one line that names the file or the value at fault."""
+    """A build cannot run here. The message is one line that names the file or the value at fault."""
 
 
 class Gpu:
-    """One GPU through CUDA's driver: its primary context, which CUDA's runtime shares, and a stream of its own.
+    """One GPU, used through CUDA's driver: the primary context, which CUDA's runtime shares, and a stream of its own.
 
-    Addresses and sizes are plain integers, sizes in bytes; every method raises LaunchError where the driver refuses.
+    Addresses are plain integers, sizes are in bytes. Every method raises LaunchError where the driver fails.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -73,7 +73,7 @@ class Gpu:
         self._ask(self._driver.cuMemcpyAsync(target, source, size, self._stream))
 
     def zero(self, address: int, numbers: int) -> None:
-        """Write so many 32-bit zeros, on the stream."""
+        """Write this many 32-bit zeros, on the stream."""
         self._ask(self._driver.cuMemsetD32Async(address, 0, numbers, self._stream))
 
     def synchronize(self) -> None:
@@ -106,19 +106,18 @@ class CubinHead:
     """A folded head on one GPU, ready to launch.
 
     Args:
-        folder: what `aot.build` wrote.
-        gpu: where it runs; launches follow each other on its stream, so that they may share scratch memory.
+        folder: the folder that `aot.build` wrote.
+        gpu: the GPU to run on. Launches follow each other on its stream, so they share scratch memory.
 
     Raises:
-        LaunchError: a folder that is no such build, a file that differs from its hash, a GPU that no cubin was built
-            for, or a call of the driver that fails.
+        LaunchError: not a folder of `aot.build`, a file that differs from its hash, a GPU that no cubin was built
+            for, or a driver call that fails.
     """
 
     def __init__(self, folder: Path, gpu: Gpu) -> None:
         self.gpu = gpu
         self.manifest = read_manifest(folder)
-        given = self.manifest["variant"]
-        self.variant = Variant(**given | {key: tuple(given[key]) for key in ("widths", "at", "parts")})
+        self.variant = Variant.from_json(json.dumps(self.manifest["variant"]))
         chosen = self.manifest["archs"][str(pick_arch(self.manifest, gpu.arch, folder))]
         self._settings = tuple((name, tuple(map(tuple, entries))) for name, entries in chosen["settings"])
         self._kernels = {
@@ -145,24 +144,25 @@ class CubinHead:
         """Launch on the GPU's stream; addresses are the GPU's, at multiples of 16, valid until the stream is done.
 
         Args:
-            image_embedding: (images, D), contiguous, of `image_type` ("fp32" or the bank's own).
+            image_embedding: (images, D), contiguous, of `image_type` ("fp32" or the class set's type).
             scores: (4, images) float32 out: failure_probability, confidence, entropy, doctor.
             index: (images,) int32 out.
             offsets: (images + 1,) int32 where every image has rows of its own.
-            text: address and rows of other text embeddings (a plain bank only), for an open vocabulary.
+            text: address and rows of other text embeddings, for an open vocabulary (plain layout only).
 
         Raises:
-            LaunchError: an address that is not aligned, a type no cubin was built for, text for a folded bank.
+            LaunchError: an address that is not aligned, a type that no cubin was built for, or text with the folded
+                layout.
         """
         if text is not None and self.variant.folded:
-            raise LaunchError("a folded bank belongs to its own class set: build with layout 'plain' for others")
+            raise LaunchError("the folded layout belongs to its own class set: build with layout 'plain' for others")
         table, rows = text or (self._weights["t"], self.manifest["classes"])
         for address in (image_embedding, scores, index, offsets, table):
             if address % 16:
                 raise LaunchError(f"address {address:#x} is not a multiple of 16")
         if images < 1 or rows < 1:
             raise LaunchError(f"images and rows must be at least 1, got {images} and {rows}")
-        plan = launches(
+        plan = plan_launches(
             self.variant,
             images,
             rows,

@@ -13,12 +13,9 @@ import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import click
 
 from vilu.errors import UserError
-from vilu.serving.client import CONTROL, DEFAULT_URL, TOKEN
+from vilu.serving.client import CONTROL, TOKEN
 
 LOOPBACK = re.compile(r"127\.\d+\.\d+\.\d+|localhost|::1")
 _WORD = re.compile(r"[A-Za-z0-9._~-]{16,256}")  # no comma, = or space: it stands in a flag and in a header
@@ -110,20 +107,3 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})") from None
-
-
-def connection_options(command: Any) -> Any:
-    """How to reach a server: --url, --token, --tls-ca, --tls-cert, --tls-key."""
-    for option in reversed(
-        (
-            click.option(
-                "--url", default=DEFAULT_URL, show_default=True, help="HOST:PORT for gRPC, http://HOST:PORT for HTTP."
-            ),
-            click.option("--token", metavar="TOKEN|@FILE", help="What the server asks for.  [default: $VILU_TOKEN]"),
-            click.option("--tls-ca", type=click.Path(), help="PEM; who signed the server's certificate."),
-            click.option("--tls-cert", type=click.Path(), help="PEM; the client's own certificate."),
-            click.option("--tls-key", type=click.Path(), help="PEM; the certificate's key."),
-        )
-    ):
-        command = option(command)
-    return command

@@ -6,25 +6,19 @@ checks it, and makes it whole or fails to load, which leaves all as it was. Name
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from vilu.class_set import check_names, check_templates, prompts, read_names
-from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
-from vilu.serving.access import connection_options, token_from
 from vilu.serving.client import AccessDenied, AsyncClient, RequestRefused
 
 MODEL, TEXT = "class_sets", "vilu_text"
@@ -185,100 +179,3 @@ def read_set(path: Path) -> SetFile:
     if len(labels) != len(rows):
         raise UserError(f"{path}: {len(labels)} names but text_embeddings of shape {rows.shape}")
     return SetFile(labels, rows.astype(np.float32), fingerprint)
-
-
-@click.group("classes")
-def classes_command() -> None:
-    """The class sets of a running server: list them, put one, remove one."""
-
-
-def server_options(command: Any) -> Any:
-    """A command's options to reach a server, and how long to wait for it."""
-    command = click.option(
-        "--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Seconds."
-    )(command)
-    return connection_options(command)
-
-
-control_option = click.option(
-    "--control-token", metavar="TOKEN|@FILE", help="As `vilu serve` was given.  [default: $VILU_CONTROL_TOKEN]"
-)
-
-
-def with_client(url: str, token: str | None, options: dict[str, Any], work: Callable[[AsyncClient], Any]) -> Any:
-    """What `work` returns, asked of the server that a command's options name."""
-
-    async def run() -> Any:
-        async with AsyncClient(url, token=token_from(token, "VILU_TOKEN"), batch_size=64, **options) as client:
-            return await work(client)
-
-    return asyncio.run(run())
-
-
-@classes_command.command("list")
-@server_options
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array, one object a set.")
-def list_command(url: str, token: str | None, as_json: bool, **options: Any) -> None:
-    """The class sets that images can be asked about."""
-    sets = with_client(url, token, options, list_sets)
-    if as_json:
-        rows = [{key: value for key, value in asdict(one).items() if key != "names"} for one in sets]
-        click.echo(json.dumps(rows, indent=2))
-        return
-    table = Table("class set", "version", "classes", "threshold", "templates")
-    for one in sets:
-        table.add_row(one.name, str(one.version), str(one.classes), f"{one.threshold:g}", str(len(one.templates)))
-    Console().print(table)
-
-
-@classes_command.command("put")
-@click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
-@server_options
-@control_option
-@click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat.  [default: the served ones]")
-@click.option("--threshold", type=click.FloatRange(0, 1), help="Accept below it.  [default: the checkpoint's]")
-def put_command(
-    name: str,
-    file: Path,
-    url: str,
-    token: str | None,
-    control_token: str | None,
-    templates: tuple[str, ...],
-    threshold: float | None,
-    **options: Any,
-) -> None:
-    """Put the class set NAME, or replace it, while the server answers.
-
-    FILE holds class names, one a line (UTF-8), or is .npz or .safetensors with their text_embeddings.
-    """
-    found = read_set(file)
-    control = token_from(control_token, "VILU_CONTROL_TOKEN")
-    with progress_bar() as bar:
-
-        async def work(client: AsyncClient) -> ServedSet:
-            return await put_set(
-                client,
-                name,
-                found.names,
-                control_token=control,
-                text_embeddings=found.text_embeddings,
-                fingerprint=found.fingerprint,
-                templates=templates or None,
-                threshold=threshold,
-                progress=bar,
-            )
-
-        served = with_client(url, token, options, work)
-    click.echo(f"{served.name}@{served.version}: {served.classes} classes, accepted below {served.threshold:g}")
-
-
-@classes_command.command("remove")
-@click.argument("name")
-@server_options
-@control_option
-def remove_command(name: str, url: str, token: str | None, control_token: str | None, **options: Any) -> None:
-    """Remove the class set NAME: later requests that name it are refused."""
-    control = token_from(control_token, "VILU_CONTROL_TOKEN")
-    with_client(url, token, options, lambda client: remove_set(client, name, control_token=control))
-    click.echo(f"{name}: removed")

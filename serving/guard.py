@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import struct
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from math import prod
-from pathlib import Path
 from typing import Any
 
-import click
 import grpc
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from vilu.errors import UserError
 from vilu.serving.access import Access, listen
-from vilu.serving.client import DEFAULT_URL, GRPC_HEADER, TOKEN
+from vilu.serving.client import GRPC_HEADER, TOKEN
 
 SERVICE = "inference.GRPCInferenceService"
 # What people ask; the models within the ensembles are not among them.
@@ -295,42 +291,3 @@ def _credentials(access: Access) -> Any:
     pair = access.tls_key.read_bytes(), access.tls_cert.read_bytes()
     ca = access.tls_ca.read_bytes() if access.tls_ca else None
     return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
-
-
-@click.command("guard")
-@click.option("--url", default=DEFAULT_URL, show_default=True, help="HOST:PORT of the server's gRPC.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=9001, show_default=True, help="0 picks a free one.")
-@click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM; clients must speak TLS.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="PEM; the certificate's key.")
-@click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM; clients must show a certificate it signed.")
-@click.option("--in-flight", type=click.IntRange(1), default=128, show_default=True, help="Requests at a time.")
-@click.option(
-    "--max-request-bytes", type=click.IntRange(1), default=64 << 20, show_default=True,
-    help="A flood takes at most twice --in-flight of them in memory.",
-)  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Seconds.")
-def guard_command(
-    url: str, host: str, port: int, tls_cert: Path | None, tls_key: Path | None, tls_ca: Path | None, in_flight: int,
-    max_request_bytes: int, timeout: float,
-) -> int:  # fmt: skip
-    """A gRPC front for clients who are not trusted: only well-formed questions reach the server behind it.
-
-    The server listens on loopback, as `vilu serve` does; its token, if it has one, is the clients' to give.
-    """
-    if "://" in url:
-        raise UserError(f"{url}: expected HOST:PORT of the server's gRPC")
-    access = Access(tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca)
-
-    async def run() -> None:
-        guard = Guard(url, access=access, in_flight=in_flight, max_request_bytes=max_request_bytes, timeout=timeout)
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with guard.serving(host, port) as bound:
-            scheme = "grpcs://" if tls_cert else ""
-            print(f"guarding {url}: gRPC {scheme}{host}:{bound}", file=sys.stderr, flush=True)
-            await stop.wait()
-
-    asyncio.run(run())
-    return 0

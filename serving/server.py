@@ -18,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -26,7 +25,6 @@ import urllib.request
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +32,7 @@ from typing import Any
 from vilu.errors import UserError
 from vilu.serving.access import Access
 from vilu.serving.client import Client, DeadlineExceeded, ServerUnavailable
+from vilu.serving.stub_python import stub_python
 
 CONTAINER = Path("/opt/tritonserver/bin/tritonserver")
 BACKENDS = Path(__file__).parent / "backends"
@@ -75,9 +74,7 @@ def find_tritonserver(explicit: str | os.PathLike[str] | None = None) -> Tritons
         wheel = Path(spec.origin).parent / "tritonserver"
         if (wheel / "bin" / "tritonserver").is_file():
             return _known(wheel / "bin" / "tritonserver")
-    raise UserError(
-        "no tritonserver found: give --tritonserver PATH, run in NVIDIA's container, or pip install nvidia-pytriton"
-    )
+    raise UserError("no tritonserver found: give --tritonserver PATH, or pip install --no-deps nvidia-pytriton")
 
 
 def _is_script(path: Path) -> bool:
@@ -94,25 +91,22 @@ def _known(binary: Path) -> Tritonserver:
 
 
 def build_backends(server: Tritonserver, folder: Path) -> None:
-    """Fill `folder` for --backend-directory: the server's own backends, this Python's stub, and our `onnxruntime`
+    """Fill `folder` for --backend-directory: the server's own backends, `stub_python()`'s stub, and our `onnxruntime`
     where the server has no native one.
 
     Raises:
-        UserError: the wheel has no stub for this Python.
+        UserError: the wheel has no stub for that Python, or it lacks NumPy 1 or its shared library.
     """
     if server.backends is not None:
         for backend in server.backends.iterdir():
             if backend.name != "python" or server.wheel is None:
                 (folder / backend.name).symlink_to(backend)
     if server.wheel is not None:
-        if int(version("numpy").split(".")[0]) >= 2:
-            # Its stub was built against NumPy 1 and reads every tensor with strides of 0 under NumPy 2: BYTES inputs
-            # then kill the stub.
-            raise UserError("the wheel's tritonserver misreads tensors under NumPy 2: pip install 'numpy<2'")
-        python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        stub = server.wheel / "python_backend_stubs" / python / "triton_python_backend_stub"
+        python = stub_python()
+        python.check()
+        stub = server.wheel / "python_backend_stubs" / python.version / "triton_python_backend_stub"
         if not stub.is_file():
-            raise UserError(f"this tritonserver has no Python backend stub for Python {python}")
+            raise UserError(f"this tritonserver has no Python backend stub for Python {python.version}")
         # Copied: the backend looks for its stub beside itself.
         shutil.copytree(server.wheel / "backends" / "python", folder / "python")
         shutil.copy2(stub, folder / "python" / "triton_python_backend_stub")
@@ -121,13 +115,15 @@ def build_backends(server: Tritonserver, folder: Path) -> None:
 
 
 def environment(server: Tritonserver) -> dict[str, str]:
-    """The server's environment: stubs take their packages from this interpreter and find its libpython."""
+    """The server's environment: its Python steps take their packages from `stub_python()` and find its libpython."""
     env = dict(os.environ)
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    python = stub_python() if server.wheel is not None else None
+    first = python.executable if python is not None else Path(sys.executable)
+    env["PATH"] = os.pathsep.join([str(first.parent), env.get("PATH", "")])
     # glibc keeps what deep queues once needed, for each of many threads: with two arenas half as much stays.
     env.setdefault("MALLOC_ARENA_MAX", "2")
-    if server.wheel is not None:
-        libraries = [str(server.wheel.parent.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR") or ""]
+    if server.wheel is not None and python is not None:
+        libraries = [str(server.wheel.parent.parent / "nvidia_pytriton.libs"), python.libraries]
         env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*libraries, env.get("LD_LIBRARY_PATH", "")]))
     return env
 

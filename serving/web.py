@@ -18,8 +18,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -29,7 +27,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vilu.errors import UserError
 from vilu.preprocess.image import Transform
-from vilu.serving.access import connection_options, listen, token_from
 from vilu.serving.classes import list_sets
 from vilu.serving.client import Answer, AsyncClient, DeadlineExceeded, RequestRefused, ServerUnavailable
 
@@ -272,61 +269,3 @@ def folder_examples(folder: Path) -> list[tuple[str, bytes]]:
     from vilu.data.image_files import image_files
 
     return [(path.stem, path.read_bytes()) for path in image_files(folder)[:EXAMPLES]]
-
-
-@click.command("web")
-@connection_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 picks a free one.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="Seconds.")
-@click.option("--allow-host", "names", multiple=True, metavar="NAME", help="A name the page is reached by; repeat.")
-@click.option(
-    "--max-image-bytes", type=click.IntRange(1), default=Transform.max_bytes, show_default=True, help="Of an upload."
-)
-@click.option(
-    "--examples", type=click.Path(path_type=Path), help="Folder of images to offer.  [default: the embedded ones]"
-)
-def web_command(
-    url: str,
-    token: str | None,
-    host: str,
-    port: int,
-    timeout: float,
-    names: tuple[str, ...],
-    max_image_bytes: int,
-    examples: Path | None,
-    **tls: str | None,
-) -> int:
-    """A page in front of a running server: drop an image, see the answer and whether to believe it.
-
-    Whoever reaches the page may ask the server, with this command's token; it listens on loopback unless told
-    otherwise, and speaks plain HTTP: put a proxy with TLS before it elsewhere.
-    """
-    token = token_from(token, "VILU_TOKEN")
-
-    def connect() -> AsyncClient:
-        return AsyncClient(url, token=token, timeout=timeout, in_flight=AT_ONCE, shared_memory=False, **tls)
-
-    _check(connect)
-    app = application(
-        connect,
-        names=(host, *names),
-        max_bytes=max_image_bytes,
-        examples=embedded_examples() if examples is None else folder_examples(examples),
-    )
-    with listen(host, port) as listener:
-        address = listener.getsockname()
-        click.echo(f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}/", err=True)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, proxy_headers=False)
-        uvicorn.Server(config).run(sockets=[listener])
-    return 0
-
-
-def _check(connect: Callable[[], AsyncClient]) -> None:
-    """Options that no client can be made of are told before the page is there."""
-
-    async def once() -> None:
-        async with connect():
-            pass
-
-    asyncio.run(once())

@@ -1,4 +1,4 @@
-"""Data as CLIP sees it: what training, scores and evaluation read."""
+"""Embeddings of a data set by CLIP: what training, scores and evaluation read."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch import Tensor
 
 from vilu.errors import UserError
 
-BLOCK = 4096  # rows worked on at once: bounds temporaries whatever the number of images
+BLOCK = 4096  # rows computed at once, so that temporary tensors stay small for any number of images
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One modality's embeddings, with what its last projection saw and gave where a score needs that.
+    """Embeddings of images or of texts, with the input and output of CLIP's projection where a score needs them.
+
+    Tensors have any floating dtype and are read as float32. They may be mapped from a file: nothing here copies more
+    than BLOCK rows at once.
 
     normalised: (N, D), rows of norm 1.
-    activation: (N, P), the input of CLIP's projection matrix.
-    output: (N, D), its output before normalisation. Any floating dtype; all are read as float32. They may be
-        mapped from a file: nothing here copies more than BLOCK rows of them.
+    activation: (N, P), the input of CLIP's projection matrix; None where it was not kept.
+    output: (N, D), the output of that matrix, before normalisation; None where it was not kept.
 
     Raises:
         UserError: shapes that do not fit, or a value that is not finite.
@@ -47,9 +49,11 @@ class Embeddings:
         return len(self.normalised)
 
     def __getitem__(self, rows: slice | Tensor) -> Embeddings:
+        """The embeddings at some rows."""
         return Embeddings(**{name: value[rows] for name, value in self._fields()})
 
     def float(self) -> Embeddings:
+        """All tensors as float32."""
         return Embeddings(**{name: value.float() for name, value in self._fields()})
 
     def _fields(self) -> Iterator[tuple[str, Tensor]]:
@@ -61,16 +65,16 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class EmbeddedSet:
-    """A data set as CLIP sees it.
+    """A data set embedded by CLIP: a closed set of classes, or images with captions.
 
-    name: what tables call it.
-    image: N images.
-    text: closed set: the K classes; captions: N texts, row i the caption of image i.
+    name: the name that tables show.
+    image: embeddings of the N images.
+    text: closed set: embeddings of the K classes; captions: of N texts, row i being the caption of image i.
     labels: (N,) int64 in [0, K); None for captions.
-    class_names: the K names, closed set only.
+    class_names: the K class names; closed set only.
     logit_scale: CLIP's factor on v · t.
-    skipped: one line for every image that could not be read and is not among the N.
-    rows: (N,) int64, each image's index in the data it was read from; None: they are 0 .. N-1.
+    skipped: one line for each image that could not be read, and so is not among the N.
+    rows: (N,) int64, the index of each image in the data it was read from; None: 0 .. N-1.
 
     Raises:
         UserError: widths, labels or names that do not fit, or no image at all.
@@ -116,7 +120,7 @@ class EmbeddedSet:
         return self.labels is None
 
     def __getitem__(self, rows: slice | Tensor) -> EmbeddedSet:
-        """Some of the images; a closed set keeps all its classes."""
+        """The images at some rows; a closed set keeps all its classes."""
         return EmbeddedSet(
             self.name,
             self.image[rows],

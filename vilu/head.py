@@ -14,38 +14,52 @@ paper, one parametrisation covers both: (W_Q, W_K, W_V, attention scale).
 | same, frozen  | "identity": none                    | CLIP's logit scale   |
 | paper         | "separate": W_Q, W_K, W_V           | 1 / sqrt(dim)        |
 
-Beyond the paper, a head may start from what CLIP itself knows and learn a correction to it:
+Beyond the paper, a head may start from what CLIP itself knows, and learn a correction to it:
 
     logit = MLP([v, t_pred, z]) + prior · log((1 − p) / p)      p = max softmax(logit_scale · v · t_j), MCM
 
-With an MLP of zero it ranks exactly as MCM does, which a plainly trained head needs thousands of images to reach.
+With an MLP that gives 0 it ranks exactly as MCM does. A head without the prior needs thousands of images to get there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 PARTS = ("image", "predicted", "attended")
 PROJECTIONS = ("identity", "shared", "separate")
-LOWEST_LOG_ODDS = -30.0  # of the prior, which is -inf for a single candidate
+LOWEST_LOG_ODDS = -30.0  # the least value of the prior, which would be -inf with a single candidate
 
 
 class ViLUHead(nn.Module):
-    """Failure predictor over L2-normalised CLIP embeddings; eager float32, the reference.
+    """The failure predictor on L2-normalised CLIP embeddings, in eager PyTorch and float32.
+
+    Everything faster is compared with this class.
 
     Args:
-        dim: width D of the joint embedding space.
-        hidden: widths of the MLP's hidden layers (ReLU between).
-        parts: what the MLP sees, in this column order; ("image",) alone is LVU, the visual-only head.
-        projection: "identity", "shared" or "separate" (table above); all start as the identity.
+        dim: width D of CLIP's joint embedding space.
+        hidden: widths of the hidden layers of the MLP (with ReLU between them).
+        parts: what the MLP reads, in this column order; ("image",) alone is LVU, the visual-only head.
+        projection: "identity", "shared" or "separate" (see the table above); the matrices start as the identity.
         attention_scale: factor on the attention logits.
-        logit_scale: CLIP's factor on v · t, for a head with the prior (weight 1 to start with); None: no prior.
+        logit_scale: CLIP's factor on v · t, for a head with the prior, whose weight starts at 1; None: no prior.
 
     Raises:
-        ValueError: an unknown part or projection, a width below 1, or a scale that is not positive.
+        ValueError: an unknown part or projection, a width below 1, or a scale that is not positive and finite.
+
+    Source: ViLU (arXiv 2507.07620), section 3, and the authors' code (github.com/ykrmm/ViLU).
+
+    Example:
+        >>> head = ViLUHead(dim=4, hidden=(8,))
+        >>> image_embedding = nn.functional.normalize(torch.ones(2, 4), dim=1)
+        >>> text_embeddings = torch.eye(4)[:3]
+        >>> head(image_embedding, text_embeddings).shape
+        torch.Size([2])
+        >>> bool((head.failure_probability(image_embedding, text_embeddings) < 1).all())
+        True
     """
 
     query: nn.Linear | None
@@ -97,11 +111,16 @@ class ViLUHead(nn.Module):
 
     @property
     def reads_text(self) -> bool:
-        """Whether `forward` needs text_embeddings: all but a visual-only head without prior."""
+        """Whether `forward` needs text_embeddings. Only a visual-only head without the prior does not."""
         return self.parts != ("image",) or self.prior is not None
 
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The last layer of the MLP; its output is the logit, before the prior is added."""
+        return cast(nn.Linear, self.mlp[-1])
+
     def config(self) -> dict[str, object]:
-        """Constructor arguments that rebuild this head (JSON types)."""
+        """The constructor arguments that rebuild this head, in JSON types."""
         return {
             "dim": self.dim,
             "hidden": list(self.hidden),
@@ -112,7 +131,7 @@ class ViLUHead(nn.Module):
         }
 
     def projections(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(W_Q, W_K, W_V), each (D, D), whatever the form; the identity where there is none."""
+        """W_Q, W_K and W_V, each (D, D); the identity where the head has no such matrix."""
         like = next(self.mlp.parameters())
         eye = torch.eye(self.dim, dtype=like.dtype, device=like.device)
         query = eye if self.query is None else self.query.weight
@@ -121,21 +140,21 @@ class ViLUHead(nn.Module):
         return query, key, value
 
     def attend(self, image_embedding: Tensor, text_embeddings: Tensor) -> Tensor:
-        """z (B, D): attention of each image over the K candidates."""
+        """z (B, D): for each image (B, D), the attention over the K candidates (K, D)."""
         q = image_embedding if self.query is None else self.query(image_embedding)
         k = text_embeddings if self.key is None else self.key(text_embeddings)
         v = k if self.value is None else self.value(text_embeddings)
         return torch.softmax(self.attention_scale * q @ k.T, dim=-1) @ v
 
     def forward(self, image_embedding: Tensor, text_embeddings: Tensor | None = None) -> Tensor:
-        """failure_logit (B,): high means CLIP's zero-shot prediction is likely wrong.
+        """The failure logit (B,): the higher, the more likely CLIP's zero-shot answer is wrong.
 
         Args:
             image_embedding: (B, D), L2-normalised.
-            text_embeddings: (K, D), L2-normalised; not read by a visual-only head.
+            text_embeddings: (K, D), L2-normalised, K at least 1; a visual-only head without the prior does not read it.
 
         Raises:
-            ValueError: widths that differ from `dim`, or missing text embeddings.
+            ValueError: a width other than `dim`, or text embeddings that are missing or empty.
         """
         if image_embedding.ndim != 2 or image_embedding.shape[1] != self.dim:
             raise ValueError(f"image_embedding must be (B, {self.dim}), got {tuple(image_embedding.shape)}")
@@ -159,14 +178,15 @@ class ViLUHead(nn.Module):
         return logit if prior is None else logit + prior
 
     def failure_probability(self, image_embedding: Tensor, text_embeddings: Tensor | None = None) -> Tensor:
-        """P(failure) (B,): sigmoid of the failure logit."""
+        """P(failure) (B,), in [0, 1]: the sigmoid of the failure logit; arguments and errors as in `forward`."""
         return torch.sigmoid(self(image_embedding, text_embeddings))
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """log((1 − p) / p) of p = max softmax(logits), (B,) from (B, K): CLIP's own log-odds of being wrong.
+    """CLIP's own log-odds of being wrong (B,), from its logits (B, K): log((1 − p) / p) with p = max softmax(logits).
 
-    Summed over the other candidates, so that it stays exact where p rounds to 1; LOWEST_LOG_ODDS at the least.
+    1 − p is summed over the other candidates, so the result stays exact where p rounds to 1. It is never below
+    LOWEST_LOG_ODDS.
     """
     top, index = logits.max(dim=-1, keepdim=True)
     others = torch.where(torch.arange(logits.shape[-1], device=logits.device) == index, -torch.inf, logits)

@@ -1,4 +1,4 @@
-"""Training settings under a name: the published ones, and the one that holds at every size of data."""
+"""Named training settings: a default for data of any size, and the published ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vilu.errors import UserError
 FORMS = ("authors", "paper")
 LOSSES = ("bce", "mse")
 OPTIMIZERS = ("adamw", "sgd")
-FOLDED_SAMPLES = 4000  # above, a share of the data is enough to choose by
+CROSS_VALIDATION_LIMIT = 4000  # samples; with more of them, one validation share is enough to choose the epoch
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,25 @@ class Recipe:
 
     form: "authors" (one matrix for keys and values, attention at CLIP's logit scale) or "paper" (three matrices,
         attention at 1 / sqrt(dim)).
-    parts: what the MLP sees, of `vilu.head.PARTS`; None: all.
-    prior: start from CLIP's own log-odds (`ViLUHead`'s prior, fitted on the training data) and learn a correction.
-    loss: "bce", or "mse" of 1 − P(failure) to p[true class].
+    parts: what the MLP reads, of `vilu.head.PARTS`; None: all.
+    prior: start from CLIP's own log-odds (the prior of `ViLUHead`, fitted to the training data) and learn a correction.
+    loss: "bce" (weighted cross-entropy), or "mse" of 1 − P(failure) against CLIP's probability of the true class.
     failure_weight: weight of the wrong samples; None: log(1 + n_right / n_wrong) of the batch ("adaptative").
-    optimizer, learning_rate, weight_decay, momentum (of SGD).
-    epochs, batch_size; min_steps: a small set is gone through more often, until so many steps are made.
-    warmup_epochs: the rate rises linearly from a tenth over these; from there, and multiplied with it, a cosine to 0.
-    freeze_steps: steps in which the projections stay the identity; None: always.
-    validation: share cut from the training data, by the seed, that chooses the epoch; 0: none, the last is kept.
-    folds: up to FOLDED_SAMPLES samples, cross-validation with so many folds chooses the epoch instead, and all of the
-        data is trained on; 1: never.
-    patience: stop after so many epochs without a better one; None: never.
-    seed: of the cut, the first weights and the order.
+    optimizer: "adamw" or "sgd".
+    learning_rate: the highest learning rate.
+    weight_decay: decoupled for "adamw", added to the gradient for "sgd".
+    momentum: of "sgd" only.
+    epochs: passes over the data.
+    batch_size: samples in a batch; in caption mode also the number of candidates.
+    min_steps: a small data set gets more epochs, until it has had this many steps.
+    warmup_epochs: the learning rate rises linearly from a tenth over these epochs, times a cosine that falls to 0 over
+        all epochs.
+    freeze_steps: number of first steps in which the projections stay the identity; None: they always do.
+    validation: share of the training data, drawn by the seed, that chooses the epoch; 0: the last epoch is kept.
+    folds: up to CROSS_VALIDATION_LIMIT samples, cross-validation with this many folds chooses the epoch instead, and
+        the head is trained on all of the data; 1: no cross-validation.
+    patience: stop after this many epochs without a better one; None: never stop early.
+    seed: seed of the validation share, the first weights and the order of the samples.
 
     Raises:
         UserError: a setting out of range.
@@ -77,6 +83,13 @@ class Recipe:
             if not good:
                 raise UserError(f"recipe: {name} cannot be {getattr(self, name)!r}")
 
+    @property
+    def projection(self) -> str:
+        """The `projection` of the head that this recipe trains."""
+        if self.form == "paper":
+            return "separate"
+        return "identity" if self.freeze_steps is None else "shared"
+
 
 _SCRIPT = Recipe(
     prior=False,
@@ -92,8 +105,8 @@ _SCRIPT = Recipe(
     folds=1,
 )
 
-# "plain" is the paper's idea without the prior, under the optimizer of "default": for comparisons at any size.
-# The others are the authors' released scripts (github.com/ykrmm/ViLU, scripts/ and vilu/config/).
+# "plain" is the head of the paper, without the prior, with the optimizer of "default": to compare at any size.
+# The others are the settings of the authors' released scripts (github.com/ykrmm/ViLU, scripts/ and vilu/config/).
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
     "plain": Recipe(prior=False, min_steps=0, folds=1),
@@ -105,9 +118,23 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_named(name: str, **changes: object) -> Recipe:
-    """A recipe of `RECIPES` with some settings changed. Raises UserError for an unknown name."""
+    """A recipe of `RECIPES`, with some settings changed.
+
+    Args:
+        name: a key of `RECIPES`.
+        changes: fields of `Recipe` with their new values.
+
+    Raises:
+        UserError: an unknown name or setting, or a setting out of range.
+
+    Example:
+        >>> recipe_named("paper-imagenet", epochs=10).epochs
+        10
+    """
     if name not in RECIPES:
         raise UserError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
-    known = {field.name for field in fields(Recipe)}
-    assert set(changes) <= known, set(changes) - known
+    known = [field.name for field in fields(Recipe)]
+    for setting in changes:
+        if setting not in known:
+            raise UserError(f"recipe: no setting {setting!r}; there are {', '.join(known)}")
     return replace(RECIPES[name], **changes)  # type: ignore[arg-type]

@@ -1,22 +1,17 @@
 """bench/table.py on tiny data: rows are vilu.evaluation.metrics', means are over seeds, words follow the numbers."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.vilu.test_evaluate import captioned, closed
+from bench import table, table_report
+from bench.common import write_results
+from tests.vilu.evaluation.test_evaluate import captioned, closed
 from vilu.evaluation import metrics
 from vilu.scores import SCORES
 
-PATH = Path(__file__).parents[2] / "bench" / "table.py"
-SPEC = importlib.util.spec_from_file_location("bench_table", PATH)
-table = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(table)
-
-METHODS = [*SCORES, *table.PARTS]
+METHODS = [*SCORES, *table_report.PARTS]
 FREE = ("MCM", "Entropy", "Doctor", "Rel-U", "BayesVLM")
 SETS = {
     "closed": (closed(120, projection=True), closed(90, seed=1, projection=True)),
@@ -28,7 +23,7 @@ SETS = {
 def evaluations(request):
     train, test = SETS[request.param]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vilu.train.RESAMPLES", 5)  # of each head's own validation, which the table does not read
+        patch.setattr("vilu.training.validation.RESAMPLES", 5)  # the table does not read it
         return [table.run_seed(train, test, seed, candidates=(16, 32), resamples=30, quick=True) for seed in range(2)]
 
 
@@ -64,7 +59,7 @@ def test_means_are_over_seeds_and_leads_over_shared_draws(evaluations):
     means = {row["method"]: row for row in table.means(evaluations) if row["candidates"] == results[0].candidates}
     assert list(means) == [method for method in METHODS if method in results[0].confidences]
     for method, row in means.items():
-        rival = table.WHOLE if method in table.PARTS else "ViLU"
+        rival = table_report.WHOLE if method in table_report.PARTS else "ViLU"
         values = np.array([metrics.auroc(r.confidences[method], r.correct) for r in results])
         rivals = np.array([metrics.auroc(r.confidences[rival], r.correct) for r in results])
         assert row["auc"]["mean"] == pytest.approx(values.mean())
@@ -82,7 +77,7 @@ def part(auc, fpr95, p=0.01, captions=False):
     """A data set's part of the JSON with these means, MCM and the whole head leading by what they are above."""
     rows = []
     for method, values in {m: (auc[m], fpr95[m]) for m in auc}.items():
-        rival = table.WHOLE if method in table.PARTS else "ViLU"
+        rival = table_report.WHOLE if method in table_report.PARTS else "ViLU"
         row = {"method": method, "candidates": 5, "seeds": 3}
         for key, own, of in (("auc", values[0], auc), ("fpr95", values[1], fpr95)):
             lead = {"difference": of[rival] - own, "low": 0, "high": 0, "p_value": p}
@@ -96,12 +91,12 @@ def part(auc, fpr95, p=0.01, captions=False):
 
 def crafted(ours, whole=0.9, p=0.01):
     auc = {"MCM": 0.8, "LVU-BCE": 0.7, "LVU-MSE": 0.85, "ViLU": ours}
-    auc |= {"v": 0.7, "v, t_pred": 0.8, "v, z_attn": 0.85, table.WHOLE: whole}
+    auc |= {"v": 0.7, "v, t_pred": 0.8, "v, z_attn": 0.85, table_report.WHOLE: whole}
     return {"set": part(auc, {m: 1 - a for m, a in auc.items()}, p, captions=True)}
 
 
 def test_findings_follow_the_numbers():
-    text = " ".join(table.findings(crafted(0.9)))
+    text = " ".join(table_report.findings(crafted(0.9)))
     assert "set, AUC: ViLU is ahead of the best baseline, LVU-MSE, by 5.0 points" in text
     assert "set, FPR95: ViLU is ahead of the best baseline, LVU-MSE, by 5.0 points" in text
     assert text.count("significantly ahead of 3 of 3") == 2
@@ -109,11 +104,11 @@ def test_findings_follow_the_numbers():
     assert "AUC 90.0 with it, 90.0 without (what the paper describes), where MCM has 80.0, from 9 training" in text
     assert "LVU-BCE is below MCM, -10.0" in text
     assert "LVU-MSE is above MCM, +5.0" in text
-    text = " ".join(table.findings(crafted(0.82, whole=0.83)))
+    text = " ".join(table_report.findings(crafted(0.82, whole=0.83)))
     assert "set, AUC: ViLU is behind the best baseline, LVU-MSE, by 3.0 points" in text
     assert text.count("significantly ahead of 2 of 3") == 2
     assert "the whole head is not above v, z_attn in AUC" in text
-    assert "significantly ahead of 0 of 3" in " ".join(table.findings(crafted(0.9, p=0.2)))
+    assert "significantly ahead of 0 of 3" in " ".join(table_report.findings(crafted(0.9, p=0.2)))
 
 
 def test_it_is_written_as_json_markdown_and_a_picture(evaluations, tmp_path):
@@ -128,10 +123,10 @@ def test_it_is_written_as_json_markdown_and_a_picture(evaluations, tmp_path):
         }
     }
     json.dumps(made, allow_nan=False)
-    text = table.markdown(made)
+    text = table_report.markdown(made)
     for method in METHODS:
         assert f"\n| {method} |" in text or f"\n{method}: " in text
     assert "nan" not in text.lower().split()
-    table.draw(made, tmp_path / "table.png")
+    write_results(tmp_path / "table", {".png": table_report.draw(made), ".md": text})
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["table.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.md", "table.png"]

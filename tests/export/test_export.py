@@ -2,7 +2,6 @@ import json
 import re
 import shutil
 import subprocess
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,12 +16,11 @@ from tritonclient.grpc import model_config_pb2
 
 from vilu import Checkpoint, UserError, ViLUHead, load_clip
 from vilu.cli.export import export_command
-from vilu.export import export, parity
-from vilu.export.export import README
+from vilu.export import export, measure, parity
+from vilu.export.build import README
+from vilu.export.job import FEW_INPUTS
 from vilu.tiny import data
 
-# The package's attribute of this name is the function.
-module = import_module("vilu.export.export")
 GRAPHS = {"clip_image", "clip_text", "vilu_head", "vilu_full", "vilu_embeddings", "vilu_details"}  # that are measured
 ENSEMBLES = {  # and their steps; the last of those that answer gives what is computed only for who asks
     "vilu": ["preprocess", "clip_image", "vilu_head", "vilu_details"],
@@ -39,7 +37,7 @@ def test_every_graph_is_proven(repository):
     for name, providers in report["graphs"].items():
         rows = [row for by_batch in providers.values() for row in by_batch.values()]
         assert all(set(by_batch) == {"8"} for by_batch in providers.values())
-        assert rows[0]["inputs"] >= (module.SAMPLE if name in ("vilu_full", "clip_text") else 256)
+        assert rows[0]["inputs"] >= (FEW_INPUTS if name in ("vilu_full", "clip_text") else 256)
         for row in rows:
             assert row["argmax_agreement"] == 1
             assert max(row["max_abs_error"].values()) <= 1e-4
@@ -127,14 +125,14 @@ def test_a_graph_over_the_budget_leaves_the_old_repository(repository, tmp_path,
     root = tmp_path / "repository"
     shutil.copytree(repository, root)
     before = snapshot(root)
-    original = module._references
+    original = measure.eager_references
 
     def moved(*arguments):
         references = original(*arguments)
         references["vilu_head"].outputs["FAILURE_PROBABILITY"][100] += 2e-4
         return references
 
-    monkeypatch.setattr(module, "_references", moved)
+    monkeypatch.setattr(measure, "eager_references", moved)
     with pytest.raises(UserError, match=r"export refused: vilu_head .* FAILURE_PROBABILITY differs by"):
         export(checkpoint, root, clip=clip, max_batch_size=2)
     assert snapshot(root) == before
@@ -171,11 +169,11 @@ def test_a_vision_transformer_and_names_with_accents_are_exported(tmp_path):
 def test_disagreeing_answers_and_nan_are_over_the_budget():
     feed = np.zeros((2, 1), np.float32)
     reference = parity.Reference("X", feed, {"CLASS_INDEX": np.array([[0], [1]]), "P": np.array([[0.1], [0.2]])})
-    row = parity.compare({"CLASS_INDEX": np.array([[0], [0]]), "P": np.array([[0.1], [np.nan]])}, reference)
+    row = parity.compare_outputs({"CLASS_INDEX": np.array([[0], [0]]), "P": np.array([[0.1], [np.nan]])}, reference)
     assert row["argmax_agreement"] == 0.5
     assert row["max_abs_error"]["P"] == float("inf")
     report = {"precision": "float32", "graphs": {"g": {"cpu": {"1": row}}}, "answers": {}}
-    assert len(list(parity.failures(report))) == 2
+    assert len(list(parity.over_budget(report))) == 2
 
 
 def test_bad_requests_write_nothing(tmp_path, clip, checkpoint):

@@ -22,9 +22,11 @@ from tests.conftest import unit_rows
 from vilu import ViLUHead, load_clip
 from vilu.checkpoint import ClipSpec
 from vilu.clip import Clip
-from vilu.export import fusion, graphs
-from vilu.export.graphs import HeadGraph, ImageGraph, TextGraph, example_tokens, merge_full, write_graph
-from vilu.export.open_vocabulary import write_ragged
+from vilu.export import onnx_file
+from vilu.export.attention import MASK_INPUT
+from vilu.export.graphs import HeadGraph, ImageGraph, TextGraph, example_tokens, write_graph
+from vilu.export.onnx_file import merge_full
+from vilu.export.open_vocabulary import write_open_vocabulary
 from vilu.kernels import fold
 
 # Largest absolute difference of an embedding or a probability from the eager model, by the dtype computed in.
@@ -263,9 +265,9 @@ def test_a_branch_beside_the_first_convolution_keeps_the_normalisation(tmp_path)
     assert error(path, feed, module(feed)) < TOLERANCE[torch.float32]
 
 
-def test_outputs_of_another_shape_than_told_are_refused(small, tmp_path):
+def test_outputs_of_another_shape_than_expected_are_refused(small, tmp_path):
     path = tmp_path / "clip_text" / "1" / "model.onnx"
-    with pytest.raises(ValueError, match=r"TEXT_EMBEDDING is \(batch, 48\), told \(batch, 47\)"):
+    with pytest.raises(ValueError, match=r"TEXT_EMBEDDING is \(batch, 48\), expected \(batch, 47\)"):
         write_graph(TextGraph(small("vit")), example_tokens(small("vit")), path, "TOKENS", {"TEXT_EMBEDDING": [47]})
     assert not path.exists()
 
@@ -299,7 +301,7 @@ def test_a_constant_mask_that_is_not_causal_is_kept(tmp_path):
     write_graph(module, feed[:2], path, "X", {"Y": [6, 16]}, fused=True)
     assert error(path, feed, module(feed)) < TOLERANCE[torch.float32]
     (node,) = (node for node in nodes(path) if node.op_type == "MultiHeadAttention")
-    (mask,) = (w for w in onnx.load(path).graph.initializer if w.name == node.input[fusion.BIAS])
+    (mask,) = (w for w in onnx.load(path).graph.initializer if w.name == node.input[MASK_INPUT])
     assert list(mask.dims) == [1, 2, 6, 6]
 
 
@@ -325,7 +327,7 @@ def write_head(path, text_embeddings, **options):
 
 @pytest.mark.parametrize("limit", [10**9, 10**4], ids=["inline", "external"])
 def test_the_full_graph_is_joined_from_its_parts(limit, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_INLINE", limit)
+    monkeypatch.setattr(onnx_file, "MAX_INLINE", limit)
     clip, feed = small("vit-quickgelu"), pixels(small("vit-quickgelu"), 5)
     image, part, full = (tmp_path / name / "1" / "model.onnx" for name in ("clip_image", "vilu_head", "vilu_full"))
     write_image(clip, image)
@@ -333,7 +335,7 @@ def test_the_full_graph_is_joined_from_its_parts(limit, small, tmp_path, monkeyp
     merge_full(image, part, full)
     files = {path.name for path in full.parent.iterdir()}
     if limit == 10**4:
-        assert files == {"model.onnx", "model.onnx.data", "head.onnx.data"}
+        assert files == {"model.onnx", "model.onnx.data"}
         assert full.stat().st_size < full.with_name("model.onnx.data").stat().st_size / 4
     else:
         assert files == {"model.onnx"}
@@ -372,7 +374,7 @@ def open_head(request, tmp_path_factory):
     """(eager head, session of its graph), its candidates an input."""
     path = tmp_path_factory.mktemp("open") / "vilu_embeddings" / "1" / "ragged.onnx"
     head, t = head_of(512, **OPEN[request.param]), unit_rows(3, 512, 6).float()
-    write_ragged(fold(head, t, logit_scale=50.0, layout="plain"), 0.5, path)
+    write_open_vocabulary(fold(head, t, logit_scale=50.0, layout="plain"), 0.5, path)
     dims = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in onnx.load(path).graph.input]
     assert dims == [["batch", 512], ["classes", 512], ["batch", 2]]
     return head, session(path)

@@ -9,7 +9,8 @@ import torch
 
 from tests.conftest import TOLERANCE, unit_rows
 from vilu import ViLUHead
-from vilu.export.open_vocabulary import DetailsGraph, RaggedHeadGraph, write_details, write_ragged
+from vilu.export.details import DetailsGraph, write_details
+from vilu.export.open_vocabulary import OpenVocabularyGraph, write_open_vocabulary
 from vilu.kernels import fold
 from vilu.scores import Doctor, Entropy
 
@@ -46,11 +47,11 @@ def test_every_image_is_asked_about_its_own_candidates_alone(projection, parts, 
     bounds = [0, *itertools.accumulate(map(len, sets))]
     candidates = torch.tensor([[bounds[own], bounds[own + 1]] for own in owner])
     folded = fold(head, sets[0], logit_scale=SCALE, layout="plain")
-    write_ragged(folded, 0.4, tmp_path / "ragged" / "1" / "model.onnx")
+    write_open_vocabulary(folded, 0.4, tmp_path / "ragged" / "1" / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "ragged" / "1" / "model.onnx", providers=["CPUExecutionProvider"])
     feed = {"IMAGE_EMBEDDING": images, "TEXT_EMBEDDINGS": torch.cat(sets), "CANDIDATES": candidates}
     answers = session.run(None, {name: value.numpy() for name, value in feed.items()})
-    for mine, theirs in zip(RaggedHeadGraph(folded, 0.4)(*feed.values()), answers, strict=True):
+    for mine, theirs in zip(OpenVocabularyGraph(folded, 0.4)(*feed.values()), answers, strict=True):
         torch.testing.assert_close(mine, torch.from_numpy(theirs), rtol=0, atol=TOLERANCE[torch.float32])
     index, confidence, failure, accept = map(torch.from_numpy, answers)
     exact = head.double()
@@ -67,7 +68,7 @@ def test_candidates_of_others_change_nothing():
     head = spread("shared")
     sets = [unit_rows(5, DIM, seed=1).float(), unit_rows(7, DIM, seed=2).float()]
     images = unit_rows(3, DIM, seed=0).float()
-    graph = RaggedHeadGraph(fold(head, sets[0], logit_scale=SCALE, layout="plain"), threshold=0.4)
+    graph = OpenVocabularyGraph(fold(head, sets[0], logit_scale=SCALE, layout="plain"), threshold=0.4)
     own = torch.tensor([[0, 5]] * 3)
     alone, among = graph(images, sets[0], own), graph(images, torch.cat(sets), own)
     assert torch.equal(alone[0], among[0])
@@ -78,7 +79,7 @@ def test_candidates_of_others_change_nothing():
 def test_a_bank_of_one_class_set_is_refused():
     folded = fold(spread("shared"), unit_rows(5, DIM, seed=1).float(), logit_scale=SCALE, layout="folded")
     with pytest.raises(ValueError, match="plain"):
-        RaggedHeadGraph(folded, 0.5)
+        OpenVocabularyGraph(folded, 0.5)
     with pytest.raises(ValueError, match="plain"):
         DetailsGraph(folded)
 

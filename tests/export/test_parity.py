@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vilu.export import parity, precision
+from vilu.export import parity, precision, report
 from vilu.export.parity import Answers
 
 
@@ -15,10 +15,10 @@ def answers(failure, index=(0, 1, 0, 1), embedding=None):
 EAGER = answers([0.1, 0.9, 0.2, 0.8])
 
 
-def test_cost_by_hand():
+def test_compared_answers_by_hand():
     turned = np.eye(4)
     turned[0] = [0.6, 0.8, 0, 0]
-    row = parity.cost(answers([0.1, 0.9, 0.3, 0.8], (0, 1, 1, 1), turned), EAGER, None)
+    row = parity.compare_answers(answers([0.1, 0.9, 0.3, 0.8], (0, 1, 1, 1), turned), EAGER, None)
     assert row["cosine"] == pytest.approx({"mean": 0.9, "min": 0.6})
     assert row["argmax_agreement"] == 0.75
     assert row["failure_probability_error"] == pytest.approx({"max": 0.1, "mean": 0.025}, abs=1e-7)
@@ -27,11 +27,11 @@ def test_cost_by_hand():
 
 def test_ranking_by_hand():
     labels = np.array([0, 0, 0, 0])  # the eager answers are right, wrong, right, wrong: perfectly ranked
-    row = parity.cost(answers([0.1, 0.15, 0.2, 0.8]), EAGER, labels)
+    row = parity.compare_answers(answers([0.1, 0.15, 0.2, 0.8]), EAGER, labels)
     assert row["ranking"]["eager"] == {"AUC": 1.0, "FPR95": 0.0}
     assert row["ranking"]["change"]["AUC"] == pytest.approx(-0.25)
     assert row["ranking"]["images"] == 4
-    assert parity.cost(EAGER, EAGER, np.array([0, -1, 0, -1]))["ranking"] == (
+    assert parity.compare_answers(EAGER, EAGER, np.array([0, -1, 0, -1]))["ranking"] == (
         "AUROC is not defined: all 2 answers are right"
     )
 
@@ -39,7 +39,7 @@ def test_ranking_by_hand():
 def test_nan_is_an_infinite_error_and_no_cosine():
     broken = np.eye(4)
     broken[2] = np.nan
-    row = parity.cost(answers([0.1, np.nan, 0.2, 0.8], embedding=broken), EAGER, None)
+    row = parity.compare_answers(answers([0.1, np.nan, 0.2, 0.8], embedding=broken), EAGER, None)
     assert row["failure_probability_error"]["max"] == np.inf
     assert row["cosine"]["min"] == 0
 
@@ -50,7 +50,7 @@ def test_batch_sizes(largest, sizes):
 
 
 @pytest.mark.parametrize(("move", "independent"), [(0.0, True), (5e-7, True), (1e-5, False)])
-def test_an_answer_that_depends_on_its_batch_is_told(move, independent):
+def test_an_answer_that_depends_on_its_batch_is_reported(move, independent):
     feed = np.arange(7)
 
     def answer(images, size):
@@ -62,11 +62,10 @@ def test_an_answer_that_depends_on_its_batch_is_told(move, independent):
     assert row["failure_probability_moves"] == pytest.approx(move)
     assert row["argmax_changes"] == 0
     assert row["independent"] is independent
-    told = parity._batches("cpu", row)
-    assert ("**over**" in told) is not independent
+    assert ("**over**" in report._batch_line("cpu", row)) is not independent
 
 
-def report(precision_, **changes):
+def report_of(precision_, **changes):
     row = {"images": 256, "cosine": {"mean": 1.0, "min": 1.0}, "argmax_agreement": 1.0, "ranking": None}
     row |= {"failure_probability_error": {"max": 0.0, "mean": 0.0}}
     return {"precision": precision_, "graphs": {}, "answers": {"cpu": row | changes}}
@@ -90,7 +89,7 @@ def report(precision_, **changes):
     ],
 )
 def test_each_budget_refuses(name, changes, message):
-    (line,) = parity.failures(report(name, **changes))
+    (line,) = parity.over_budget(report_of(name, **changes))
     assert message in line
 
 
@@ -99,11 +98,11 @@ def test_each_budget_lets_the_rest_pass(name):
     loss = {"argmax_agreement": 0.9961, "cosine": {"mean": 0.9991, "min": 0.5}}
     loss["failure_probability_error"] = {"max": 0.2, "mean": 0.1}
     loss["ranking"] = {"change": {"AUC": -0.002, "FPR95": 0.3}}
-    assert list(parity.failures(report(name))) == []
-    assert (list(parity.failures(report(name, **loss))) == []) == (name != "float32")
+    assert list(parity.over_budget(report_of(name))) == []
+    assert (list(parity.over_budget(report_of(name, **loss))) == []) == (name != "float32")
 
 
 def test_the_head_is_float32_in_every_precision():
     row = {"max_abs_error": {"FAILURE_PROBABILITY": 2e-4}, "argmax_agreement": 1.0}
-    found = report("int8") | {"graphs": {"vilu_head": {"cpu": {"8": row}}, "vilu_full": {"cpu": {"8": row}}}}
-    assert len(list(parity.failures(found))) == 2
+    found = report_of("int8") | {"graphs": {"vilu_head": {"cpu": {"8": row}}, "vilu_full": {"cpu": {"8": row}}}}
+    assert len(list(parity.over_budget(found))) == 2

@@ -1,14 +1,14 @@
-"""Reduced precisions: what is rewritten, what stays float32, what it costs, who is refused, what servers are told."""
+"""Reduced precisions: what is rewritten and what stays float32, what it costs, what is refused, what configs say."""
 
 import json
 import platform
 import shutil
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -16,23 +16,29 @@ from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
+from PIL import Image
 from tritonclient.grpc import model_config_pb2 as pb
 
 from vilu import UserError
-from vilu.export import export, precision, repository
+from vilu.export import build, export, int8, measure, onnx_file, parity, precision, report, repository
 from vilu.export import sample as samples
+from vilu.export.float16 import to_float16
+from vilu.export.int8 import quantise
+from vilu.export.job import Job, Ticker
+from vilu.export.limits import Limits
+from vilu.export.model_config import Runtime, write_graph_config
+from vilu.preprocess.image import pixels
 from vilu.serving import Client, Server
 from vilu.serving.backends.onnxruntime import session
 from vilu.tiny import data
 
-module = import_module("vilu.export.export")
 GOLDEN = Path(__file__).parent / "golden"
 COSINE = {"float16": 0.9999, "int8": 0.995}  # least mean cosine of the embedded CLIP's towers
 
 
 @pytest.fixture(scope="module")
 def sample(clip, checkpoint):
-    return samples.sample(clip, checkpoint.class_set.names, None, None, calibrate=True)
+    return samples.draw_sample(clip, checkpoint.class_set.names, None, None, calibrate=True)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def test_float16_keeps_statistics_and_the_embedding_in_float32(tower):
     path, name, feed, _ = tower
     before = embed(path, name, feed)
     size = path.stat().st_size
-    precision.to_float16(path)
+    to_float16(path)
     after = embed(path, name, feed)
     assert path.stat().st_size < 0.55 * size
     assert (after * before).sum(axis=1).mean() >= COSINE["float16"]
@@ -94,7 +100,7 @@ def test_int8_products_of_weights_alone(tower, symmetric):
     path, name, feed, calibration = tower
     before = embed(path, name, feed)
     precise = onnx.load(path)
-    count = precision.quantise(path, {name: calibration}, symmetric=symmetric)
+    count = quantise(path, {name: calibration}, symmetric=symmetric)
     after = embed(path, name, feed)
     assert count > 5
     assert (after * before).sum(axis=1).mean() >= COSINE["int8"]
@@ -123,11 +129,88 @@ def test_int8_products_of_weights_alone(tower, symmetric):
     assert [p.name for p in path.parent.glob("calibrate*")] == []
 
 
+def rewrite(path, kind, name, calibration):
+    if kind == "float16":
+        to_float16(path)
+    else:
+        quantise(path, {name: calibration[:16]})
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+@pytest.mark.parametrize("after", ["external", "inline"])
+def test_weights_in_a_file_of_their_own_are_rewritten(kind, after, tower, tmp_path, monkeypatch):
+    """As a tower over 1 GB has them; rewritten, the weights may be small enough to lie in the graph's file."""
+    path, name, feed, calibration = tower
+    inline = tmp_path / "inline.onnx"
+    shutil.copy(path, inline)
+    rewrite(inline, kind, name, calibration)
+    limit = 10_000 if after == "external" else path.stat().st_size * 0.9
+    monkeypatch.setattr(onnx_file, "MAX_INLINE", limit)
+    onnx_file.save(ir.load(path), path)
+    data = path.with_name("model.onnx.data")
+    assert data.is_file()
+    rewrite(path, kind, name, calibration)
+    assert data.is_file() == (after == "external")
+    assert np.array_equal(embed(path, name, feed[:40]), embed(inline, name, feed[:40]))
+    assert {p.name for p in path.parent.iterdir()} - {"tokenizer.json", data.name} == {"model.onnx"}
+
+
+LARGE = {
+    "float16": Runtime("gpu", "cuda", "float16", 2),
+    "bfloat16": Runtime("cpu", "openvino", "bfloat16", 2),
+    "int8": Runtime("cpu", "cpu", "int8", 2),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_towers_with_weights_in_files_of_their_own_are_exported_and_served(
+    name, clip, checkpoint, tmp_path, monkeypatch
+):
+    """What an export does with towers over 1 GB; the float16 one cannot be served without a GPU."""
+    if name == "bfloat16" and not (session.has_openvino() and session.has_bfloat16()):
+        pytest.skip("no OpenVINO, or no bfloat16 here")
+    if name == "int8" and SATURATES:
+        pytest.skip("no VNNI: ONNX Runtime's int8 products saturate")
+    monkeypatch.setattr(onnx_file, "MAX_INLINE", 10_000)
+    drawn = samples.draw_sample(clip, checkpoint.class_set.names, photos(), None, calibrate=name == "int8")
+    job = Job(checkpoint, clip, checkpoint.class_set, drawn, 8, LARGE[name], Limits(), (), "exact")
+    root, tick = tmp_path / "r", Ticker(None, 1)
+    build.write_graphs(job, root, tick)
+    build.write_models(job, root)
+    for graph in ("clip_image", "clip_text", "vilu_full"):
+        files = {path.name: path.stat().st_size for path in (root / graph / "1").glob("model.onnx*")}
+        assert set(files) == {"model.onnx", "model.onnx.data"}
+        assert files["model.onnx"] < files["model.onnx.data"]
+    assert list(parity.over_budget(report.build(job, measure.measure(job, root, tick).figures))) == []
+    if LARGE[name].device == "cpu":
+        asked = data.digits("test").images[:8]
+        t = checkpoint.class_set.text_embeddings
+        graph = session.open_session(root / "clip_image" / "1" / "model.onnx", job.runtime.provider, name)
+        feed = np.stack([pixels(Image.fromarray(photo), clip.transform) for photo in asked])
+        v = torch.from_numpy(graph.run(["IMAGE_EMBEDDING"], {"PIXELS": feed})[0])
+        with Server(root, log=tmp_path / "log") as server, Client(server.grpc_url) as client:
+            answers = client.ask(list(asked))
+        assert [a.class_index for a in answers] == (v @ t.T).argmax(1).tolist()
+        failure = checkpoint.head.failure_probability(v, t)
+        np.testing.assert_allclose([a.failure_probability for a in answers], failure, atol=1e-3)
+
+
+def test_a_graph_that_is_not_valid_leaves_the_old_file(tower):
+    path, *_ = tower
+    before = path.read_bytes()
+    model = ir.load(path)
+    model.graph.append(ir.node("NoSuchOperator", [model.graph.outputs[0]]))
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx_file.save(model, path)
+    assert path.read_bytes() == before
+    assert {p.name for p in path.parent.iterdir()} <= {"model.onnx", "tokenizer.json"}
+
+
 def test_the_same_calibration_gives_the_same_file(repository, sample, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         path = shutil.copy(repository / "clip_image" / "1" / "model.onnx", tmp_path / name)
-        precision.quantise(Path(path), {"PIXELS": sample.calibration[:16]})
+        quantise(Path(path), {"PIXELS": sample.calibration[:16]})
     assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
 
 
@@ -157,8 +240,8 @@ def test_a_range_holds_zero_stays_inside_the_extremes_and_loses_no_more(sample, 
         step = (b - a) / 255
         return float(np.square(np.clip(np.rint((x - a) / step), 0, 255) * step + a - x, dtype=np.float64).sum())
 
-    plain = precision._range(x, low, high, symmetric, clip=False)
-    narrow = precision._range(x, low, high, symmetric, clip=True)
+    plain = int8._range(x, low, high, symmetric=symmetric, narrow=False)
+    narrow = int8._range(x, low, high, symmetric=symmetric, narrow=True)
     assert plain[0] <= narrow[0] <= 0 <= narrow[1] <= plain[1]
     assert not symmetric or narrow[0] == -narrow[1]
     assert loss(*narrow) <= loss(*plain)
@@ -184,7 +267,7 @@ def test_refused_precisions(name, device, provider, have, message):
 
 
 @pytest.fixture(scope="module")
-def int8(tmp_path_factory, clip, checkpoint):
+def int8_repository(tmp_path_factory, clip, checkpoint):
     if SATURATES:
         pytest.skip("no VNNI: ONNX Runtime's int8 products saturate")
     root = tmp_path_factory.mktemp("int8") / "repository"
@@ -197,8 +280,8 @@ def photos():
     return [*data.digits("test").images[:192], *data.shapes("test", 192).images]
 
 
-def test_int8_is_within_its_budget_and_says_what_it_cost(int8, repository):
-    report = json.loads((int8 / "parity.json").read_text())
+def test_int8_is_within_its_budget_and_says_what_it_cost(int8_repository, repository):
+    report = json.loads((int8_repository / "parity.json").read_text())
     assert (report["precision"], report["over_budget"]) == ("int8", [])
     assert report["budget"] == {"cosine": 0.99, "agreement": 0.985, "auc_loss": 0.003}
     assert report["images"] == {"measured": 256, "calibrated": 128}
@@ -210,20 +293,16 @@ def test_int8_is_within_its_budget_and_says_what_it_cost(int8, repository):
     full = report["graphs"]["vilu_full"]["cpu"]["8"]
     assert max(full["max_abs_error"].values()) <= 1e-4, "the joined graph against its own parts"
     for name in ("vilu_head", "clip_image"):
-        sizes = [(root / name / "1" / "model.onnx").stat().st_size for root in (int8, repository)]
+        sizes = [(root / name / "1" / "model.onnx").stat().st_size for root in (int8_repository, repository)]
         assert (sizes[0] == sizes[1]) == (name == "vilu_head"), "the head stays float32"
 
 
-def test_int8_is_served(int8, clip, checkpoint, tmp_path):
+def test_int8_is_served(int8_repository, clip, checkpoint, tmp_path):
     asked = data.digits("test").images[:8]
     t = checkpoint.class_set.text_embeddings
-    with Server(int8, log=tmp_path / "log") as server, Client(server.grpc_url) as client:
+    with Server(int8_repository, log=tmp_path / "log") as server, Client(server.grpc_url) as client:
         answers = client.ask(list(asked))
-    graph = session.open_session(int8 / "clip_image" / "1" / "model.onnx")
-    from PIL import Image
-
-    from vilu.preprocess.image import pixels
-
+    graph = session.open_session(int8_repository / "clip_image" / "1" / "model.onnx")
     feed = np.stack([pixels(Image.fromarray(photo), clip.transform) for photo in asked])
     v = torch.from_numpy(graph.run(["IMAGE_EMBEDDING"], {"PIXELS": feed})[0])
     assert [a.class_index for a in answers] == (v @ t.T).argmax(1).tolist()
@@ -232,7 +311,7 @@ def test_int8_is_served(int8, clip, checkpoint, tmp_path):
 
 
 def copied(source):
-    """In the place of `_write_graphs`: the graphs of an export that was made before."""
+    """In the place of `build.write_graphs`: the graphs of an export that was made before."""
 
     def write(job, root, tick):
         for name in ("clip_image", "clip_text", "vilu_head", "vilu_full"):
@@ -241,10 +320,10 @@ def copied(source):
     return write
 
 
-def test_over_budget_is_refused_unless_loss_is_allowed(int8, tmp_path, clip, checkpoint, monkeypatch):
+def test_over_budget_is_refused_unless_loss_is_allowed(int8_repository, tmp_path, clip, checkpoint, monkeypatch):
     strict = replace(precision.BUDGETS["int8"], cosine=0.999999)
     monkeypatch.setitem(precision.BUDGETS, "int8", strict)
-    monkeypatch.setattr(module, "_write_graphs", copied(int8))
+    monkeypatch.setattr(build, "write_graphs", copied(int8_repository))
     options = {"clip": clip, "images": photos(), "max_batch_size": 8, "precision": "int8", "provider": "cpu"}
     with pytest.raises(
         UserError, match=r"export refused: clip_image \(cpu, batch 8\): mean cosine 0\.99\d+, the limit"
@@ -257,9 +336,9 @@ def test_over_budget_is_refused_unless_loss_is_allowed(int8, tmp_path, clip, che
     assert "kept by --allow-loss" in (tmp_path / "r" / "parity.md").read_text()
 
 
-def test_no_allowance_covers_nan(int8, tmp_path, clip, checkpoint, monkeypatch):
+def test_no_allowance_covers_nan(int8_repository, tmp_path, clip, checkpoint, monkeypatch):
     def write(job, root, tick):
-        copied(int8)(job, root, tick)
+        copied(int8_repository)(job, root, tick)
         path = root / "clip_image" / "1" / "model.onnx"
         model = onnx.load(path)
         for tensor in model.graph.initializer:
@@ -267,7 +346,7 @@ def test_no_allowance_covers_nan(int8, tmp_path, clip, checkpoint, monkeypatch):
                 tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(tensor.dims, np.nan, np.float32), tensor.name))
         onnx.save(model, path)
 
-    monkeypatch.setattr(module, "_write_graphs", write)
+    monkeypatch.setattr(build, "write_graphs", write)
     options = {"clip": clip, "images": photos(), "max_batch_size": 8, "precision": "int8", "provider": "cpu"}
     with pytest.raises(UserError, match="not finite"):
         export(checkpoint, tmp_path / "r", allow_loss=True, **options)
@@ -276,7 +355,7 @@ def test_no_allowance_covers_nan(int8, tmp_path, clip, checkpoint, monkeypatch):
 
 @pytest.mark.skipif(not (session.has_openvino() and session.has_bfloat16()), reason="no OpenVINO, or no bfloat16 here")
 def test_bfloat16_is_within_its_budget_and_falls_back_to_float32(tmp_path, repository, clip, checkpoint, monkeypatch):
-    monkeypatch.setattr(module, "_write_graphs", copied(repository))
+    monkeypatch.setattr(build, "write_graphs", copied(repository))
     report = export(checkpoint, tmp_path / "r", clip=clip, max_batch_size=8, precision="bfloat16")
     assert report["provider"] == "openvino"
     assert report["answers"]["openvino"]["cosine"]["mean"] < 1
@@ -284,21 +363,22 @@ def test_bfloat16_is_within_its_budget_and_falls_back_to_float32(tmp_path, repos
 
 
 RUNTIMES = {
-    "cpu-float32": repository.Runtime("cpu", "cpu", "float32", 2),
-    "openvino-bfloat16-32-cores": repository.Runtime("cpu", "openvino", "bfloat16", 32),
-    "cuda-float32": repository.Runtime("gpu", "cuda", "float32", 8),
-    "tensorrt-float16": repository.Runtime("gpu", "tensorrt", "float16", 8, "/engines"),
+    "cpu-float32": Runtime("cpu", "cpu", "float32", 2),
+    "openvino-bfloat16-32-cores": Runtime("cpu", "openvino", "bfloat16", 32),
+    "cuda-float32": Runtime("gpu", "cuda", "float32", 8),
+    "tensorrt-float16": Runtime("gpu", "tensorrt", "float16", 8, "/engines"),
 }
 
 
 @pytest.mark.parametrize("case", RUNTIMES)
 def test_configs_are_the_golden_ones(case, tmp_path):
     for name, tower in (("clip_image", True), ("vilu_full", False)):
-        repository.write_graph_config(
+        write_graph_config(
             tmp_path / name,
             inputs={"PIXELS": ("TYPE_UINT8", [224, 224, 3])},
             outputs={"IMAGE_EMBEDDING": ("TYPE_FP32", [512])} if tower else repository.ANSWER_TENSORS,
             max_batch_size=32,
+            limits=Limits(),
             runtime=RUNTIMES[case],
             tower=tower,
         )
@@ -309,11 +389,12 @@ def test_configs_are_the_golden_ones(case, tmp_path):
 
 def test_tensorrt_never_builds_an_engine_while_a_request_waits(tmp_path):
     """One profile spans every batch, engines are kept, and each preferred batch is run before the model is ready."""
-    repository.write_graph_config(
+    write_graph_config(
         tmp_path / "clip_text",
         inputs={"TOKENS": ("TYPE_INT64", [77])},
         outputs={"TEXT_EMBEDDING": ("TYPE_FP32", [512])},
         max_batch_size=24,
+        limits=Limits(),
         runtime=RUNTIMES["tensorrt-float16"],
         tower=True,
     )

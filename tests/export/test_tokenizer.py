@@ -188,7 +188,7 @@ def test_cleaning_is_open_clips(mode, varied):
 def test_every_cleaning_and_context_length(mode, length, tmp_path, varied):
     theirs = open_clip.SimpleTokenizer(context_length=length, clean=mode)
     texts = varied[:1000]
-    if mode == "whitespace":  # a special token with capitals inside: told in vilu.export.tokenizer
+    if mode == "whitespace":  # a special token with capitals inside: see vilu.export.tokenizer
         texts = [text for text in texts if "<start_of_texT" not in text]
     assert_same(texts, exported(theirs, tmp_path), theirs)
 

@@ -126,8 +126,8 @@ class FakeDriver:
         sent = {name: self._read(block, *at) for name, at in zip(names, function.parameters, strict=False)}
         self.launched.append(function.name)
         self._check_weights(sent)
-        if not function.name.startswith("scan"):
-            self._answer(sent, gx if function.name.startswith("single") else sent["B"])
+        if not function.name.startswith("attend_tile"):
+            self._answer(sent, gx if function.name.startswith("attend_image") else sent["B"])
         return (0,)
 
     @staticmethod

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from vilu.kernels import aot
 from vilu.kernels.launch import LaunchError, pick_arch
-from vilu.kernels.plan import kernels_of, launches, tuned
+from vilu.kernels.plan import all_kernels, plan_launches, tuned
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -48,7 +48,7 @@ def compiled():
             for name, make in aot.variants(folded, arch, [dtype]):
                 # The ragged kernel differs by two loads, `tail` not at all by the projections: once is enough.
                 usual = (layout, projection) == ("folded", "shared") and dim < 1152
-                if usual or not ("ragged" in name or (name.startswith("tail") and projection == "identity")):
+                if usual or not ("ragged" in name or (name.startswith("combine") and projection == "identity")):
                     jobs[head, name] = pool.submit(make)
     return {key: job.result() for key, job in jobs.items()}
 
@@ -56,18 +56,18 @@ def compiled():
 @pytest.mark.parametrize("arch", sorted(aot.SHARED_LIMIT))
 def test_kernels_fit_and_spill_only_in_half_precision_scans(arch, compiled):
     mine = {key: done for key, done in compiled.items() if key[0][0] == arch}
-    assert {name.split("-")[0] for _, name in mine} == {"single", "scan", "tail"}
+    assert {name.split("-")[0] for _, name in mine} == {"attend_image", "attend_tile", "combine"}
     for key, done in mine.items():
         assert done.shared <= aot.SHARED_LIMIT[arch], key
         assert 16 < done.registers <= 255, f"{key}: a kernel this small is a trap, not a kernel"
         # In 16 bits a tile of 64 images keeps (64, D) sums in registers, which at D = 768 is worth a few spills.
-        if not key[1].startswith("scan") or key[0][2] == F32:
+        if not key[1].startswith("attend_tile") or key[0][2] == F32:
             assert done.spilled == 0, key
 
 
 def test_tensor_cores_serve_16_bit_banks_and_float32_is_never_rounded(compiled):
     for (head, name), done in compiled.items():
-        if name.startswith("scan"):
+        if name.startswith("attend_tile"):
             assert "tf32" not in done.ptx, head
             assert ("mma" in done.ptx) is (head[2] != F32), head
 
@@ -105,15 +105,15 @@ def test_pick_arch_refuses_another_generation(have, tmp_path):
 
 def test_plans_are_compiled_for():
     """Whatever the shape, a launch uses a kernel as it was compiled, a grid within bounds, and scratch to match."""
-    variant = aot.variant_of(folded_head())
+    variant = folded_head().variant
     for arch in aot.SHARED_LIMIT:
         settings = tuned(arch, variant)
-        made = {(kernel.name, kernel.settings) for kernel in kernels_of(settings)}
+        made = {(kernel.name, kernel.settings) for kernel in all_kernels(settings)}
         for B in (1, 8, 9, 64, 513):
             for K in (1, 63, 1000, 1_048_576):
                 for ragged in (False, True):
-                    plan = launches(variant, B, K, ragged=ragged, settings=settings, multiprocessors=132)
+                    plan = plan_launches(variant, B, K, ragged=ragged, settings=settings, multiprocessors=132)
                     assert {(kernel.name, kernel.settings) for kernel in plan.kernels} <= made
                     assert 1 <= plan.splits <= 256
-                    assert plan.scratch >= B * plan.splits * (8 + variant.sums)
-                    assert [kernel.name for kernel in plan.kernels] in (["single"], ["scan", "tail"])
+                    assert plan.scratch >= B * plan.splits * (8 + variant.value_dim)
+                    assert [kernel.name for kernel in plan.kernels] in (["attend_image"], ["attend_tile", "combine"])

@@ -128,7 +128,7 @@ def test_the_cubins_folder_is_what_its_manifest_says(root):
     cubins = root / "vilu_head" / "1" / "cubins"
     manifest = read_manifest(cubins)
     kernels = manifest["archs"]["90"]["kernels"]
-    assert sorted(kernels) == ["scan-fp32", "single-fp32", "single-fp32-ragged", "tail-fp32"]
+    assert sorted(kernels) == ["attend_image-fp32", "attend_image-fp32-ragged", "attend_tile-fp32", "combine-fp32"]
     for entry in [manifest["weights"], *kernels.values()]:
         assert hashlib.sha256((cubins / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
     files = ["manifest.json", "weights.bin", *(entry["file"] for entry in kernels.values())]
@@ -146,7 +146,7 @@ def test_parity_is_measured_on_what_the_cubins_are_made_from(root):
         assert max(row["max_abs_error"].values()) <= 1e-4
 
 
-@pytest.mark.parametrize("file", ["single-fp32-sm90.cubin", "weights.bin"])
+@pytest.mark.parametrize("file", ["attend_image-fp32-sm90.cubin", "weights.bin"])
 def test_a_corrupted_file_is_refused_by_name(file, root, tmp_path, cuda_driver):
     cubins = shutil.copytree(root / "vilu_head" / "1" / "cubins", tmp_path / "cubins")
     changed = bytearray((cubins / file).read_bytes())
@@ -164,7 +164,7 @@ def test_no_build_another_format_another_gpu_no_driver(tmp_path, root, folded, m
     with pytest.raises(LaunchError, match=r"manifest\.json: not a build of the fused head"):
         CubinHead(tmp_path, gpu)
     (tmp_path / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(LaunchError, match="format 1 expected"):
+    with pytest.raises(LaunchError, match="format 2 expected"):
         CubinHead(tmp_path, gpu)
     gpu.arch = 75
     with pytest.raises(LaunchError, match="this GPU has 75"):
@@ -184,7 +184,7 @@ def test_bad_launches_are_named(root, cuda_driver):
         head(8, 1, 16, 16)
     with pytest.raises(LaunchError, match="at least 1, got 0"):
         head(16, 0, 16, 16)
-    with pytest.raises(LaunchError, match="no kernel 'single-bf16'"):
+    with pytest.raises(LaunchError, match="no kernel 'attend_image-bf16'"):
         head(16, 1, 16, 16, image_type="bf16")
     with pytest.raises(LaunchError, match="belongs to its own class set"):
         head(16, 1, 16, 16, text=(16, 5))
@@ -238,9 +238,9 @@ def server_stub():
     class TritonError(str):
         INVALID_ARG = 3
 
-        def __new__(cls, told, code):
+        def __new__(cls, message, code):
             assert code == cls.INVALID_ARG
-            return str.__new__(cls, told)
+            return str.__new__(cls, message)
 
     return SimpleNamespace(
         Tensor=Tensor,
@@ -302,12 +302,12 @@ def aligned(array):
 @pytest.mark.parametrize(
     ("batches", "gpu", "kernels", "copies"),
     [
-        ((1,), 0, ["single-fp32"], 1),
-        ((5,), 0, ["single-fp32"], 1),
-        ((2, 1, 3), 0, ["single-fp32"], 4),
-        ((2,), None, ["single-fp32"], 2),
-        ((12,), 0, ["scan-fp32", "tail-fp32"], 1),
-        ((7, 9), 0, ["scan-fp32", "tail-fp32"], 3),
+        ((1,), 0, ["attend_image-fp32"], 1),
+        ((5,), 0, ["attend_image-fp32"], 1),
+        ((2, 1, 3), 0, ["attend_image-fp32"], 4),
+        ((2,), None, ["attend_image-fp32"], 2),
+        ((12,), 0, ["attend_tile-fp32", "combine-fp32"], 1),
+        ((7, 9), 0, ["attend_tile-fp32", "combine-fp32"], 3),
     ],
     ids=str,
 )
@@ -348,7 +348,7 @@ def test_who_names_another_class_set_is_answered_by_bls_alone(model, cuda_driver
     names = ['{"class_set":"pets"}', "{}", '{"class_set":7}', '{"class_set":"default"}', '{"class_set":"birds"}']
     requests = [request(rows, 0, name) for name in names]
     pets, plain, wrong, default, birds = model.execute(requests)
-    assert cuda_driver.launched == ["single-fp32"]
+    assert cuda_driver.launched == ["attend_image-fp32"]
     asked = ("vilu_embeddings", [requests[0]["IMAGE_EMBEDDING"]], ["LABEL", "FAILURE_PROBABILITY"])
     assert pets["LABEL"].array == (*asked, {"class_set": "pets"})
     assert wrong == "class_set must be a string"
@@ -357,39 +357,6 @@ def test_who_names_another_class_set_is_answered_by_bls_alone(model, cuda_driver
         assert mine["LABEL"].array[:, 0].tolist() == [name.encode() for name in checkpoint.class_set.names[:2]]
     _, answers, _ = model.tally.metrics["default"]
     assert answers.values == [4]
-
-
-def test_dlpack_both_ways_with_torch():
-    for dtype, name in (
-        (torch.float32, "fp32"),
-        (torch.float16, "fp16"),
-        (torch.bfloat16, "bf16"),
-        (torch.int32, "i32"),
-    ):
-        tensor = torch.arange(6).reshape(2, 3).to(dtype)
-        view = dlpack.view(torch.utils.dlpack.to_dlpack(tensor))
-        assert view == (tensor.data_ptr(), (2, 3), name, None)
-
-        class Owner:
-            alive = True
-
-            def __del__(self):
-                Owner.alive = False
-
-        borrowed = torch.utils.dlpack.from_dlpack(dlpack.lend(view, Owner()))
-        assert torch.equal(borrowed, tensor)
-        assert borrowed.data_ptr() == tensor.data_ptr()
-        assert Owner.alive
-        del borrowed
-        assert not Owner.alive
-    capsule = torch.utils.dlpack.to_dlpack(tensor)
-    torch.utils.dlpack.from_dlpack(capsule)
-    with pytest.raises(ValueError, match="consumed before"):
-        dlpack.view(capsule)
-    with pytest.raises(ValueError, match="not contiguous"):
-        dlpack.view(torch.utils.dlpack.to_dlpack(tensor.T))
-    with pytest.raises(ValueError, match="expected i32, fp32"):
-        dlpack.view(torch.utils.dlpack.to_dlpack(tensor.double()))
 
 
 def test_serving_needs_neither_torch_nor_triton_nor_vilu(root):

@@ -1,14 +1,14 @@
 """One real server over the embedded default for the whole folder."""
 
 import io
-from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from bench.loadtest.questions import QuestionMaker
+from bench.loadtest.world import World, digits_and_shapes, label_sets
 from vilu.preprocess.image import decode
 from vilu.serving import Server
 from vilu.tiny import data
@@ -46,30 +46,7 @@ def photos() -> list[bytes]:
     return out
 
 
-BENCH = Path(__file__).parents[2] / "bench"
-
-
 @pytest.fixture(scope="session")
-def bench():
-    """The modules of bench/ by their plain names, by which they import each other."""
-    names = (
-        "contenders",
-        "faults",
-        "hostile",
-        "load",
-        "loadgen",
-        "new_names",
-        "throughput",
-        "throughput_rows",
-        "traffic",
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield {name: import_module(name) for name in names}
-
-
-@pytest.fixture(scope="session")
-def asking(bench, clip, checkpoint):
-    traffic = bench["traffic"]
-    world = traffic.World(clip, checkpoint, traffic.digits_and_shapes(32), traffic.label_sets(12))
-    return traffic.Asking(world, 8)
+def asking(clip, checkpoint):
+    world = World(clip, checkpoint, digits_and_shapes(32), label_sets(12))
+    return QuestionMaker(world, 8)

@@ -265,7 +265,7 @@ _SLOW = """
 import sys, time
 from pathlib import Path
 from vilu.cli import run
-from vilu.serving import ask
+from vilu.cli import ask
 url, output, image = sys.argv[1:]
 
 class Names(list):

@@ -8,6 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import load
+from bench.loadtest import client_faults, faults, phases, traffic
+from bench.loadtest.memory import Memory
+from bench.loadtest.questions import MODELS, Question, QuestionMaker
+from bench.loadtest.scene import Scene
+from bench.loadtest.world import World
 from vilu.checkpoint import save_checkpoint
 from vilu.errors import UserError
 from vilu.serving import Server
@@ -16,16 +22,16 @@ pytestmark = pytest.mark.server
 
 
 @pytest.fixture
-def scene(bench, asking, repository, tmp_path):
-    return bench["faults"].Scene(repository, asking, tmp_path, pause=0.4)
+def scene(asking, repository, tmp_path):
+    return Scene(repository, asking, tmp_path, pause=0.4)
 
 
 @pytest.fixture(scope="module")
-def small(bench, repository, asking, tmp_path_factory):
+def small(repository, asking, tmp_path_factory):
     """A server with short queues, over a changed copy of the repository."""
     work = tmp_path_factory.mktemp("small")
-    root = bench["faults"].Scene(repository, asking, work).copy("small")
-    bench["faults"].small_queues(root, 8)
+    root = Scene(repository, asking, work).copy("small")
+    client_faults.small_queues(root, 8)
     with Server(root, log=work / "log", stop_seconds=2) as server:
         yield server
 
@@ -34,60 +40,59 @@ def kept(seen):
     assert seen.problems == [], seen.seen
 
 
-def test_a_killed_stub_comes_back_within_ten_seconds_under_load(bench, scene):
-    (seen,) = asyncio.run(bench["faults"].kills(scene, ("vilu_embeddings",)))
+def test_a_killed_stub_comes_back_within_ten_seconds_under_load(scene):
+    (seen,) = asyncio.run(faults.kills(scene, ("vilu_embeddings",)))
     kept(seen)
     assert 0 < seen.seen["answering_seconds"] <= 10
 
 
-def test_sigterm_under_load_answers_what_was_taken_and_leaves_nothing(bench, scene):
-    seen = asyncio.run(bench["faults"].sigterm(scene))
+def test_sigterm_under_load_answers_what_was_taken_and_leaves_nothing(scene):
+    seen = asyncio.run(faults.sigterm(scene))
     kept(seen)
     assert seen.seen["exit_codes"] == [0]
 
 
-def test_broken_models_are_refused_and_the_old_ones_go_on(bench, scene):
-    for seen in asyncio.run(bench["faults"].corrupt(scene, ("clip_image", "vilu_head"))):
+def test_broken_models_are_refused_and_the_old_ones_go_on(scene):
+    for seen in asyncio.run(faults.corrupt(scene, ("clip_image", "vilu_head"))):
         kept(seen)
 
 
-def test_a_full_shared_memory_costs_large_requests_only(bench, scene):
-    if not bench["faults"].can_unshare():
+def test_a_full_shared_memory_costs_large_requests_only(scene):
+    if not faults.can_unshare():
         pytest.skip("no mount namespace to be had: the server would fill everybody's /dev/shm")
-    kept(asyncio.run(bench["faults"].full_memory(scene)))
+    kept(asyncio.run(faults.full_memory(scene)))
 
 
-def test_clients_that_never_read_hold_up_nobody(bench, scene, small):
-    for seen in asyncio.run(bench["faults"].mute_clients(scene, small, clients=6, each=10)):
+def test_clients_that_never_read_hold_up_nobody(scene, small):
+    for seen in asyncio.run(client_faults.mute_clients(scene, small, clients=6, each=10)):
         kept(seen)
 
 
-def test_an_overload_is_shed_and_passes(bench, scene, small):
-    seen = asyncio.run(bench["faults"].overload(scene, small, 800, 1.5))
+def test_an_overload_is_shed_and_passes(scene, small):
+    seen = asyncio.run(client_faults.overload(scene, small, 800, 1.5))
     kept(seen)
     assert seen.seen["right"] + seen.seen["shed"] == 1200
 
 
-def test_a_poisoned_batch_gives_nobody_a_wrong_answer_and_passes(bench, scene, small):
+def test_a_poisoned_batch_gives_nobody_a_wrong_answer_and_passes(scene, small):
     """What tritonserver takes and then fails with the batch costs others an error (told in the figures), no more."""
-    for seen in asyncio.run(bench["faults"].poisoned(scene, small, count=6)):
+    for seen in asyncio.run(client_faults.poisoned(scene, small, count=6)):
         kept(seen)
-    calm = bench["traffic"].Ledger()
+    calm = traffic.Ledger()
 
     async def after():
-        async with bench["traffic"].asker(small.grpc_url, small.http_url) as by:
-            await bench["traffic"].closed(by, scene.questions[:30], 1, calm)
+        async with traffic.asker(small.grpc_url, small.http_url) as by:
+            await traffic.closed_loop(by, scene.questions[:30], 1, calm)
 
     asyncio.run(after())
     assert (calm.sent, calm.right) == (30, 30)
 
 
 @pytest.mark.parametrize("http", [False, True])
-def test_wrong_answers_are_told(bench, server, asking, http):
+def test_wrong_answers_are_told(server, asking, http):
     """Expectations that are another image's: every kind of question must find them wrong."""
-    traffic = bench["traffic"]
     world = asking.world
-    turned = object.__new__(traffic.World)
+    turned = object.__new__(World)
     turned.__dict__ = world.__dict__ | {
         "images": world.images[1:] + world.images[:1],
         "pixels": np.roll(world.pixels, -1, axis=0) ^ 1,
@@ -95,13 +100,13 @@ def test_wrong_answers_are_told(bench, server, asking, http):
         "closed": replace(world.closed, failure=world.closed.failure + 3e-4),
         "open": [replace(answers, confidence=answers.confidence - 3e-4) for answers in world.open],
     }
-    other = traffic.Asking(turned, 8)
+    other = QuestionMaker(turned, 8)
     draw = np.random.default_rng(0)
 
     async def go():
         found = {}
         async with traffic.asker(server.grpc_url, server.http_url) as by:
-            for kind in (*traffic.MODELS, "vilu", "vilu_open", "vilu_full", "preprocess", "clip_image"):
+            for kind in (*MODELS, "vilu", "vilu_open", "vilu_full", "preprocess", "clip_image"):
                 ledger = found[kind] = traffic.Ledger()
                 asked = other.one(kind, draw, http=http)
                 await by.ask(asked, ledger)
@@ -114,19 +119,18 @@ def test_wrong_answers_are_told(bench, server, asking, http):
         assert (ledger.sent, ledger.right, ledger.wrongs, ledger.lost) == (2, 1, 1, 0), (
             kind,
             ledger.wrong,
-            ledger.told,
+            ledger.messages,
         )
 
 
-def test_a_request_that_is_never_answered_is_lost(bench):
-    traffic = bench["traffic"]
+def test_a_request_that_is_never_answered_is_lost():
 
     async def go():
         ledger = traffic.Ledger()
         listening = await asyncio.start_server(lambda *_: asyncio.sleep(5), "127.0.0.1", 0)
         url = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
         async with traffic.asker(url, f"http://{url}") as by:
-            asked = traffic.Question("vilu", "vilu", True, b"", 0, 1, lambda got: None)
+            asked = Question("vilu", "vilu", True, b"", 0, 1, lambda got: None)
             task = asyncio.create_task(by.ask(asked, ledger))
             await asyncio.sleep(0.2)
             task.cancel()
@@ -138,20 +142,19 @@ def test_a_request_that_is_never_answered_is_lost(bench):
     assert (ledger.sent, ledger.lost) == (1, 1)
 
 
-def test_growth_is_of_the_last_tenth_against_the_first(bench):
-    memory = bench["load"].Memory(None)
+def test_growth_is_of_the_last_tenth_against_the_first():
+    memory = Memory(None)
     memory.samples = [(100 * i, 1_000_000 + 1000 * i, 500_000) for i in range(100)]
     memory.parts = {"first": {"tritonserver": 1}, "last": {"tritonserver": 2}}
     grown = memory.growth()
     assert grown["pss"]["growth"] == pytest.approx(1_094_500 / 1_004_500 - 1)
     assert grown["pss"]["slope_kb_per_1000_requests"] == pytest.approx(10)
     assert grown["uss"]["growth"] == 0
-    seen = bench["load"].mixed(bench["traffic"].Ledger(1, 1), grown)
+    seen = phases.mixed(traffic.Ledger(1, 1), grown)
     assert [problem.split()[0] for problem in seen.problems] == ["PSS"]
 
 
-def test_the_whole_bench_in_small(bench, checkpoint, repository, tmp_path):
-    load = bench["load"]
+def test_the_whole_bench_in_small(checkpoint, repository, tmp_path):
     ckpt = tmp_path / "head.safetensors"
     save_checkpoint(checkpoint, ckpt)
     plan = load.Plan(requests=150, hostile=20, images=16, sets=6, pool=60, overload=0.5, kept=1000)
@@ -179,8 +182,8 @@ def test_the_whole_bench_in_small(bench, checkpoint, repository, tmp_path):
         ({"url": "127.0.0.1:1", "ckpt": Path("x"), "with_faults": True}, "of the bench's own"),
     ],
 )
-def test_bad_input_is_one_line(bench, given, message):
+def test_bad_input_is_one_line(given, message):
     with pytest.raises(UserError, match=message):
-        bench["load"].run(**given)
+        load.run(**given)
     with pytest.raises(UserError, match="both ports"):
-        bench["load"].addresses("127.0.0.1:1")
+        load.addresses("127.0.0.1:1")

@@ -18,6 +18,8 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc as stubs
 
+from bench.loadtest import hostile, traffic
+from bench.loadtest.hostile_requests import Generator
 from tests.serving.test_access import ASK, certificate
 from vilu.serving import AccessDenied, Client, Server, ServerUnavailable
 from vilu.serving.access import Access
@@ -144,16 +146,13 @@ def test_typed_contents_are_taken(call, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def generator(bench, asking, clip):
-    return bench["hostile"].Generator(
-        asking.world.images, clip.transform, asking.world.embedding.shape[1], 8, guarded=True
-    )
+def generator(asking, clip):
+    return Generator(asking.world.images, clip.transform, asking.world.embedding.shape[1], 8, guarded=True)
 
 
-def test_hostile_requests_are_refused_and_hurt_nobody(bench, server, guarded, asking, generator):
+def test_hostile_requests_are_refused_and_hurt_nobody(server, guarded, asking, generator):
     """Those of every sort over gRPC, those that spoil a batch and the one that would end the server: each gets an error
     of the 4xx class, and not one of the good requests in between is refused."""
-    hostile, traffic = bench["hostile"], bench["traffic"]
     world = asking.world
     dim = world.embedding.shape[1]
     attacks = list(generator.attacks(400, seed=7))
@@ -162,13 +161,13 @@ def test_hostile_requests_are_refused_and_hurt_nobody(bench, server, guarded, as
 
     async def both():
         async with traffic.asker(guarded, server.http_url) as by:
-            steady = bench["faults"].Steady(by, asking.mixed(100, mix=kinds, http=0), 2)
+            steady = traffic.Steady(by, asking.mixed(100, mix=kinds, http=0), 2)
             tally = await hostile.attack(guarded, server.http_url, iter(attacks), concurrency=8)
             return tally, await steady.stop()
 
     tally, good = asyncio.run(both())
     assert tally.sent == 420
-    assert not tally.bad, [(*key, tally.told[key]) for key in tally.bad]
+    assert not tally.bad, [(*key, tally.messages[key]) for key in tally.bad]
     assert not tally.known
     assert (good.wrongs, good.lost, dict(good.refused)) == (0, 0, {}), good.wrong
     assert good.right > 20

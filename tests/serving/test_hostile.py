@@ -7,6 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.loadtest import hostile, traffic
+from bench.loadtest.hostile_requests import Generator
+from bench.loadtest.wire import over_tcp
 from vilu.preprocess.image import ImageError, decode
 from vilu.serving import Client, Server
 
@@ -14,22 +17,21 @@ pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
-def generator(bench, asking, clip):
-    return bench["hostile"].Generator(asking.world.images, clip.transform, asking.world.embedding.shape[1], 8)
+def generator(asking, clip):
+    return Generator(asking.world.images, clip.transform, asking.world.embedding.shape[1], 8)
 
 
-def test_all_sorts_are_refused_and_good_requests_in_between_are_right(bench, server, asking, generator):
-    hostile, traffic = bench["hostile"], bench["traffic"]
+def test_all_sorts_are_refused_and_good_requests_in_between_are_right(server, asking, generator):
 
     async def both():
         async with traffic.asker(server.grpc_url, server.http_url) as by:
-            steady = bench["faults"].Steady(by, asking.mixed(100), 2)
+            steady = traffic.Steady(by, asking.mixed(100), 2)
             tally = await hostile.attack(server.grpc_url, server.http_url, generator.attacks(400, seed=1))
             return tally, await steady.stop()
 
     tally, good = asyncio.run(both())
     assert tally.sent == 400
-    assert not tally.bad, [(*key, tally.told[key]) for key in tally.bad]
+    assert not tally.bad, [(*key, tally.messages[key]) for key in tally.bad]
     assert (good.wrongs, good.lost, dict(good.refused)) == (0, 0, {}), good.wrong
     assert good.right > 20
     assert len({name.split(",")[0] for name, _ in tally.codes}) > 15  # sorts, by their first words
@@ -37,18 +39,18 @@ def test_all_sorts_are_refused_and_good_requests_in_between_are_right(bench, ser
     assert server.dead_stubs() == []
 
 
-def test_a_refused_request_stays_in_flight_nowhere(bench, repository, tmp_path, generator):
+def test_a_refused_request_stays_in_flight_nowhere(repository, tmp_path, generator):
     """Every output asked for, the labels wrong or the image: of steps at the same time, a failing one leaves the
     request in flight for ever."""
     draw = np.random.default_rng(0)
     attacks = [generator.labels(draw) for _ in range(60)] + [generator.damaged(draw) for _ in range(60)]
     log = tmp_path / "log"
     with Server(repository, log=log) as server:
-        tally = asyncio.run(bench["hostile"].attack(server.grpc_url, server.http_url, iter(attacks)))
+        tally = asyncio.run(hostile.attack(server.grpc_url, server.http_url, iter(attacks)))
         assert not tally.bad
         process = server.process
     assert process.returncode == 0
-    assert bench["hostile"].in_flight(log.read_text()) == {}
+    assert hostile.in_flight(log.read_text()) == {}
 
 
 def refusal(image, transform) -> str | None:
@@ -100,8 +102,7 @@ def test_the_same_seed_makes_the_same_attacks(generator):
         (False, "INVALID_ARGUMENT", True),
     ],
 )
-def test_what_counts_as_refused(bench, decodes, code, fine):
-    hostile = bench["hostile"]
+def test_what_counts_as_refused(decodes, code, fine):
     tally = hostile.Tally()
     tally.enter(hostile.Attack("made up", b"", decodes=decodes), "HTTP", code, "told")
     assert (not tally.bad) is fine
@@ -112,8 +113,7 @@ def test_what_counts_as_refused(bench, decodes, code, fine):
     assert ("JSON, cut, HTTP", "no answer") in tally.bad
 
 
-def test_a_server_that_says_nothing_is_no_refusal(bench):
-    hostile = bench["hostile"]
+def test_a_server_that_says_nothing_is_no_refusal():
 
     async def silent(reply):
         async def hold(reader, writer):
@@ -123,7 +123,7 @@ def test_a_server_that_says_nothing_is_no_refusal(bench):
 
         listening = await asyncio.start_server(hold, "127.0.0.1", 0)
         port = listening.sockets[0].getsockname()[1]
-        found = await hostile.over_tcp("127.0.0.1", port, b"GET / HTTP/1.1\r\n\r\n", patience=0.3)
+        found = await over_tcp("127.0.0.1", port, b"GET / HTTP/1.1\r\n\r\n", patience=0.3)
         listening.close()
         return found[0]
 

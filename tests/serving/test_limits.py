@@ -13,8 +13,10 @@ from PIL import Image
 
 from vilu import UserError
 from vilu.checkpoint import save_checkpoint
-from vilu.export import limits
+from vilu.export import build, checks
+from vilu.export.job import Job
 from vilu.export.limits import Limits
+from vilu.export.sample import Sample
 from vilu.serving import AsyncClient, Client, Server, ServerUnavailable
 
 pytestmark = pytest.mark.server
@@ -99,9 +101,26 @@ def test_a_full_queue_refuses_at_once_and_recovers(limited):
     assert all("maximum queue size" in told for told in refused)
 
 
-def test_a_request_waits_no_longer_than_it_may(repository, tmp_path):
-    shutil.copytree(repository, tmp_path / "r")
-    limits.write(tmp_path / "r", Limits(queue_seconds=0.02))
+@pytest.fixture
+def with_limits(repository, clip, checkpoint, tmp_path):
+    """The shared export, copied, with the configurations that other limits give: no graph is written again."""
+
+    def write(limits: Limits) -> Path:
+        root = shutil.copytree(repository, tmp_path / "r")
+        runtime = checks.choose_runtime("cpu", None, "float32", None, "")
+        nothing = Sample(np.empty(0), np.empty(0), np.empty(0))
+        job = Job(checkpoint, clip, checkpoint.class_set, nothing, 8, runtime, limits, (), "exact")
+        (tmp_path / "written" / "clip_text" / "1").mkdir(parents=True)
+        build.write_models(job, tmp_path / "written")
+        for path in (tmp_path / "written").glob("*/config.pbtxt"):
+            shutil.copyfile(path, root / path.parent.name / path.name)
+        return root
+
+    return write
+
+
+def test_a_request_waits_no_longer_than_it_may(with_limits, tmp_path):
+    with_limits(Limits(queue_seconds=0.02))
     with Server(tmp_path / "r", log=tmp_path / "log") as server:
         refused, answered = burst(server.grpc_url, jpeg(5000, 5000), 24)  # which takes longer than that to decode
     assert answered
@@ -109,18 +128,16 @@ def test_a_request_waits_no_longer_than_it_may(repository, tmp_path):
     assert all("timeout expired" in told for told in refused)
 
 
-def test_the_defaults_are_those_of_every_export(repository, tmp_path):
-    shutil.copytree(repository, tmp_path / "r")
-    limits.write(tmp_path / "r", Limits())
+def test_the_defaults_are_those_of_every_export(repository, with_limits, tmp_path):
+    with_limits(Limits())
     configs = sorted(path.relative_to(repository) for path in repository.glob("*/config.pbtxt"))
     assert len(configs) > 8
     for path in configs:
         assert (tmp_path / "r" / path).read_text() == (repository / path).read_text()
 
 
-def test_without_a_limit_nothing_is_refused(repository, tmp_path):
-    shutil.copytree(repository, tmp_path / "r")
-    limits.write(tmp_path / "r", Limits(max_queue=0))
+def test_without_a_limit_nothing_is_refused(with_limits, tmp_path):
+    with_limits(Limits(max_queue=0))
     for path in (tmp_path / "r").glob("*/config.pbtxt"):
         assert "default_queue_policy" not in path.read_text()
     with Server(tmp_path / "r", log=tmp_path / "log") as server:
@@ -147,12 +164,11 @@ def test_limits_that_cannot_be_kept_are_refused(option, value, told):
         Limits(**{name: float(value) if name == "queue_seconds" else int(value)})
 
 
-def test_an_image_may_be_as_large_as_what_clip_reads(repository, clip, tmp_path):
-    shutil.copytree(repository, tmp_path / "r")
+def test_an_image_may_be_as_large_as_what_clip_reads(clip, checkpoint):
     least = clip.transform.size**2
-    limits.write(tmp_path / "r", Limits(max_image_pixels=least))
+    checks.check_clip(checkpoint, clip, checkpoint.class_set, Limits(max_image_pixels=least))
     with pytest.raises(UserError, match="max_image_pixels must be at least"):
-        limits.write(tmp_path / "r", Limits(max_image_pixels=least - 1))
+        checks.check_clip(checkpoint, clip, checkpoint.class_set, Limits(max_image_pixels=least - 1))
 
 
 def test_the_command_tells_a_bad_limit_in_one_line(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""What README.md and docs/operations.md tell people to paste, pasted: against the real server."""
+"""What docs/serve.md and docs/operations.md show for pasting, pasted: against the real server."""
 
 import http.server
 import json
@@ -32,10 +32,10 @@ def blocks(text: str, heading: str) -> list[str]:
 
 @pytest.fixture
 def snippets(server, photos, tmp_path):
-    """The two of README, by what they hold, with this server's ports; the photo lies in tmp_path."""
+    """The two of docs/serve.md, by what they hold, with this server's ports; the photo lies in tmp_path."""
     (tmp_path / "photo.jpg").write_bytes(photos[0])
     ports = {"127.0.0.1:8001": server.grpc_url, "http://127.0.0.1:8000": server.http_url}
-    found = blocks((ROOT / "README.md").read_text("utf-8"), "Ask without our client")
+    found = blocks((ROOT / "docs" / "serve.md").read_text("utf-8"), "Ask without our client")
     assert len(found) == 2
     for written, real in ports.items():
         assert sum(written in block for block in found) == 1

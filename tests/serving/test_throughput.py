@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from bench import contenders, new_names, throughput, throughput_rows
+from bench.loadtest import load_generator
+from bench.loadtest.processes import Processes
 from vilu.checkpoint import save_checkpoint
 from vilu.errors import UserError
 
@@ -16,13 +19,12 @@ pytestmark = pytest.mark.server
 
 
 @pytest.fixture
-def load(bench, server, photos):
-    loadgen = bench["loadgen"]
-    requests = [loadgen.request(photo) for photo in photos]
-    return loadgen.Load(server.grpc_url, requests, processes=loadgen.Processes(server.process.pid))
+def load(server, photos):
+    requests = [load_generator.request(photo) for photo in photos]
+    return load_generator.Load(server.grpc_url, requests, processes=Processes(server.process.pid))
 
 
-def test_closed_loop_agrees_with_the_servers_own_count(bench, load):
+def test_closed_loop_agrees_with_the_servers_own_count(load):
     window = load.closed(4, 1.0, ramp=0.1)
     assert not window.errors
     assert window.answered == len(window.latencies) > 0
@@ -33,7 +35,7 @@ def test_closed_loop_agrees_with_the_servers_own_count(bench, load):
     assert set(window.server_cpu) >= {"tritonserver", "preprocess", "clip_image", "vilu_head"}
     assert window.server_cpu["clip_image"] > 0
     assert window.memory > 20 << 20
-    row = bench["throughput_rows"].summary([window, window])
+    row = throughput_rows.summary([window, window])
     assert row["answered"] == 2 * window.answered
     assert row["models"]["clip_image"]["executions"] == 2 * tower.executions
 
@@ -49,19 +51,17 @@ def test_open_loop_sends_what_was_due_and_counts_every_answer(load):
     assert window.answered <= expected
 
 
-def test_refused_requests_are_errors_not_answers(bench, server):
-    loadgen = bench["loadgen"]
-    window = loadgen.Load(server.grpc_url, [loadgen.request(b"no image")]).closed(2, 0.3, ramp=0.0)
+def test_refused_requests_are_errors_not_answers(server):
+    window = load_generator.Load(server.grpc_url, [load_generator.request(b"no image")]).closed(2, 0.3, ramp=0.0)
     assert window.answered == 0
     assert set(window.errors) == {"INVALID_ARGUMENT"}
     assert window.errors.total() > 0
 
 
-def test_a_server_that_is_not_there_is_an_error(bench):
+def test_a_server_that_is_not_there_is_an_error():
     from vilu.serving.server import free_port
 
-    loadgen = bench["loadgen"]
-    load = loadgen.Load(f"127.0.0.1:{free_port()}", [loadgen.request(b"x")], timeout=1.0)
+    load = load_generator.Load(f"127.0.0.1:{free_port()}", [load_generator.request(b"x")], timeout=1.0)
     with pytest.raises(Exception, match="UNAVAILABLE"):
         load.closed(1, 0.2, ramp=0.1)
 
@@ -83,14 +83,14 @@ def test_a_server_that_is_not_there_is_an_error(bench):
         ("float32", {"noise": 0.02}, False),
     ],
 )
-def test_gate(bench, precision, change, fine):
+def test_gate(precision, change, fine):
     draw = np.random.default_rng(0)
     embedding = draw.normal(size=(100, 64))
     embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
     noise = draw.normal(size=embedding.shape)
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     index = draw.integers(10, size=100)
-    reference = bench["throughput_rows"].Reference(embedding, np.full(100, 0.5), index)
+    reference = throughput_rows.Reference(embedding, np.full(100, 0.5), index)
     theirs = index.copy()
     theirs[: change.get("wrong", 0)] += 1
     failure = np.full(100, 0.5)
@@ -99,8 +99,7 @@ def test_gate(bench, precision, change, fine):
     assert judged["within_budget"] is fine
 
 
-def test_a_contender_that_disagrees_has_no_rank(bench, clip, checkpoint, photos):
-    contenders, rows, throughput = bench["contenders"], bench["throughput_rows"], bench["throughput"]
+def test_a_contender_that_disagrees_has_no_rank(clip, checkpoint, photos):
     images = [*photos, *photos][:16]
     run = throughput.Bench(throughput.Plan(1, 16, 0.01, 0.1, (), ()), images, "cpu")
 
@@ -126,16 +125,15 @@ def test_a_contender_that_disagrees_has_no_rank(bench, clip, checkpoint, photos)
     assert bad.rate("tower 1") == 0
     assert none.way is None
     assert none.note == "RuntimeError: is not installed"
-    found = rows.targets(run.rows, [], None, [])
+    found = throughput_rows.targets(run.rows, [], None, [])
     assert all(row["measured"] is None for row in found)  # nothing of ours was measured
 
 
-def test_limit_adds_the_two_parts(bench):
-    assert bench["throughput_rows"].limit(0.004, 0.016) == pytest.approx(50.0)
+def test_limit_adds_the_two_parts():
+    assert throughput_rows.limit(0.004, 0.016) == pytest.approx(50.0)
 
 
-def test_whole_run(bench, clip, checkpoint, repository, tmp_path, monkeypatch):
-    throughput = bench["throughput"]
+def test_whole_run(clip, checkpoint, repository, tmp_path, monkeypatch):
     ckpt = tmp_path / "head.safetensors"
     save_checkpoint(checkpoint, ckpt)
     monkeypatch.setattr(throughput, "QUICK", throughput.Plan(1, 16, 0.05, 0.3, (1, 16), (0.5,)))
@@ -157,8 +155,7 @@ def test_whole_run(bench, clip, checkpoint, repository, tmp_path, monkeypatch):
     assert stated["server (float32) latency at 1 / in process"] > 0
 
 
-def test_a_running_server_alone(bench, server, tmp_path, monkeypatch):
-    throughput = bench["throughput"]
+def test_a_running_server_alone(server, tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "QUICK", throughput.Plan(1, 16, 0.05, 0.3, (2,), ()))
     report = throughput.run(
         url=server.grpc_url, rates="20", quick=True, threads=torch.get_num_threads(), output=tmp_path / "out"
@@ -178,15 +175,14 @@ def test_a_running_server_alone(bench, server, tmp_path, monkeypatch):
         ({"folder": Path("/nowhere")}, "not a folder"),
     ],
 )
-def test_bad_input_is_one_line(bench, given, message):
+def test_bad_input_is_one_line(given, message):
     with pytest.raises(UserError, match=message) as caught:
-        bench["throughput"].run(quick=True, threads=torch.get_num_threads(), **given)
+        throughput.run(quick=True, threads=torch.get_num_threads(), **given)
     assert "\n" not in str(caught.value)
 
 
-def test_new_names_are_asked_beside_the_closed_set(bench, server, photos):
-    new_names, request = bench["new_names"], bench["loadgen"].request
-    requests = [request(photo) for photo in photos[:3]]
+def test_new_names_are_asked_beside_the_closed_set(server, photos):
+    requests = [load_generator.request(photo) for photo in photos[:3]]
     window = asyncio.run(new_names.window(server.grpc_url, requests, photos[0], 2, 1.2, 7000))
     assert window["questions"] == 2
     assert 0 < window["p50"] <= window["p99"] <= window["max"]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
+from bench.authors import AuthorsHead
 from tests.conftest import unit_rows
 from vilu import Checkpoint, ClassSet, ClipSpec, UserError, ViLUHead, load_checkpoint, save_checkpoint
 
@@ -121,27 +121,12 @@ def test_a_pickle_is_never_run(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
-class OfficialHead(nn.Module):
-    """What the authors' checkpoints mean (method.md): columns [v, z_attn, t_pred], one logit, high = correct."""
-
-    def __init__(self, dim, attention):
-        super().__init__()
-        self.register_buffer("iteration_count", torch.tensor(0))
-        width = 3 * dim if attention else dim
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 24), nn.ReLU(), nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 1)
-        )
-        self.attention = attention
-        if attention:
-            self.in_proj_v = nn.Linear(dim, dim, bias=False)
-            self.in_proj_t = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, v, t, project, scale=100.0):
-        if not self.attention:
-            return self.mlp(v).squeeze(-1)
-        q, k = (self.in_proj_v(v), self.in_proj_t(t)) if project else (v, t)
-        z = torch.softmax(scale * q @ k.T, dim=-1) @ k
-        return self.mlp(torch.cat([v, z, t[(v @ t.T).argmax(dim=-1)]], dim=-1)).squeeze(-1)
+def official_head() -> AuthorsHead:
+    """A head in the form of the authors' checkpoints: columns [v, z_attn, t_pred], one logit, high = correct."""
+    model = AuthorsHead(16, hidden=(24, 12, 6))
+    for projection in (model.in_proj_v, model.in_proj_t):
+        projection.reset_parameters()
+    return model.eval()
 
 
 def official_file(path, model, iterations):
@@ -162,19 +147,22 @@ def official_file(path, model, iterations):
 )
 def test_official_layout_converts_exactly(tmp_path, iterations, options, project):
     torch.manual_seed(1)
-    model = OfficialHead(16, attention=True).eval()
+    model = official_head()
     official_file(tmp_path / "vilu.ckpt", model, iterations)
     head = load_checkpoint(tmp_path / "vilu.ckpt", **options).head
     v, t = unit_rows(32, 16, 3).float(), unit_rows(9, 16, 4).float()
     with torch.no_grad():
-        expected = 1 - torch.sigmoid(model(v, t, project))
-        other = 1 - torch.sigmoid(model(v, t, not project))
+        by_frozen = {}
+        for model.frozen in (False, True):
+            logit, _ = model(v, t)
+            by_frozen[model.frozen] = 1 - torch.sigmoid(logit)
+    expected, other = by_frozen[not project], by_frozen[project]
     np.testing.assert_allclose(head.failure_probability(v, t), expected, rtol=0, atol=1e-6)
     assert (head.failure_probability(v, t) - other).abs().max() > 1e-4  # the case tells the two apart
 
 
 def test_official_layout_with_a_wrong_tensor(tmp_path):
-    model = OfficialHead(16, attention=True)
+    model = official_head()
     for change, message in (
         (lambda s: s.pop("in_proj_t.weight"), "in_proj_t.weight is missing"),
         (lambda s: s.update({"in_proj_t.weight": torch.zeros(16, 8)}), "in_proj_t.weight has shape"),

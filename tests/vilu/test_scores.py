@@ -12,7 +12,8 @@ from vilu.errors import UserError
 from vilu.evaluation import metrics
 from vilu.scores import LVU, SCORES, BayesVLM, ConfidNet, Embeddings, ProbVLM, RelU, Training, ViLU
 from vilu.scores.bayes import best_prior_precision, gauss_newton
-from vilu.scores.learned import Batch, generalised_gaussian_nll
+from vilu.scores.network import Batch
+from vilu.scores.probvlm import generalised_gaussian_nll
 
 # Absolute error on scores of order 1. float16 inputs are read exactly, so both compute in float32.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-5}

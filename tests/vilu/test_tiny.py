@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 
 import numpy as np
 import open_clip
@@ -97,3 +98,24 @@ def test_a_failed_training_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         train_clip.train(tmp_path / "file" / "b", seed=0, steps=1, batch_size=16, count=64)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_training_command(tmp_path, monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["train_clip", *map(str, arguments)])
+        train_clip.main()
+        return capsys.readouterr().out
+
+    options = ("--seed", 3, "--steps", 2, "--batch-size", 16, "--shapes", 64)
+    out = call("--output", tmp_path / "clip", *options)
+    assert re.fullmatch(r"digits: zero-shot accuracy .*% on clip_val\nshapes: zero-shot accuracy .*%.*\n", out)
+    steps = []
+    train_clip.train(tmp_path / "same", 3, 2, 16, 64, progress=lambda what, done, total: steps.append((done, total)))
+    assert steps[-2:] == [(1, 2), (2, 2)]
+    weights = "open_clip_model.safetensors"
+    assert (tmp_path / "clip" / weights).read_bytes() == (tmp_path / "same" / weights).read_bytes()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        call("--output", tmp_path / "file" / "clip", *options)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -21,7 +21,10 @@ from vilu.embeddings import EmbeddedSet, Embeddings
 from vilu.evaluation import metrics
 from vilu.head import LOWEST_LOG_ODDS, log_odds
 from vilu.recipes import RECIPES, Recipe, recipe_named
-from vilu.train import _answers, _batch, _head_logit, _loss, fit, weighted_bce
+from vilu.train import fit
+from vilu.training.batches import clip_answers, make_batch
+from vilu.training.loss import batch_loss, head_logit, weighted_bce
+from vilu.training.run import Run
 
 QUICK = Recipe(epochs=3, batch_size=32, min_steps=0, folds=1)
 
@@ -72,13 +75,15 @@ def test_a_one_sided_batch_has_a_finite_loss(failures):
 def test_an_mse_is_to_the_probability_of_the_true_class():
     data, recipe = closed_set(40), replace(QUICK, loss="mse", prior=False)
     head = ViLUHead(24)
-    batch = _batch(data, None, torch.arange(40), recipe)
+    batch = make_batch(data, None, torch.arange(40), recipe)
     p = torch.softmax(100 * data.image.normalised.double() @ data.text.normalised.double().T, dim=1)
     wrong = p.argmax(dim=1) != data.labels
     error = 1 - torch.sigmoid(head(data.image.normalised, data.text.normalised)).double() - p[range(40), data.labels]
     weight = torch.where(wrong, math.log(1 + int((~wrong).sum()) / int(wrong.sum())), 1.0)
     with torch.no_grad():
-        assert float(_loss(head, batch, recipe, 40, 1)) == pytest.approx(float((weight * error**2).mean()), rel=1e-4)
+        assert float(batch_loss(head, batch, recipe, 40, 1)) == pytest.approx(
+            float((weight * error**2).mean()), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("projection", ["identity", "shared", "separate"])
@@ -90,10 +95,10 @@ def test_the_cheap_order_of_products_gives_the_heads_logit_and_gradient(projecti
     for layer in (head.query, head.key, head.value):
         if layer is not None:
             torch.nn.init.normal_(layer.weight, std=0.3)
-    batch = _batch(data, None, torch.arange(20), replace(QUICK, prior=True))
+    batch = make_batch(data, None, torch.arange(20), replace(QUICK, prior=True))
     v, t = batch.image.double(), batch.text.double()
     batch = batch._replace(image=v, text=t, log_odds=log_odds(100 * v @ t.T))
-    cheap, plain = _head_logit(head, batch), head(batch.image, batch.text)
+    cheap, plain = head_logit(head, batch), head(batch.image, batch.text)
     torch.testing.assert_close(cheap, plain, rtol=0, atol=1e-12)
     gradients = [torch.autograd.grad(logit.sum(), list(head.parameters())) for logit in (cheap, plain)]
     for a, b in zip(*gradients, strict=True):
@@ -104,19 +109,19 @@ def test_the_cheap_order_of_products_gives_the_heads_logit_and_gradient(projecti
 def test_what_is_computed_once_is_what_a_step_would_compute(loss):
     data, rows = closed_set(200), torch.arange(0, 200, 3)
     recipe = replace(QUICK, loss=loss)
-    kept, plain = (_batch(data, a, rows, recipe) for a in (_answers(data, recipe), None))
+    kept, plain = (make_batch(data, a, rows, recipe) for a in (clip_answers(data, recipe), None))
     assert kept.attended is not None
     assert torch.equal(kept.predicted, plain.predicted)
     assert torch.equal(kept.wrong, plain.wrong)
     head = ViLUHead(24, projection="identity", logit_scale=100.0).double()
     # Rounding of float32 under a scale of 100.
     torch.testing.assert_close(kept.attended, head.float().attend(plain.image, plain.text), rtol=0, atol=1e-5)
-    torch.testing.assert_close(*(_head_logit(head, batch) for batch in (kept, plain)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(*(head_logit(head, batch) for batch in (kept, plain)), rtol=0, atol=1e-4)
     if loss == "mse":
         torch.testing.assert_close(kept.target, plain.target, rtol=0, atol=1e-5)
     for changed in ({"freeze_steps": 5}, {"form": "paper"}, {"parts": ("image", "predicted")}):
-        assert _answers(data, replace(recipe, **changed)).attended is None
-    assert _answers(data, recipe, kept=False).attended is None
+        assert clip_answers(data, replace(recipe, **changed)).attended is None
+    assert clip_answers(data, recipe, keep_attention=False).attended is None
 
 
 def test_without_room_for_the_attention_every_step_computes_it(monkeypatch):
@@ -127,7 +132,7 @@ def test_without_room_for_the_attention_every_step_computes_it(monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert _answers(data, QUICK).attended is None
+    assert clip_answers(data, QUICK).attended is None
     logits = [head(data.image.normalised, data.text.normalised) for head in (expected, fit(data, QUICK).head)]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-3)
 
@@ -213,10 +218,8 @@ def test_projections_stay_the_identity_until_they_are_freed():
 
 def test_the_published_schedule():
     """Linear from a tenth over five epochs, times a cosine to zero (the authors' warm-up and annealing)."""
-    from vilu.train import _Run
-
     recipe = recipe_named("paper-cifar10")
-    run = _Run(ViLUHead(4), recipe, 800)
+    run = Run(ViLUHead(4), recipe, 800)
     rates = []
     for _ in range(800):
         rates.append(run.optimizer.param_groups[0]["lr"])
@@ -260,6 +263,8 @@ def test_bad_training_data(tmp_path):
         fit(closed_set(50), replace(QUICK, parts=("predicted", "image")))
     with pytest.raises(UserError, match="no recipe 'papers'"):
         recipe_named("papers")
+    with pytest.raises(UserError, match="recipe: no setting 'epoch'; there are form, parts"):
+        recipe_named("default", epoch=3)
     with pytest.raises(UserError, match="diverged"):
         fit(closed_set(50), replace(QUICK, optimizer="sgd", learning_rate=1e30))
     v[3, 2] = float("nan")

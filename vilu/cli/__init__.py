@@ -1,4 +1,4 @@
-"""The `vilu` command: one group, each command's imports made only when it runs."""
+"""The `vilu` command. Each command has a module of its own here, which imports what it works with when it runs."""
 
 from __future__ import annotations
 
@@ -10,59 +10,56 @@ import click
 from vilu import __version__
 from vilu.errors import UserError
 
-# command -> module and attribute of its click command
-_COMMANDS = {
-    "ask": "vilu.serving.ask:ask_command",
-    "calibrate": "vilu.cli.calibrate:calibrate_command",
-    "classes": "vilu.serving.classes:classes_command",
-    "demo": "vilu.cli.demo:demo_command",
-    "eval": "vilu.cli.eval:eval_command",
-    "export": "vilu.cli.export:export_command",
-    "guard": "vilu.serving.guard:guard_command",
-    "health": "vilu.cli.serve:health_command",
-    "serve": "vilu.cli.serve:serve_command",
-    "train": "vilu.cli.train:train_command",
-    "versions": "vilu.export.versions:versions_command",
-    "web": "vilu.serving.web:web_command",
-}
+COMMANDS = (
+    "ask",
+    "calibrate",
+    "classes",
+    "demo",
+    "eval",
+    "export",
+    "guard",
+    "health",
+    "serve",
+    "train",
+    "versions",
+    "web",
+)
 
 
 class _Lazy(click.Group):
+    """Imports the module of a command when the command is named or listed."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
-        module, attribute = _COMMANDS[cmd_name].split(":")
-        try:
-            return getattr(import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] == "vilu":
-                raise
-            extras = dict.fromkeys(("ask", "classes", "guard"), "client") | {"web": "web"}
-            extras |= dict.fromkeys(("health", "serve"), "server")
-            extra = extras.get(cmd_name, "export")
-            raise UserError(
-                f"`vilu {cmd_name}` needs the package {error.name!r}: pip install 'vilu[{extra}]'"
-            ) from None
+        command: click.Command = getattr(import_module(f"vilu.cli.{cmd_name}"), f"{cmd_name}_command")
+        return command
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vilu")
 def group() -> None:
-    """CLIP answers with the probability that each is wrong: train, export, serve, ask."""
+    """Serve CLIP's answers with the probability that each is wrong.
+
+    Train a failure predictor, evaluate it, export it with CLIP, serve both, and ask the server.
+    """
 
 
 def run(command: click.Command, name: str) -> None:
-    """Run a command; the user's mistake is one line on stderr and exit code 2."""
+    """Run a command and exit. The user's mistake is one line on stderr and exit code 2."""
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except UserError as error:
         click.echo(f"{name}: {error}", err=True)
         sys.exit(2)
+    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:  # click 8.2 and later
+        error.show()
+        sys.exit(2)
     except click.ClickException as error:
-        click.echo(f"{name}: {error.format_message()}", err=True)
+        click.echo(f"{name}: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)

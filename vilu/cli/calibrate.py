@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vilu.cli.options import data_options
+from vilu.cli.command import Command, RenamedOption
+from vilu.cli.options import PATH, data_options, dtype_option, embeddings_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -16,25 +17,40 @@ if TYPE_CHECKING:
     from vilu.embeddings import EmbeddedSet
 
 
-@click.command("calibrate")
-@click.option("--ckpt", type=click.Path(path_type=Path), required=True, help="Checkpoint to calibrate.")
+@click.command("calibrate", cls=Command, extra="train")
+@click.option("--ckpt", type=PATH, required=True, help="Checkpoint to calibrate.")
 @data_options
-@click.option("--embeddings", type=click.Path(path_type=Path), help="Embeddings made elsewhere, instead of images.")
-@click.option("--split", default="val", show_default=True, help="Of the data: one the head was not trained on.")
-@click.option("--target-risk", type=click.FloatRange(0, 1, True, True), help="Largest error rate of accepted answers.")
-@click.option("--confidence", type=click.FloatRange(0, 1, True, True), default=0.95, show_default=True)
-@click.option("--target-coverage", type=click.FloatRange(0, 1, True), help="Share of answers to accept.")
-@click.option("--target-tpr", type=click.FloatRange(0, 1, True), help="Share of right answers to accept.")
+@embeddings_option
 @click.option(
-    "--probability",
+    "--split", default="val", show_default=True, help="Split of the data to use. The head must not be trained on it."
+)
+@click.option(
+    "--target-risk",
+    type=click.FloatRange(0, 1, True, True),
+    help="Largest error rate that accepted answers may have.",
+)
+@click.option(
+    "--confidence",
+    type=click.FloatRange(0, 1, True, True),
+    default=0.95,
+    show_default=True,
+    help="Probability with which the target risk holds.",
+)
+@click.option("--target-coverage", type=click.FloatRange(0, 1, True), help="Share of all answers to accept.")
+@click.option("--target-tpr", type=click.FloatRange(0, 1, True), help="Share of the right answers to accept.")
+@click.option(
+    "--probability-calibration",
+    "probability",
+    cls=RenamedOption,
+    old="--probability",
     type=click.Choice(["none", "temperature", "platt"]),
     default="none",
     show_default=True,
-    help="Calibrate P(failure), on a half of the data that the threshold does not see.",
+    help="Method that calibrates the failure probability, on a half of the data that the threshold does not see.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write.  [default: over --ckpt]")
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float32", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the halves.")
+@click.option("--output", type=PATH, help="Checkpoint to write.  [default: replace --ckpt]")
+@dtype_option("float32")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split into halves.")
 def calibrate_command(
     ckpt: Path,
     data: str | None,
@@ -52,10 +68,11 @@ def calibrate_command(
     dtype: str,
     seed: int,
 ) -> None:
-    """Choose the threshold below which answers are accepted, on data that the head was not trained on.
+    """Choose the threshold below which answers are accepted.
 
-    --target-risk is a promise: but for a chance of 1 - confidence over the draw of this data, accepted answers
-    from the same source are wrong no more often. The choice and its data are stored in the checkpoint.
+    The data must be data that the head was not trained on. --target-risk is a guarantee: with probability --confidence
+    over the draw of this data, accepted answers from the same source are wrong at most that often. The checkpoint
+    stores the choice and the data it was made on.
     """
     import numpy as np
     import torch
@@ -65,7 +82,7 @@ def calibrate_command(
 
     wanted = [t for t in (target_risk, target_coverage, target_tpr) if t is not None]
     if len(wanted) > 1 or (not wanted and probability == "none"):
-        raise UserError("give one of --target-risk, --target-coverage and --target-tpr, or --probability")
+        raise UserError("give one of --target-risk, --target-coverage and --target-tpr, or --probability-calibration")
     checkpoint = load_checkpoint(ckpt)
     held = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype)
     _check_fits(ckpt, checkpoint, held)
@@ -160,7 +177,7 @@ CAPTION_GROUP = 1024  # candidates of a caption set without classes: the publish
 
 
 def _correct(held: EmbeddedSet) -> tuple[Any, int]:
-    """(N,) bool, whether CLIP is right; and the number of candidates. Of captions the last part group is left out."""
+    """(N,) bool, whether CLIP is right, and the number of candidates. Of captions, only whole groups count."""
     from vilu.evaluation.evaluate import correct
 
     group = min(CAPTION_GROUP, len(held)) if held.captions else len(held.text)

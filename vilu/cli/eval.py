@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
-from rich.console import Console
 
-from vilu.cli.options import clip_options
+from vilu.cli.command import Command
+from vilu.cli.options import PATH, clip_options, dtype_option
 from vilu.cli.progress import Bar, progress_bar
 from vilu.errors import UserError
 
@@ -29,36 +28,77 @@ Named = tuple[str, "str | Path"]  # "data", "dataset" or "embeddings", and which
 ANOTHER_CLIP = 0.7  # cosine of class embeddings below which no choice of prompts explains the difference
 SMALLEST, GROWTH = 200, 2  # sizes of a learning curve: 200, 400, ... and all
 CURVE_RESAMPLES = 400  # at most: a curve draws for every size and seed
-EMBEDDINGS = click.Path(path_type=Path)
 
 
-@click.command("eval")
+@click.command("eval", cls=Command, extra="train")
 @click.option(
-    "--ckpt", "ckpts", type=click.Path(path_type=Path), multiple=True, required=True, help="One, or one a set."
+    "--ckpt",
+    "ckpts",
+    type=PATH,
+    multiple=True,
+    required=True,
+    help="Checkpoint to evaluate. Give one for all test sets, or one for each.",
 )
-@click.option("--data", multiple=True, help="Image folder, caption table or shards to test on. Repeat for several.")
+@click.option("--data", multiple=True, help="Image folder, caption table or shards to test on. Repeat it for several.")
 @click.option(
-    "--dataset", "datasets", multiple=True, help="Named data set to test on, e.g. digits. Repeat for several."
+    "--dataset", "datasets", multiple=True, help="Named data set to test on, such as digits. Repeat it for several."
 )
-@click.option("--embeddings", type=EMBEDDINGS, multiple=True, help="Embeddings made elsewhere. Repeat for several.")
-@click.option("--root", type=click.Path(path_type=Path), help="Where named data sets lie.")
-@click.option("--train-data", multiple=True, help="What the baselines are fitted on: one for all sets, or one a set.")
-@click.option("--train-dataset", "train_datasets", multiple=True, help="The same.  [default: each --dataset's train]")
-@click.option("--train-embeddings", type=EMBEDDINGS, multiple=True, help="The same.")
-@click.option("--cross-dataset", is_flag=True, help="The checkpoint was trained on other classes, and that is meant.")
-@click.option("--methods", default="all", show_default=True, help="Names, separated by commas.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for report.html, JSON, CSV and pictures.")
-@click.option("--candidates", help="Captions: sizes K of a group.  [default: 128,256,...,8192]")
-@click.option("--learning-curve", "curve", is_flag=True, help="Train on growing parts of the train data; slow.")
-@click.option("--sizes", help="Of the learning curve.  [default: 200,400,... and all]")
-@click.option("--curve-seeds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--recipe", default="default", show_default=True, help="Of the learning curve, as `vilu train` has it.")
-@click.option("--resamples", type=click.IntRange(1), default=1000, show_default=True, help="Bootstrap draws.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Folder that keeps embeddings.")
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+@click.option(
+    "--embeddings",
+    type=PATH,
+    multiple=True,
+    help="File of embeddings to test on (.npz, .safetensors, .parquet). Repeat it for several.",
+)
+@click.option("--root", type=PATH, help="Folder that holds the named data sets.")
+@click.option(
+    "--train-data",
+    multiple=True,
+    help="Image folder, caption table or shards to fit the baselines on. Give one for all test sets, or one for each.",
+)
+@click.option(
+    "--train-dataset",
+    "train_datasets",
+    multiple=True,
+    help="Named data set to fit the baselines on.  [default: the train split of each --dataset]",
+)
+@click.option("--train-embeddings", type=PATH, multiple=True, help="File of embeddings to fit the baselines on.")
+@click.option(
+    "--cross-dataset", is_flag=True, help="Allow test sets with other classes than the checkpoint was trained on."
+)
+@click.option(
+    "--methods", default="all", show_default=True, help="Names of the methods to compare, separated by commas."
+)
+@click.option("--output", type=PATH, help="Folder to write the report to: report.html, JSON, CSV and pictures.")
+@click.option("--candidates", help="Numbers of candidates per group of captions.  [default: 128,256,...,8192]")
+@click.option(
+    "--learning-curve",
+    "curve",
+    is_flag=True,
+    help="Also train heads on growing parts of the train data. This is slow.",
+)
+@click.option("--sizes", help="Numbers of images on the learning curve.  [default: 200,400,... and all]")
+@click.option(
+    "--curve-seeds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Number of seeds per size of the learning curve.",
+)
+@click.option(
+    "--recipe", default="default", show_default=True, help="Recipe of the learning curve's heads, as in `vilu train`."
+)
+@click.option(
+    "--resamples", type=click.IntRange(1), default=1000, show_default=True, help="Number of bootstrap resamples."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder that keeps the embeddings.  [default: they are not kept]",
+)
+@dtype_option("float16")
 @clip_options
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON instead of tables.")
 def eval_command(
     ckpts: tuple[Path, ...],
     data: tuple[str, ...],
@@ -84,10 +124,11 @@ def eval_command(
     pretrained: str | None,
     as_json: bool,
 ) -> None:
-    """Compare ViLU with every baseline: AUC, FPR95, risk, calibration, with intervals and p-values.
+    """Compare ViLU with every baseline, with intervals and p-values.
 
-    Baselines that learn are fitted on the train data; without it they are rows that say so. Several test sets
-    are taken in the order --data, --dataset, --embeddings, and so are several train sets.
+    The metrics are AUC, FPR95, risk and calibration. Baselines that learn are fitted on the train data; without it
+    their rows say so. Several test sets are taken in the order --data, --dataset, --embeddings, and so are several
+    train sets.
     """
     from vilu.checkpoint import load_checkpoint
     from vilu.evaluation.evaluate import CANDIDATES, Case, evaluate, unique_names
@@ -156,9 +197,13 @@ def eval_command(
     if as_json:
         click.echo(json.dumps(report.as_json(evaluation), allow_nan=False))
         return
+    from rich.console import Console
+
+    from vilu.cli.tables import WIDE, print_tables
+
     console = Console()
     # A file or a pipe has no width of its own: it gets all there is.
-    report.print_tables(evaluation, console if console.is_terminal else Console(width=report.WIDE))
+    print_tables(evaluation, console if console.is_terminal else Console(width=WIDE))
     if output is not None:
         click.echo(f"{output / report.HTML}")
 
@@ -256,13 +301,15 @@ def choose_methods(text: str, known: Sequence[str]) -> tuple[str, ...]:
     """
     if text.strip().lower() == "all":
         return tuple(known)
+    from difflib import get_close_matches
+
     by_name = {name.lower(): name for name in known}
     found = []
     for name in filter(None, map(str.strip, text.split(","))):
         if name.lower() not in by_name:
-            near = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.5)
-            told = f"near: {', '.join(by_name[n] for n in near)}" if near else f"known: {', '.join(known)}"
-            raise UserError(f"--methods: unknown method {name!r}; {told}")
+            near = get_close_matches(name.lower(), by_name, n=3, cutoff=0.5)
+            hint = f"near: {', '.join(by_name[n] for n in near)}" if near else f"known: {', '.join(known)}"
+            raise UserError(f"--methods: unknown method {name!r}; {hint}")
         found.append(by_name[name.lower()])
     if not found:
         raise UserError("--methods: names no method")
@@ -270,7 +317,7 @@ def choose_methods(text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def whole_numbers(option: str, text: str | None, least: int) -> tuple[int, ...]:
-    """ "128,256" as numbers; none where the option was not given."""
+    """The numbers in a text such as "128,256", or none where the option was not given. Raises UserError."""
     if text is None:
         return ()
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -280,7 +327,7 @@ def whole_numbers(option: str, text: str | None, least: int) -> tuple[int, ...]:
 
 
 def one_each(given: list[T], sets: int, what: str) -> list[T]:
-    """One for all, or one for each."""
+    """One value for each test set, where one was given for all or one for each. Raises UserError otherwise."""
     if len(given) not in (1, sets):
         raise UserError(f"{what}: {len(given)} given for {sets} test sets; give one for all, or one each")
     return given * sets if len(given) == 1 else given
@@ -332,7 +379,7 @@ def draw_curve(
     """The learning curve of what `vilu train` makes by a recipe.
 
     Args:
-        sizes: none: 200, 400, ... and all.
+        sizes: numbers of training images; where there are none, 200, 400, ... and all.
     """
     from vilu.evaluation.learning_curve import learning_curve
     from vilu.recipes import recipe_named

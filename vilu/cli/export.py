@@ -7,72 +7,106 @@ from typing import Any
 
 import click
 
-from vilu.cli.options import clip_options
+from vilu.cli.command import Command, RenamedOption
+from vilu.cli.options import PATH, REPOSITORY, clip_options, template_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
 
-@click.command("export")
-@click.option("--ckpt", type=click.Path(path_type=Path), required=True, help="Checkpoint of a ViLU head.")
+@click.command("export", cls=Command, extra="export")
+@click.option("--ckpt", type=PATH, required=True, help="Checkpoint of a ViLU head.")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
-    default=Path("serving/model_repository"),
+    type=PATH,
+    default=REPOSITORY,
     show_default=True,
-    help="Model repository to write; replaced whole.",
+    help="Model repository to write. It is replaced whole.",
 )
-@click.option("--classes", type=click.Path(path_type=Path), help="Other class names, one a line.")
-@click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for several.")
+@click.option("--classes", type=PATH, help="File with other class names, one per line.")
+@template_option
 @clip_options
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
-    help="Folder of images to measure parity on (at least 256; int8: 320); sub-folders named as classes label them.",
+    type=PATH,
+    help="Folder of images to measure parity on: at least 256, and 320 for int8. Sub-folders named after classes give "
+    "the labels.",
 )
 @click.option(
-    "--parity-images", type=click.IntRange(min=256), default=256, show_default=True, help="How many are drawn from it."
+    "--parity-images",
+    type=click.IntRange(min=256),
+    default=256,
+    show_default=True,
+    help="Number of images to draw from --images.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
     default="float32",
     show_default=True,
-    help="Of the CLIP towers: float16 for GPUs, bfloat16 for CPUs that have it, int8 calibrated on --images.",
+    help="Precision of the CLIP towers: float16 for GPUs, bfloat16 for CPUs that have it, int8 calibrated on --images.",
 )
-@click.option("--allow-loss", is_flag=True, help="Keep an export over its precision's budget; parity.json says so.")
+@click.option(
+    "--allow-loss",
+    is_flag=True,
+    help="Keep an export that loses more than its precision's budget allows. parity.json then says so.",
+)
 @click.option(
     "--preprocess",
     type=click.Choice(["exact", "fast"]),
     default="exact",
     show_default=True,
-    help="fast: decode large JPEGs at reduced scale.",
+    help="How images are decoded: exact as open_clip does, or fast, which decodes large JPEGs at reduced scale.",
 )
-@click.option("--threshold", type=click.FloatRange(0, 1), help="Accept below this failure probability.")
-@click.option("--max-batch-size", type=click.IntRange(2, 1024), default=32, show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="What the servers have.  [default: cpu]")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Failure probability below which an answer is accepted.  [default: the checkpoint's]",
+)
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(2, 1024),
+    default=32,
+    show_default=True,
+    help="Largest batch that the served models take.",
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "gpu"]), help="Device that the servers run the models on.  [default: cpu]"
+)
 @click.option(
     "--provider",
     type=click.Choice(["openvino", "cpu", "cuda", "tensorrt"]),
-    help="What runs the towers.  [default: openvino where installed, else cpu; for GPUs cuda]",
+    help="ONNX Runtime provider that runs the towers.  [default: openvino where installed, else cpu; for GPUs cuda]",
 )
-@click.option("--cores", type=click.IntRange(min=1), help="Of a CPU server.  [default: this machine's]")
 @click.option(
-    "--engines", default="/var/cache/vilu/engines", show_default=True, help="TensorRT's engines, on the server."
+    "--cores", type=click.IntRange(min=1), help="Number of cores that a CPU server has.  [default: this machine's]"
+)
+@click.option(
+    "--tensorrt-cache",
+    "engines",
+    cls=RenamedOption,
+    old="--engines",
+    default="/var/cache/vilu/engines",
+    show_default=True,
+    help="Folder on the server that keeps TensorRT's engines.",
 )
 @click.option(
     "--cuda-arch",
     metavar="LIST",
-    help="Compute capabilities to compile the head for, as 80,90; means --device gpu.  [default: all known]",
+    help="Compute capabilities to compile the head for, such as 80,90. Implies --device gpu.  [default: all known]",
 )
 @click.option(
-    "--version", type=click.IntRange(1), help="Add it beside what is there, as this version.  [default: replace]"
+    "--version",
+    type=click.IntRange(1),
+    help="Number of the version to add beside those that are there.  [default: replace the repository]",
 )
-@click.option("--max-queue", type=int, help="Requests that may wait before one model; 0: any number.  [default: 256]")
-@click.option("--queue-seconds", type=float, help="That a request may wait there.  [default: 30]")
-@click.option("--max-image-bytes", type=int, help="Of an encoded image.  [default: 20 MiB]")
-@click.option("--max-image-pixels", type=int, help="Of an image.  [default: 50,000,000]")
-@click.option("--max-labels", type=int, help="Candidates of a request's own.  [default: 1000]")
-@click.option("--max-label-bytes", type=int, help="Of one of them, in UTF-8.  [default: 256]")
+@click.option(
+    "--max-queue", type=int, help="Number of requests that may wait for one model; 0 sets no limit.  [default: 256]"
+)
+@click.option("--queue-seconds", type=float, help="Seconds that a request may wait in a queue.  [default: 30]")
+@click.option("--max-image-bytes", type=int, help="Largest encoded image, in bytes.  [default: 20 MiB]")
+@click.option("--max-image-pixels", type=int, help="Largest decoded image, in pixels.  [default: 50,000,000]")
+@click.option("--max-labels", type=int, help="Number of labels that a request may bring itself.  [default: 1000]")
+@click.option("--max-label-bytes", type=int, help="Longest such label, in bytes of UTF-8.  [default: 256]")
 def export_command(
     ckpt: Path,
     output: Path,
@@ -95,11 +129,12 @@ def export_command(
     version: int | None,
     **limits: float | None,
 ) -> None:
-    """Write ONNX graphs and a Triton model repository, proven equal to the eager model.
+    """Write ONNX graphs and a Triton model repository.
 
-    What the precision costs on the images is in the repository's parity.md; over its budget nothing is written.
+    Every graph is compared with the eager model. The repository's parity.md says what the precision costs; where the
+    cost is over the precision's budget, nothing is written.
 
-    The authors' .ckpt files name no CLIP and no classes: give --clip, --pretrained and --classes for them.
+    The authors' .ckpt files hold no CLIP and no class names: give --clip, --pretrained and --classes for them.
     """
     from dataclasses import replace
 

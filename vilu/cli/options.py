@@ -1,47 +1,143 @@
-"""Options that several commands share."""
+"""Options that several commands share. None of them imports what a command works with."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from vilu.serving import AsyncClient
 
-def default_cache() -> Path:
-    """Where embeddings are kept unless told otherwise, as the XDG base directories have it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vilu"
+T = TypeVar("T")
+Decorated = TypeVar("Decorated", bound="Callable[..., Any] | click.Command")
 
-
-def data_options(command: Any) -> Any:
-    """--data, --dataset, --root and --cache, as `data`, `dataset`, `root` and `cache`."""
-    for option in (
-        click.option(
-            "--cache",
-            type=click.Path(path_type=Path, file_okay=False),
-            envvar="VILU_CACHE",
-            default=default_cache,
-            show_default="VILU_CACHE, or ~/.cache/vilu",
-            help="Folder that keeps embeddings: made once, resumed after a kill, made again when anything changed.",
-        ),
-        click.option(
-            "--root", type=click.Path(path_type=Path), help="Where --dataset lies, laid out as CoOp's DATASETS.md says."
-        ),
-        click.option("--dataset", help="digits, shapes, shapes-captions (embedded), or e.g. flowers102 with --root."),
-        click.option(
-            "--data",
-            help="Image folder (one directory a class), CSV or Parquet of path + caption, "
-            "or WebDataset shards (a.tar, 'shards/{000..010}.tar', 'shards/*.tar').",
-        ),
-    ):
-        command = option(command)
-    return command
+PATH = click.Path(path_type=Path)
+SECONDS = click.FloatRange(min=0, min_open=True)
+DEFAULT_URL = "127.0.0.1:8001"  # vilu.serving.client's own, which cannot be imported without the client's packages
+REPOSITORY = Path("serving/model_repository")
 
 
-def clip_options(command: Any) -> Any:
-    """--clip and --pretrained."""
-    command = click.option("--pretrained", help="Weights: an open_clip tag, a local file, or 'random'.")(command)
-    return click.option("--clip", "clip_name", help="open_clip model name or local-dir:FOLDER.  [default: vilu-tiny]")(
-        command
+def _default_cache() -> Path:
+    from vilu.data.cache import default_cache
+
+    return default_cache()
+
+
+def all_of(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
+    """One decorator that adds options in the order in which they are listed."""
+
+    def add(command: Decorated) -> Decorated:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+# As `data`, `dataset`, `root` and `cache`.
+data_options = all_of(
+    click.option(
+        "--data",
+        help="Image folder (one directory per class), CSV or Parquet file with path and caption, or WebDataset shards "
+        "(a.tar, 'shards/{000..010}.tar', 'shards/*.tar').",
+    ),
+    click.option(
+        "--dataset",
+        help="Named data set: digits, shapes or shapes-captions (embedded), or with --root one such as flowers102.",
+    ),
+    click.option(
+        "--root", type=PATH, help="Folder that holds the named data sets, in the layout of CoOp's DATASETS.md."
+    ),
+    click.option(
+        "--cache",
+        type=click.Path(path_type=Path, file_okay=False),
+        envvar="VILU_CACHE",
+        default=_default_cache,
+        show_default="VILU_CACHE, or ~/.cache/vilu",
+        help="Folder that keeps the embeddings. They are computed once, resumed after a kill, and computed again when "
+        "their inputs change.",
+    ),
+)
+
+embeddings_option = click.option(
+    "--embeddings", type=PATH, help="Read embeddings from this file (.npz, .safetensors, .parquet) instead of images."
+)
+template_option = click.option(
+    "--template", "templates", multiple=True, help="Prompt with one {} for the class name. Repeat it for several."
+)
+
+
+def dtype_option(default: str) -> Callable[[Decorated], Decorated]:
+    """--dtype, as `dtype`."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["float16", "float32"]),
+        default=default,
+        show_default=True,
+        help="Number type that embeddings are stored in.",
     )
+
+
+# As `clip_name` and `pretrained`.
+clip_options = all_of(
+    click.option(
+        "--clip", "clip_name", help="CLIP to use: an open_clip model name or local-dir:FOLDER.  [default: vilu-tiny]"
+    ),
+    click.option("--pretrained", help="Weights of the CLIP: an open_clip tag, a local file, or 'random'."),
+)
+
+# How to reach a server, as `url`, `token`, `tls_ca`, `tls_cert` and `tls_key`.
+connection_options = all_of(
+    click.option(
+        "--url",
+        default=DEFAULT_URL,
+        show_default=True,
+        help="Address of the server: HOST:PORT for gRPC, http://HOST:PORT for HTTP.",
+    ),
+    click.option(
+        "--token", metavar="TOKEN|@FILE", help="Token that the server asks for.  [default: $VILU_TOKEN, or none]"
+    ),
+    click.option("--tls-ca", type=click.Path(), help="PEM file of the authority that signed the server's certificate."),
+    click.option("--tls-cert", type=click.Path(), help="PEM file with the client's own certificate."),
+    click.option("--tls-key", type=click.Path(), help="PEM file with the key of the client's certificate."),
+)
+server_options = all_of(
+    connection_options,
+    click.option(
+        "--timeout", type=SECONDS, default=60.0, show_default=True, help="Seconds to wait for the server's answer."
+    ),
+)
+control_option = click.option(
+    "--control-token",
+    metavar="TOKEN|@FILE",
+    help="Token that `vilu serve --control-token` was given.  [default: $VILU_CONTROL_TOKEN, or none]",
+)
+
+# What a server shows and asks of its clients, as `tls_cert`, `tls_key` and `tls_ca`.
+listening_tls_options = all_of(
+    click.option(
+        "--tls-cert", type=PATH, help="PEM file with the server's certificate. gRPC clients must then use TLS."
+    ),
+    click.option("--tls-key", type=PATH, help="PEM file with the key of the certificate."),
+    click.option(
+        "--tls-ca", type=PATH, help="PEM file of an authority. Clients must show a certificate that it signed."
+    ),
+)
+host_option = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+
+
+def with_client(url: str, token: str | None, options: dict[str, Any], work: Callable[[AsyncClient], Awaitable[T]]) -> T:
+    """What `work` returns, given a client of the server that a command's options name."""
+    import asyncio
+
+    from vilu.serving import AsyncClient
+    from vilu.serving.access import token_from
+
+    async def run() -> T:
+        async with AsyncClient(url, token=token_from(token, "VILU_TOKEN"), batch_size=64, **options) as client:
+            return await work(client)
+
+    return asyncio.run(run())

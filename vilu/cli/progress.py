@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.progress import Progress, TaskID
-
 
 class Bar:
-    """A progress bar on stderr, silent when stderr is no terminal."""
+    """A progress bar on stderr. It shows nothing where stderr is no terminal."""
 
     def __init__(self, shown: bool = True) -> None:
+        from rich.console import Console  # here: listing the commands needs only click
+        from rich.progress import Progress
+
         self.console = Console(stderr=True)
         hidden = not (shown and self.console.is_terminal)
         self.progress = Progress(console=self.console, disable=hidden, transient=True)
-        self.task: TaskID = self.progress.add_task("", total=None)
+        self.task = self.progress.add_task("", total=None)
 
     def __call__(self, what: str, done: int, total: int) -> None:
         self.progress.update(self.task, description=what, completed=done, total=total)
@@ -24,7 +24,7 @@ class Bar:
 
 @contextlib.contextmanager
 def progress_bar(shown: bool = True) -> Iterator[Bar]:
-    """The bar for one long step; call it with (what, done, total)."""
+    """The bar for one long step. Call it with (what, done, total)."""
     bar = Bar(shown)
     with bar.progress:
         yield bar

@@ -1,4 +1,4 @@
-"""`vilu serve` and `vilu health`."""
+"""`vilu serve`."""
 
 from __future__ import annotations
 
@@ -6,33 +6,40 @@ from pathlib import Path
 
 import click
 
-from vilu.serving.access import Access, connection_options, token_from
-from vilu.serving.client import RequestRefused, ServerUnavailable
-from vilu.serving.server import Server, probe, serve
+from vilu.cli.command import Command
+from vilu.cli.options import PATH, REPOSITORY, all_of, host_option, listening_tls_options
+
+_PORTS = all_of(
+    click.option("--http-port", type=int, default=8000, show_default=True, help="Port for HTTP."),
+    click.option("--grpc-port", type=int, default=8001, show_default=True, help="Port for gRPC."),
+    click.option("--metrics-port", type=int, default=8002, show_default=True, help="Port for Prometheus metrics."),
+)
 
 
-@click.command("serve", context_settings={"ignore_unknown_options": True})
+@click.command("serve", cls=Command, extra="server", context_settings={"ignore_unknown_options": True})
+@click.option("--model-repository", type=PATH, default=REPOSITORY, show_default=True, help="Model repository to serve.")
+@click.option("--tritonserver", type=PATH, help="The tritonserver binary.  [default: the one that is found]")
+@host_option
+@_PORTS
 @click.option(
-    "--model-repository", type=click.Path(path_type=Path), default=Path("serving/model_repository"), show_default=True
+    "--startup-seconds",
+    type=float,
+    default=60,
+    show_default=True,
+    help="Seconds to wait for the first answer before giving up.",
 )
-@click.option("--tritonserver", type=click.Path(path_type=Path), help="The binary; by default it is searched for.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--http-port", type=int, default=8000, show_default=True)
-@click.option("--grpc-port", type=int, default=8001, show_default=True)
-@click.option("--metrics-port", type=int, default=8002, show_default=True)
+@click.option("--supervise", is_flag=True, help="Restart the server when it, or the process of a model, dies or hangs.")
 @click.option(
-    "--startup-seconds", type=float, default=60, show_default=True, help="Give up when nothing answers by then."
+    "--token",
+    metavar="TOKEN|@FILE",
+    help="Token that every inference request must carry.  [default: $VILU_TOKEN, or none]",
 )
-@click.option("--supervise", is_flag=True, help="Restart the server when it, or a model's process, dies or hangs.")
-@click.option("--token", metavar="TOKEN|@FILE", help="Asked of every inference.  [default: $VILU_TOKEN, or none]")
 @click.option(
     "--control-token",
     metavar="TOKEN|@FILE",
-    help="Opens loading and unloading of models to who has it.  [default: $VILU_CONTROL_TOKEN, or closed]",
+    help="Token that allows loading and unloading models.  [default: $VILU_CONTROL_TOKEN, or nobody may]",
 )
-@click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM; gRPC speaks TLS only, HTTP stays on loopback.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="PEM; the certificate's key.")
-@click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM; clients must show a certificate it signed.")
+@listening_tls_options
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def serve_command(
     model_repository: Path,
@@ -50,7 +57,14 @@ def serve_command(
     tls_ca: Path | None,
     flags: tuple[str, ...],
 ) -> int:
-    """Start tritonserver on a model repository. Unknown FLAGS go to tritonserver."""
+    """Start tritonserver on a model repository.
+
+    Unknown FLAGS are passed to tritonserver. With --tls-cert gRPC speaks TLS only, and HTTP, for which tritonserver has
+    no TLS, listens on loopback.
+    """
+    from vilu.serving.access import Access, token_from
+    from vilu.serving.server import Server, serve
+
     return serve(
         Server(
             model_repository,
@@ -71,24 +85,3 @@ def serve_command(
         ),
         supervise=supervise,
     )
-
-
-@click.command("health")
-@connection_options
-@click.option("--model", default="vilu", show_default=True)
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True)
-def health_command(url: str, token: str | None, model: str, timeout: float, **tls: str | None) -> int:
-    """Whether a server really answers: it is asked about an image of one pixel. Exit code 0, or 1 with the reason.
-
-    The server's own readiness stays true when a model's process has died; this does not.
-    """
-    try:
-        probe(url, model=model, timeout=timeout, token=token_from(token, "VILU_TOKEN"), **tls)
-    except ServerUnavailable as error:
-        click.echo(str(error), err=True)
-        return 1
-    except RequestRefused as error:
-        click.echo(f"{url}: {error}", err=True)
-        return 1
-    click.echo(f"{url}: {model} answers")
-    return 0

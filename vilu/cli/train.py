@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vilu.cli.options import clip_options, data_options
+from vilu.cli.command import Command, RenamedOption
+from vilu.cli.options import PATH, all_of, clip_options, data_options, dtype_option, embeddings_option, template_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 from vilu.recipes import FORMS, LOSSES, OPTIMIZERS, RECIPES, Recipe, recipe_named
@@ -24,48 +25,87 @@ if TYPE_CHECKING:
     from vilu.embeddings import EmbeddedSet
     from vilu.train import Validation
 
-# Options that replace one setting of the recipe: name, type, help.
-_SETTINGS: tuple[tuple[str, Any, str], ...] = (
-    ("epochs", click.IntRange(1), "Passes over the training data."),
-    ("batch_size", click.IntRange(2), "Samples a step; among captions also the number of candidates."),
-    ("learning_rate", float, "At its highest."),
-    ("weight_decay", float, "Of the optimizer."),
-    ("optimizer", click.Choice(OPTIMIZERS), ""),
-    ("form", click.Choice(FORMS), "Projections and attention scale as the authors' code or the paper has them."),
-    ("loss", click.Choice(LOSSES), "Weighted cross-entropy, or weighted squared error to p[true class]."),
-    ("failure_weight", float, "Static weight of wrong samples, instead of the adaptive one."),
-    ("freeze_steps", click.IntRange(0), "Train the projections after so many steps."),
-    ("validation", click.FloatRange(0, 1, max_open=True), "Share cut from the training data to choose the epoch."),
-    ("patience", click.IntRange(1), "Stop after so many epochs that were not better."),
+# Options that replace one setting of the recipe, by the setting's name.
+_setting_options = all_of(
+    click.option("--epochs", type=click.IntRange(1), help="Number of passes over the training data."),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(2),
+        help="Number of samples per step. For captions it is also the number of candidates.",
+    ),
+    click.option("--learning-rate", type=float, help="Highest learning rate of the schedule."),
+    click.option("--weight-decay", type=float, help="Weight decay of the optimizer."),
+    click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Optimizer that trains the head."),
+    click.option(
+        "--architecture",
+        "form",
+        cls=RenamedOption,
+        old="--form",
+        type=click.Choice(FORMS),
+        help="Take the projections and the attention scale from the authors' code or from the paper.",
+    ),
+    click.option(
+        "--loss",
+        type=click.Choice(LOSSES),
+        help="Loss: weighted cross-entropy, or weighted squared error to the true class's probability.",
+    ),
+    click.option("--failure-weight", type=float, help="Fixed weight of wrong samples, instead of the adaptive one."),
+    click.option(
+        "--freeze-steps", type=click.IntRange(0), help="Number of steps before the projections are trained, too."
+    ),
+    click.option(
+        "--validation",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Share of the training data that is set aside to choose the epoch.",
+    ),
+    click.option("--patience", type=click.IntRange(1), help="Stop after this number of epochs without an improvement."),
 )
 
 
-def _setting_options(command: Any) -> Any:
-    for name, kind, text in reversed(_SETTINGS):
-        command = click.option(f"--{name.replace('_', '-')}", name, type=kind, help=text)(command)
-    return command
-
-
-@click.command("train")
+@click.command("train", cls=Command, extra="train")
 @data_options
-@click.option("--embeddings", type=click.Path(path_type=Path), help="Embeddings made elsewhere, instead of images.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors).")
+@embeddings_option
+@click.option("--output", type=PATH, required=True, help="Checkpoint to write (.safetensors).")
 @clip_options
-@click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for several.")
-@click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), default="default", show_default=True)
-@_setting_options
-@click.option("--parts", help="What the MLP sees.  [default: image,predicted,attended]")
-@click.option("--prior/--no-prior", default=None, help="Start from CLIP's own confidence.  [default: the recipe's]")
-@click.option("--no-cache", is_flag=True, help="Embed augmented images anew in every epoch, as the authors do; slow.")
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
-@click.option("--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's event files.")
+@template_option
 @click.option(
-    "--estimate/--no-estimate",
-    default=True,
-    help="Where the head is not better than MCM: of how many "
-    "images that takes. Trains on three parts of the data.  [default: --estimate]",
+    "--recipe",
+    "recipe_name",
+    type=click.Choice(list(RECIPES)),
+    default="default",
+    show_default=True,
+    help="Training settings by name. The options below replace single settings of it.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@_setting_options
+@click.option(
+    "--head-inputs",
+    "parts",
+    cls=RenamedOption,
+    old="--parts",
+    help="Embeddings that the head's MLP reads, separated by commas.  [default: image,predicted,attended]",
+)
+@click.option(
+    "--prior/--no-prior",
+    default=None,
+    help="Start from CLIP's own confidence and learn a correction.  [default: as the recipe says]",
+)
+@click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Embed newly augmented images in every epoch, as the authors do, instead of caching embeddings. This is slow.",
+)
+@dtype_option("float16")
+@click.option("--tensorboard", type=PATH, help="Folder to write TensorBoard's event files to.")
+@click.option(
+    "--estimate-images/--no-estimate-images",
+    "estimate",
+    cls=RenamedOption,
+    old="--estimate/--no-estimate",
+    default=True,
+    help="Where the head is not better than MCM, estimate how many training images it needs. This trains on three "
+    "parts of the data.  [default: estimate]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the training.")
 def train_command(
     data: str | None,
     dataset: str | None,
@@ -86,10 +126,11 @@ def train_command(
     seed: int,
     **settings: Any,
 ) -> None:
-    """Train a ViLU head on labelled or captioned images; CLIP itself is not changed.
+    """Train a ViLU head on labelled or captioned images.
 
-    A killed run continues where it was when it is called again. Writes OUTPUT, the epoch that was best on
-    samples cut from the training data, and OUTPUT's .last.safetensors. Several GPUs: torchrun -m vilu train ...
+    CLIP itself is not changed. OUTPUT is the epoch that was best on samples set aside from the training data;
+    OUTPUT's .last.safetensors is the last one. A killed run continues where it was when it is started again. For
+    several GPUs: torchrun -m vilu train ...
     """
     from vilu.checkpoint import Checkpoint, ClipSpec, save_checkpoint
     from vilu.class_set import DEFAULT_TEMPLATES, ClassSet

@@ -31,6 +31,11 @@ FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", 
 Skipped = list[tuple[int, str]]
 
 
+def default_cache() -> Path:
+    """The folder that keeps embeddings where none is named, in the XDG base directory for caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vilu"
+
+
 @dataclass(frozen=True)
 class Stored:
     """Arrays by name, and what was skipped. Mapped copy-on-write: torch wants them writable, the file never changes."""

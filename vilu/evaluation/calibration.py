@@ -1,8 +1,8 @@
-"""Thresholds that can be promised, and probabilities that mean what they say, from held-out data.
+"""Choice of a threshold on P(failure), one of them with a guarantee, and calibration of P(failure), from held-out data.
 
-An answer is accepted when failure_probability < threshold. Every threshold here is a float32 value in [0, 1] and
-is chosen with the probabilities rounded to float32, so that a server comparing in float32 accepts exactly the
-same samples. Held-out means: not used to train the head, nor to calibrate it.
+An answer is accepted when failure_probability < threshold. Every threshold here is a float32 value in [0, 1] and is
+chosen with the probabilities rounded to float32, so that a server that compares in float32 accepts exactly the same
+samples. Held-out data are used neither to train the head nor to calibrate it.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import UserError
-from vilu.evaluation.metrics import Bools, Floats, OneSidedError, check_probability, kept
+from vilu.evaluation.metrics import Bools, Floats, OneSidedError, check_probability, kept_samples
 
 if TYPE_CHECKING:
     from vilu.head import ViLUHead
 
-# What guaranteed_risk chooses from: every 1/16 of a logit of P(failure) from −16 to 12, and 1. All of it is fixed
-# before any data are seen, which the guarantee rests on; so are the points that start with a share of the level.
+# guaranteed_risk chooses from these thresholds: P(failure) at every 1/16 of a logit from −16 to 12, and 1. The
+# guarantee needs them fixed before any data are seen, and also STARTS, the thresholds that begin with a share of the
+# level.
 LOGITS = np.arange(-16, 12 + 1 / 32, 1 / 16)
 GRID = np.append(1 / (1 + np.exp(-LOGITS)), 1.0).astype(np.float32).astype(np.float64)
 STARTS = np.append(np.isin(LOGITS, range(-8, 5)), False)
@@ -30,15 +31,18 @@ STARTS = np.append(np.isin(LOGITS, range(-8, 5)), False)
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold, why it was chosen, and what it does on the data it came from.
+    """A threshold, the rule that chose it, and its effect on the data it was chosen on.
 
-    rule, target: "risk", "coverage" or "tpr", and the value asked for.
-    threshold: accept where failure_probability < threshold.
-    coverage: share of the samples accepted. risk: share of the accepted that are wrong.
-    tpr: share of the right answers that are accepted (1 where none is right).
-    samples, failures: the size of the data and how many of its answers are wrong.
-    confidence: of the guarantee; None for a rule that has none.
-    bound: the exact binomial upper bound on the risk that met the target; None where there is no guarantee.
+    rule: "risk", "coverage" or "tpr".
+    target: the value of the rule that was asked for, a fraction.
+    threshold: an answer is accepted where failure_probability < threshold.
+    coverage: share of the samples that is accepted.
+    risk: share of wrong answers among the accepted ones.
+    tpr: share of the right answers that is accepted; 1 where no answer is right.
+    samples: number of samples.
+    failures: number of wrong answers.
+    confidence: confidence of the guarantee; None for a rule without a guarantee.
+    bound: upper bound on the risk, exact (binomial), at most the target; None for a rule without a guarantee.
     """
 
     rule: str
@@ -54,7 +58,10 @@ class Threshold:
 
 
 class TargetNotMetError(UserError):
-    """The target cannot be met on this data; `attainable` is the nearest that can, None where nothing can."""
+    """The target cannot be met on this data.
+
+    attainable: the nearest target that can be met; None where there is none.
+    """
 
     def __init__(self, message: str, attainable: float | None) -> None:
         super().__init__(message)
@@ -64,25 +71,28 @@ class TargetNotMetError(UserError):
 def guaranteed_risk(
     failure_probability: ArrayLike, correct: ArrayLike, target_risk: float, confidence: float = 0.95
 ) -> Threshold:
-    """The threshold of largest coverage whose risk is at most `target_risk`, but for a chance of 1 − confidence.
+    """A threshold that keeps the risk on new data at most `target_risk`, with probability `confidence`.
 
-    Over the draw of the N samples, P(risk on new data from the same source > target_risk) ≤ 1 − confidence,
-    whatever the head and the data. For each θ of a grid fixed in advance (`GRID`), with n accepted samples and
-    e failures among them, "risk(θ) > target_risk" has the exact p-value P(Binomial(n, target_risk) ≤ e). The
-    hypotheses are tested from the lowest θ up by the fallback procedure: 13 of them (`STARTS`) have an equal
-    share of 1 − confidence each, and one that is rejected hands all it had to the next, so that the level grows
-    along a run of rejections; the chance of any false rejection stays at 1 − confidence under every dependence
-    of the tests. The highest rejected θ is taken. (Geifman and El-Yaniv bound a data-driven binary search by
-    Bonferroni over its steps; a fixed grid needs no argument about which steps were taken.)
+    The guarantee: over the draw of the N samples, P(risk on new data from the same source > target_risk) is at most
+    1 − confidence, whatever the head and the data.
+
+    The method: for each θ of a grid fixed in advance (`GRID`), with n accepted samples and e failures among them, the
+    hypothesis "risk(θ) > target_risk" has the exact p-value P(Binomial(n, target_risk) ≤ e). The hypotheses are tested
+    from the lowest θ up by the fallback procedure. Thirteen of them (`STARTS`) begin with an equal share of
+    1 − confidence. A rejected hypothesis hands its whole level to the next one, so the level grows along a run of
+    rejections. The probability of any false rejection stays at most 1 − confidence, however the tests depend on each
+    other. The highest rejected θ is returned, which has the largest coverage. (Geifman and El-Yaniv bound a binary
+    search that depends on the data by Bonferroni over its steps; a fixed grid needs no such argument.)
 
     Args:
-        failure_probability: (N,) in [0, 1], held-out.
+        failure_probability: (N,) in [0, 1], on held-out data.
         correct: (N,) bool.
-        target_risk: error rate wanted among accepted answers, in (0, 1).
-        confidence: in (0, 1).
+        target_risk: highest error rate wanted among accepted answers, a fraction in (0, 1).
+        confidence: probability of the guarantee, in (0, 1).
 
     Raises:
-        TargetNotMetError: no threshold can be promised; says the lowest risk that this data would have met.
+        TargetNotMetError: no threshold has the guarantee; the message names the lowest risk that would have one.
+        UserError: an option out of range, or arrays that do not fit.
 
     Reference: Geifman & El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017 (the
     problem and the binomial bound); Wiens & Dmitrienko, "The Fallback Procedure for Evaluating a Single Family
@@ -105,14 +115,14 @@ def guaranteed_risk(
     at, level = _highest_rejected(accepted, failed, target_risk, 1 - confidence)
     if at is None:
         lowest = _lowest_risk(accepted, failed, 1 - confidence)
-        said = (
+        possible = (
             f"no risk below 1 can be promised from these {len(right)} samples"
             if lowest is None
             else f"the lowest that these {len(right)} samples can promise is {lowest:.4f}"
         )
         least = math.ceil(math.log(1 - confidence) / math.log1p(-target_risk))
         raise TargetNotMetError(
-            f"risk {target_risk:g} cannot be promised with confidence {confidence:g}: {said}"
+            f"risk {target_risk:g} cannot be promised with confidence {confidence:g}: {possible}"
             f" (at least {least} accepted samples without a failure are needed for {target_risk:g})",
             lowest,
         )
@@ -123,15 +133,21 @@ def guaranteed_risk(
 
 
 def for_coverage(failure_probability: ArrayLike, correct: ArrayLike, coverage: float) -> Threshold:
-    """The lowest threshold that accepts at least ceil(coverage · N) of the samples; ties can make it more.
+    """The lowest threshold that accepts at least ceil(coverage · N) of the samples; with ties it can accept more.
+
+    Args:
+        failure_probability: (N,) in [0, 1], on held-out data.
+        correct: (N,) bool.
+        coverage: share of the samples to accept, in (0, 1].
 
     Raises:
+        UserError: an option out of range, or arrays that do not fit.
         TargetNotMetError: too many samples have P(failure) = 1, which no threshold accepts.
     """
     probability, right = _read(failure_probability, correct)
     if not 0 < coverage <= 1:
         raise UserError(f"coverage must be in (0, 1], got {coverage}")
-    threshold = _above(probability, np.sort(probability)[kept(coverage, len(right)) - 1])
+    threshold = _above(probability, np.sort(probability)[kept_samples(coverage, len(right)) - 1])
     if threshold is None:
         most = float((probability < 1).mean())
         raise TargetNotMetError(
@@ -143,7 +159,13 @@ def for_coverage(failure_probability: ArrayLike, correct: ArrayLike, coverage: f
 def for_tpr(failure_probability: ArrayLike, correct: ArrayLike, tpr: float = 0.95) -> Threshold:
     """The lowest threshold that accepts at least a share `tpr` of the right answers.
 
+    Args:
+        failure_probability: (N,) in [0, 1], on held-out data.
+        correct: (N,) bool.
+        tpr: true positive rate in (0, 1].
+
     Raises:
+        UserError: an option out of range, or arrays that do not fit.
         OneSidedError: no answer is right.
         TargetNotMetError: too many right answers have P(failure) = 1, which no threshold accepts.
     """
@@ -153,7 +175,7 @@ def for_tpr(failure_probability: ArrayLike, correct: ArrayLike, tpr: float = 0.9
     if not right.any():
         raise OneSidedError(f"a threshold by TPR needs right answers: all {len(right)} are wrong")
     of_right = np.sort(probability[right])
-    threshold = _above(probability, of_right[kept(tpr, len(of_right)) - 1])
+    threshold = _above(probability, of_right[kept_samples(tpr, len(of_right)) - 1])
     if threshold is None:
         most = float((of_right < 1).mean())
         raise TargetNotMetError(
@@ -164,24 +186,28 @@ def for_tpr(failure_probability: ArrayLike, correct: ArrayLike, tpr: float = 0.9
 
 @dataclass(frozen=True)
 class Calibration:
-    """P' = sigmoid(slope · logit(P) + offset) with slope > 0: it never reorders samples."""
+    """A calibration P' = sigmoid(slope · logit(P) + offset) of P = P(failure); it never changes the order of samples.
+
+    slope: positive.
+    offset: any number.
+    """
 
     slope: float
     offset: float = 0.0
 
     def __call__(self, failure_probability: ArrayLike) -> Floats:
-        """Calibrated failure probabilities (N,), float64, of (N,) in [0, 1]."""
+        """The calibrated failure probabilities (N,), float64, from failure probabilities (N,) in [0, 1]."""
         probability = np.asarray(failure_probability, dtype=np.float64)
         if not ((probability >= 0) & (probability <= 1)).all():
             raise UserError("a failure probability is not in [0, 1]")
         return _sigmoid(self.slope * _logit(probability) + self.offset)
 
     def fold_into(self, head: ViLUHead) -> ViLUHead:
-        """A copy of the head that answers calibrated: its last layer scaled and shifted, so nothing is added."""
+        """A copy of the head whose P(failure) is calibrated: its last layer is scaled and shifted, nothing is added."""
         import torch
 
         calibrated = copy.deepcopy(head)
-        last = cast(torch.nn.Linear, calibrated.mlp[-1])
+        last = calibrated.output_layer
         with torch.no_grad():
             last.weight.mul_(self.slope)
             last.bias.mul_(self.slope).add_(self.offset)
@@ -191,9 +217,9 @@ class Calibration:
 
 
 def temperature(failure_probability: ArrayLike, correct: ArrayLike) -> Calibration:
-    """Temperature scaling, sigmoid(logit(P) / T): T of least cross-entropy; slope = 1 / T, offset 0.
+    """Temperature scaling, sigmoid(logit(P) / T), with the T of least cross-entropy: slope 1 / T, offset 0.
 
-    P(failure) keeps its decision at 1/2. See `platt` for the targets, arguments and errors.
+    A P(failure) above 1/2 stays above, and one below stays below. Targets, arguments and errors are as in `platt`.
 
     Reference: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
     """
@@ -201,18 +227,19 @@ def temperature(failure_probability: ArrayLike, correct: ArrayLike) -> Calibrati
 
 
 def platt(failure_probability: ArrayLike, correct: ArrayLike) -> Calibration:
-    """Platt scaling, sigmoid(a · logit(P) + b): a > 0 and b of least cross-entropy, a convex problem.
+    """Platt scaling, sigmoid(a · logit(P) + b), with the a > 0 and b of least cross-entropy (a convex problem).
 
-    The targets are Platt's: (n_wrong + 1) / (n_wrong + 2) for failures and 1 / (n_right + 2) for successes
-    instead of 1 and 0, so that a perfect ranking does not ask for an infinite slope.
+    The targets are Platt's: (n_wrong + 1) / (n_wrong + 2) for failures and 1 / (n_right + 2) for successes in place of
+    1 and 0, so that a perfect ranking does not lead to an infinite slope.
 
     Args:
-        failure_probability: (N,) in [0, 1], held-out.
-        correct: (N,) bool, of both kinds.
+        failure_probability: (N,) in [0, 1], on held-out data.
+        correct: (N,) bool; right and wrong answers are both needed.
 
     Raises:
-        OneSidedError: all answers are right, or all wrong.
-        UserError: the best slope is not positive: P(failure) ranks no better than chance here.
+        OneSidedError: every answer is right, or every answer is wrong.
+        UserError: the best slope is not positive, as P(failure) ranks no better than chance here; or arrays that do
+            not fit.
 
     Reference: Platt, "Probabilistic Outputs for Support Vector Machines", 1999, section 2.2.
     """
@@ -224,7 +251,8 @@ def _fit_calibration(failure_probability: ArrayLike, correct: ArrayLike, shift: 
 
     probability, right = check_probability(failure_probability, correct)
     if right.all() or not right.any():
-        raise OneSidedError(f"calibration needs both kinds: all {len(right)} are {'right' if right.all() else 'wrong'}")
+        side = "right" if right.all() else "wrong"
+        raise OneSidedError(f"calibration needs right and wrong answers: all {len(right)} are {side}")
     logit = _logit(probability)
     wrong = ~right
     target = np.where(wrong, (wrong.sum() + 1) / (wrong.sum() + 2), 1 / (right.sum() + 2))
@@ -248,7 +276,7 @@ def _fit_calibration(failure_probability: ArrayLike, correct: ArrayLike, shift: 
 def _highest_rejected(
     accepted: NDArray[np.int64], failed: NDArray[np.int64], target_risk: float, level: float
 ) -> tuple[int | None, float]:
-    """Index of the highest threshold the fallback procedure rejects "risk > target" at, and the level it had."""
+    """The index of the highest threshold at which the fallback procedure rejects "risk > target", and its level."""
     from scipy.stats import binom
 
     p_values = np.where(accepted > 0, binom.cdf(failed, np.maximum(accepted, 1), target_risk), 1.0)
@@ -263,7 +291,7 @@ def _highest_rejected(
 
 
 def _lowest_risk(accepted: NDArray[np.int64], failed: NDArray[np.int64], level: float) -> float | None:
-    """The smallest target that is met, to 1e-4 and rounded up; None where not even 0.9999 is."""
+    """The smallest target risk that is met, rounded up to 1e-4; None where not even 0.9999 is."""
     low, high = 0, 10_000
     while high - low > 1:
         middle = (low + high) // 2

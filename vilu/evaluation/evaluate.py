@@ -1,18 +1,16 @@
 """All scores side by side on one or several data sets, with bootstrap intervals and paired tests.
 
     evaluation = evaluate([Case(test, train, head)])
-    evaluation.results[0].rows      # one row a method
-    report.write(evaluation, Path("evaluation"))
+    evaluation.results[0].rows                              # one row a method
+    report.tables.write(evaluation, Path("evaluation"))     # HTML, JSON, CSV and figures
 
-A method that cannot be computed is a row with the reason; no number in a result is NaN.
+A method that cannot be computed becomes a row with the reason; no number in a result is NaN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,110 +18,36 @@ from torch import Tensor
 
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
 from vilu.errors import UserError
-from vilu.evaluation.bootstrap import COLUMNS, INDEX, comparison, draws, interval, one_sided, values
-from vilu.evaluation.metrics import Bools, Comparison, Floats, Interval
+from vilu.evaluation.bootstrap import comparison, interval, metric_values, resampled_metrics
+from vilu.evaluation.columns import COLUMNS, INDEX
+from vilu.evaluation.metrics import Bools, Floats, one_sided
+from vilu.evaluation.results import COMPARED, OURS, Case, Evaluation, Result, Row, failure_probabilities
 from vilu.scores import SCORES, Score
 
-if TYPE_CHECKING:
-    from vilu.evaluation.learning_curve import LearningCurve
-    from vilu.head import ViLUHead
-
-# Methods whose confidence is a probability that the answer is right, so that ECE and Brier mean something.
-PROBABILITIES = ("MCM", "LVU-BCE", "LVU-MSE", "ConfidNet", "BayesVLM", "ViLU")
-OURS = "ViLU"
-COMPARED = ("auc", "fpr95")
 CANDIDATES = (128, 256, 512, 1024, 2048, 4096, 8192)
 PUBLISHED_CANDIDATES = 1024  # of the published caption tables: the K nearest to it is the headline
 CLASS_BOUND = ("Rel-U",)  # what they learn belongs to the classes they were fitted on
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One line of work: a test set, what the baselines are fitted on, and the head under test.
-
-    train: None leaves the methods that need fitting as rows with the reason. Another data set than the test's
-        makes a cross-dataset evaluation; the classes are always the test's.
-    head: None leaves ViLU out in the same way.
-    """
-
-    test: EmbeddedSet
-    train: EmbeddedSet | None = None
-    head: ViLUHead | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method on one data set.
-
-    reason: why there is no number, "" where there are. cells: by column key, where the column is defined.
-    against: ViLU minus this method on the same draws, for the columns of COMPARED; empty for ViLU itself.
-    """
-
-    method: str
-    reason: str = ""
-    cells: Mapping[str, Interval] = field(default_factory=dict)
-    against: Mapping[str, Comparison] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Result:
-    """All methods on one data set, or their mean over several.
-
-    samples: images scored; dropped: images of a last incomplete group of captions. candidates: classes, or
-    captions in a group. note: what is not defined here and why, "" where all is. correct, confidences and
-    draws are what the rows were computed from; those of a mean hold draws only.
-    """
-
-    name: str
-    trained_on: str
-    captions: bool
-    candidates: int
-    samples: int
-    dropped: int
-    failures: int
-    accuracy: float
-    rows: tuple[Row, ...]
-    note: str = ""
-    correct: Bools = field(default_factory=lambda: np.empty(0, bool), repr=False, compare=False)
-    confidences: Mapping[str, Floats] = field(default_factory=dict, repr=False, compare=False)
-    draws: Mapping[str, Floats] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def probabilities(self) -> dict[str, Floats]:
-        """P(failure) of the methods that state one."""
-        return _failure(self.confidences)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """results: one a case, captions at the headline K. sweeps: by case name, the results over K. mean: over the
-    results, None for one. curves: by case name, where learning curves were asked for."""
-
-    results: tuple[Result, ...]
-    methods: tuple[str, ...]
-    sweeps: Mapping[str, tuple[Result, ...]]
-    mean: Result | None
-    resamples: int
-    level: float
-    seed: int
-    curves: Mapping[str, LearningCurve] = field(default_factory=dict)
-    settings: Mapping[str, str] = field(default_factory=dict)
-
-
 def correct(test: EmbeddedSet, candidates: int | None = None) -> Bools:
-    """Whether CLIP's answer is right.
+    """Whether CLIP's zero-shot answer is right, for each image.
+
+    In a closed set the answer is right where argmax_j v · t_j is the label. Captions are ranked in consecutive groups
+    of `candidates` images with their captions: the answer is right where no caption of the group is nearer than the
+    image's own, so a tie counts as right.
 
     Args:
-        test: closed set: argmax_j v · t_j is the label. Captions: consecutive groups of `candidates` images with
-            their captions; no caption of the group is nearer than the image's own, a tie counting as right.
-        candidates: K, captions only; the images after the last full group are left out.
+        test: N images.
+        candidates: number K of captions in a group, captions only; images after the last full group are left out.
 
     Returns:
-        (N,), or (N // K · K,) for captions.
+        (N,) bool, or (N // K · K,) for captions.
 
     Raises:
-        UserError: captions without a K of 2 .. N.
+        UserError: captions without a K in 2 .. N.
+
+    Source: ViLU (arXiv 2507.07620), section 4, for both protocols.
     """
     parts = []
     for image, text, labels in _groups(test, candidates):
@@ -138,10 +62,18 @@ def correct(test: EmbeddedSet, candidates: int | None = None) -> Bools:
 
 
 def confidences(scores: Mapping[str, Score], test: EmbeddedSet, candidates: int | None = None) -> dict[str, Floats]:
-    """Each score's confidence, float64, for the images and the candidates of `correct`.
+    """The confidence of each score, for the images and the candidates of `correct`.
+
+    Args:
+        scores: by name, scores that are ready to use.
+        test: N images.
+        candidates: number K of captions in a group, captions only.
+
+    Returns:
+        by name, (N,) float64, or (N // K · K,) for captions.
 
     Raises:
-        UserError: as `correct`, or what a score raises.
+        UserError: captions without a K in 2 .. N, or embeddings that a score refuses.
     """
     return {
         name: np.concatenate(
@@ -165,21 +97,36 @@ def evaluate(
     factories: Mapping[str, Callable[..., Score]] = SCORES,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Every method on every case; p-values of ViLU against each of the others.
+    """Evaluate every method on every case, with p-values of ViLU against each other method.
 
-    The same seed is used for every case, so that cases over the same images share their draws.
+    All cases use the same seed, so cases over the same images share their bootstrap resamples.
 
     Args:
-        cases: at least one. A train set that several share is fitted on once.
+        cases: at least one. The baselines are fitted once on training data that several cases share.
         methods: names in `factories`, in the order of the rows.
-        candidates: captions: the sizes K of a group; those above the number of images are left out, and where
-            none is left all images are one group.
-        resamples, level, seed: of the bootstrap.
-        factories: by name, how a score is built: without arguments, "ViLU" from the head.
-        progress: called with (what, done, total).
+        candidates: captions only: the group sizes K to evaluate. Sizes above the number of images are left out; where
+            none is left, all images are one group.
+        resamples: number of bootstrap resamples.
+        level: level of the intervals, in (0, 1).
+        seed: seed of the bootstrap.
+        factories: by method name, how its score is built: "ViLU" from the head, the others without arguments.
+        progress: called with (what is done now, steps done, steps in all).
 
     Raises:
-        UserError: no case or method, an unknown method, a test set of one class, or embeddings of other widths.
+        UserError: no case or method, an unknown method, a test set of one class, or embeddings of different widths.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> def unit(*shape):
+        ...     return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=1)
+        >>> labels = torch.arange(200) % 4
+        >>> test = EmbeddedSet("random images", Embeddings(unit(200, 8)), Embeddings(unit(4, 8)), labels)
+        >>> evaluation = evaluate([Case(test)], ["MCM", "Entropy"], resamples=20)
+        >>> [row.method for row in evaluation.results[0].rows]
+        ['MCM', 'Entropy']
+        >>> auc = evaluation.results[0].rows[0].cells["auc"]
+        >>> auc.low <= auc.value <= auc.high
+        True
     """
     methods = tuple(dict.fromkeys(methods))
     if not cases or not methods:
@@ -193,16 +140,16 @@ def evaluate(
         raise UserError(f"candidates must be at least 2 each, got {', '.join(map(str, candidates)) or 'none'}")
     for case in cases:
         _check(case)
-    say: Progress = progress or (lambda what, done, total: None)
+    report_progress: Progress = progress or (lambda what, done, total: None)
     fitted: dict[tuple[str, int], Score | str] = {}
     results, sweeps = [], {}
     for case, name in zip(cases, unique_names(cases), strict=True):
         scores: dict[str, Score | str] = {}
         for i, method in enumerate(methods):
-            say(f"{name}: fitting {method}", i, len(methods))
+            report_progress(f"{name}: fitting {method}", i, len(methods))
             scores[method] = _score(method, case, factories, fitted)
         sizes = group_sizes(case.test, candidates)
-        swept = tuple(_result(name, case, scores, k, resamples, level, seed, say) for k in sizes)
+        swept = tuple(_result(name, case, scores, k, resamples, level, seed, report_progress) for k in sizes)
         results.append(swept[sizes.index(headline(sizes))])
         if case.test.captions:
             sweeps[name] = swept
@@ -211,19 +158,19 @@ def evaluate(
 
 
 def group_sizes(test: EmbeddedSet, candidates: Sequence[int] = CANDIDATES) -> list[int | None]:
-    """The K that the captions of a set allow; [None] for a closed set."""
+    """The group sizes K that a set of captions allows; [None] for a closed set."""
     if not test.captions:
         return [None]
     return [*sorted({k for k in candidates if k <= len(test)})] or [len(test)]
 
 
 def headline(sizes: Sequence[int | None]) -> int | None:
-    """The K whose results stand in the table: the nearest, by ratio, to the published one."""
+    """The K whose results the table shows: the one nearest by ratio to the published K."""
     return min(sizes, key=lambda k: abs(math.log((k or 1) / PUBLISHED_CANDIDATES)))
 
 
 def unique_names(cases: Sequence[Case]) -> list[str]:
-    """The test sets' names, a repeated one numbered."""
+    """The names of the test sets; a name that repeats gets a number."""
     names: list[str] = []
     for case in cases:
         name, count = case.test.name, 1
@@ -259,18 +206,13 @@ def _groups(test: EmbeddedSet, candidates: int | None) -> Iterator[tuple[Embeddi
         yield test.image[rows], test.text[rows], None
 
 
-def _failure(found: Mapping[str, Floats]) -> dict[str, Floats]:
-    # A softmax in float32 may sum to a little over 1.
-    return {name: np.clip(1 - found[name], 0, 1) for name in found if name in PROBABILITIES}
-
-
 def _score(
     method: str,
     case: Case,
     factories: Mapping[str, Callable[..., Score]],
     fitted: dict[tuple[str, int], Score | str],
 ) -> Score | str:
-    """A score ready to use, or why there is none."""
+    """A score that is ready to use, or the reason why there is none. `fitted` keeps what several cases share."""
     if method == OURS:
         return factories[method](case.head) if case.head is not None else "no checkpoint was given"
     train = case.train
@@ -299,7 +241,7 @@ def _result(
     resamples: int,
     level: float,
     seed: int,
-    say: Progress,
+    report_progress: Progress,
 ) -> Result:
     test = case.test
     right = correct(test, candidates)
@@ -307,7 +249,7 @@ def _result(
     reasons: dict[str, str] = {}
     at = f"{name}, K = {candidates}" if candidates else name
     for i, (method, score) in enumerate(scores.items()):
-        say(f"{at}: {method}", i, len(scores))
+        report_progress(f"{at}: {method}", i, len(scores))
         try:
             if isinstance(score, str):
                 raise UserError(score)
@@ -317,15 +259,15 @@ def _result(
             found[method] = confidence
         except (ValueError, torch.linalg.LinAlgError) as error:
             reasons[method] = one_line(error)
-    failure = _failure(found)
-    whole = {method: values(confidence, failure.get(method), right) for method, confidence in found.items()}
-    drawn = draws(
+    failure = failure_probabilities(found)
+    whole = {method: metric_values(confidence, failure.get(method), right) for method, confidence in found.items()}
+    resampled = resampled_metrics(
         found,
         failure,
         right,
         resamples=resamples,
         seed=seed,
-        progress=lambda done, total: say(f"{at}: bootstrap", done, total),
+        progress=lambda done, total: report_progress(f"{at}: bootstrap", done, total),
     )
     note = ""
     if one_sided(right):
@@ -341,18 +283,18 @@ def _result(
         dropped=len(test) - len(right),
         failures=int((~right).sum()),
         accuracy=float(right.mean()),
-        rows=_rows(scores, whole, drawn, reasons, level),
+        rows=_rows(scores, whole, resampled, reasons, level),
         note=note,
         correct=right,
         confidences=found,
-        draws=drawn,
+        draws=resampled,
     )
 
 
 def _rows(
     methods: Sequence[str] | Mapping[str, object],
     whole: Mapping[str, Floats],
-    drawn: Mapping[str, Floats],
+    resampled: Mapping[str, Floats],
     reasons: Mapping[str, str],
     level: float,
 ) -> tuple[Row, ...]:
@@ -364,11 +306,13 @@ def _rows(
         cells, against = {}, {}
         for column in COLUMNS:
             i = INDEX[column.key]
-            cell = interval(whole[method][i], drawn[method][:, i], level)
+            cell = interval(whole[method][i], resampled[method][:, i], level)
             if cell is not None:
                 cells[column.key] = cell
             if column.key in COMPARED and method != OURS and OURS in whole:
-                pair = comparison(whole[OURS][i] - whole[method][i], drawn[OURS][:, i] - drawn[method][:, i], level)
+                pair = comparison(
+                    whole[OURS][i] - whole[method][i], resampled[OURS][:, i] - resampled[method][:, i], level
+                )
                 if pair is not None:
                     against[column.key] = pair
         rows.append(Row(method, "", cells, against))
@@ -376,8 +320,8 @@ def _rows(
 
 
 def _mean(results: Sequence[Result], methods: Sequence[str], level: float) -> Result:
-    """The mean over data sets; a draw of it is the mean of one draw from each."""
-    whole, drawn, reasons = {}, {}, {}
+    """The mean over data sets; a resample of the mean is the mean of one resample from each."""
+    whole, resampled, reasons = {}, {}, {}
     for method in methods:
         absent = [result.name for result in results if method not in result.draws]
         if absent:
@@ -387,7 +331,7 @@ def _mean(results: Sequence[Result], methods: Sequence[str], level: float) -> Re
         whole[method] = np.array(
             [np.mean([row.cells[c.key].value if c.key in row.cells else math.nan for row in rows]) for c in COLUMNS]
         )
-        drawn[method] = np.mean([result.draws[method] for result in results], axis=0)
+        resampled[method] = np.mean([result.draws[method] for result in results], axis=0)
     return Result(
         name=f"mean of {len(results)} data sets",
         trained_on="",
@@ -397,12 +341,12 @@ def _mean(results: Sequence[Result], methods: Sequence[str], level: float) -> Re
         dropped=sum(result.dropped for result in results),
         failures=sum(result.failures for result in results),
         accuracy=float(np.mean([result.accuracy for result in results])),
-        rows=_rows(methods, whole, drawn, reasons, level),
+        rows=_rows(methods, whole, resampled, reasons, level),
         note="; ".join(f"{result.name}: {result.note}" for result in results if result.note),
-        draws=drawn,
+        draws=resampled,
     )
 
 
 def one_line(error: Exception) -> str:
-    """An exception's text as one line."""
+    """The text of an exception as one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,76 +1,25 @@
-"""How a head's AUC grows with the training data, against MCM, which needs none."""
+"""How the AUC of a head grows with the training data, beside MCM, which needs no training."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from vilu.embeddings import EmbeddedSet
 from vilu.errors import UserError
-from vilu.evaluation.bootstrap import INDEX, draws, interval, one_sided, values
-from vilu.evaluation.evaluate import confidences, correct, group_sizes, headline, one_line
-from vilu.evaluation.metrics import Floats, Interval, OneSidedError
+from vilu.evaluation.bootstrap import Interval, metric_values, resampled_metrics
+from vilu.evaluation.columns import INDEX
+from vilu.evaluation.evaluate import Progress, confidences, correct, group_sizes, headline, one_line
+from vilu.evaluation.metrics import Floats, OneSidedError, one_sided
+from vilu.evaluation.results import LearningCurve, NeededImages, Point
 from vilu.head import ViLUHead
 from vilu.scores import MCM, ViLU
 
-SIGNIFICANCE = 0.05
-FARTHEST = 100  # an extrapolation beyond this many times the largest size is not told
-EXPONENTS = np.geomspace(0.05, 3, 400)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One training size.
-
-    aucs: of the seeds that trained. mean, low, high: over seeds, a Student interval, low and high None for one
-    seed. difference, p_value: of the mean from MCM, over both seeds and test images. reason: of failed seeds.
-    """
-
-    size: int
-    aucs: tuple[float, ...]
-    mean: float | None = None
-    low: float | None = None
-    high: float | None = None
-    difference: float | None = None
-    p_value: float | None = None
-    reason: str = ""
-
-    @property
-    def better(self) -> bool:
-        """Significantly better than MCM."""
-        return self.p_value is not None and self.p_value < SIGNIFICANCE and (self.difference or 0) > 0
-
-
-@dataclass(frozen=True)
-class Needed:
-    """The size from which the head beats MCM.
-
-    kind: "reached" (between low, the size before, and size), "extrapolated" (size, with a 95% interval whose
-    high is None where the draws do not bound it), "unknown". text: the same in words.
-    """
-
-    kind: str
-    text: str
-    size: int | None = None
-    low: int | None = None
-    high: int | None = None
-
-
-@dataclass(frozen=True)
-class LearningCurve:
-    """power_law: (a, b, c) of AUC ≈ a − b · size^−c, None where it was not fitted."""
-
-    test: str
-    samples: int
-    seeds: tuple[int, ...]
-    mcm: Interval
-    points: tuple[Point, ...]
-    needed: Needed
-    power_law: tuple[float, float, float] | None = None
+FARTHEST = 100  # an extrapolation beyond this many times the largest size is not reported
+EXPONENTS = np.geomspace(0.05, 3, 400)  # candidates for the exponent c of the power law
 
 
 def learning_curve(
@@ -83,24 +32,29 @@ def learning_curve(
     candidates: int | None = None,
     resamples: int = 200,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> LearningCurve:
-    """Train on growing parts of `train`, score each head's AUC on `test`.
+    """Train heads on growing parts of `train` and score the AUC of each on `test`.
 
-    A seed orders the training images; a size takes the first of them, so a seed's parts are nested.
-    Significance: the mean difference from MCM over its standard error, whose square is the variance between
-    seeds over their number plus the bootstrap variance of the mean over test images; t with the degrees of
-    freedom of Satterthwaite. With one seed the variance between seeds is not known and taken as 0.
+    A seed puts the training images in an order, and a size takes the first of them, so the parts of one seed are
+    nested. The mean difference from MCM is tested with a t-test: the square of its standard error is the variance
+    between seeds over their number, plus the bootstrap variance of the mean over test images; the degrees of freedom
+    are Satterthwaite's. With one seed the variance between seeds is not known and counts as 0.
 
     Args:
-        train: what is cut. test: scored; captions in groups of `candidates` (None: as `evaluate`'s headline).
-        sizes: in [1, len(train)]. seeds: at least one.
-        fit: (part of train, seed) to a head; a UserError from it leaves that seed out.
-        resamples, seed: of the bootstrap over test images.
-        progress: called with (what, done, total).
+        train: the data whose parts are trained on.
+        test: the data that is scored; captions in groups of `candidates`.
+        sizes: numbers of training images, each in [1, len(train)].
+        seeds: at least one.
+        fit: (part of train, seed) to a trained head; where it raises a UserError, that seed is left out.
+        candidates: number of captions in a group; None: the one that `evaluate` shows in its table.
+        resamples: number of bootstrap resamples of the test images.
+        seed: seed of the bootstrap.
+        progress: called with (what is done now, steps done, steps in all).
 
     Raises:
-        UserError: no sizes or seeds, a size out of range, or a one-sided test set.
+        OneSidedError: CLIP is always right, or always wrong, on `test`.
+        UserError: no sizes or seeds, or a size out of range.
     """
     sizes, seeds = sorted(set(sizes)), list(dict.fromkeys(seeds))
     if not sizes or not seeds:
@@ -111,7 +65,9 @@ def learning_curve(
     right = correct(test, candidates)
     if one_sided(right):
         side = "right" if right.all() else "wrong"
-        raise OneSidedError(f"{test.name}: all {len(right)} answers are {side}: no AUC, so no learning curve")
+        raise OneSidedError(
+            f"{test.name}: all {len(right)} answers are {side}: AUC is not defined, so there is no learning curve"
+        )
     found: dict[str, Floats] = confidences({"MCM": MCM()}, test, candidates)
     trained: dict[int, list[str]] = {size: [] for size in sizes}
     reasons: dict[int, str] = {}
@@ -125,7 +81,7 @@ def learning_curve(
             trained[size].append(key)
         except UserError as error:
             reasons[size] = one_line(error)
-    drawn = draws(
+    resampled = resampled_metrics(
         found,
         {},
         right,
@@ -134,10 +90,10 @@ def learning_curve(
         progress=(lambda done, total: progress("learning curve: bootstrap", done, total)) if progress else None,
     )
     auc = INDEX["auc"]
-    whole = {key: float(values(confidence, None, right)[auc]) for key, confidence in found.items()}
-    columns = {key: table[:, auc] for key, table in drawn.items()}
-    mcm = interval(whole["MCM"], columns["MCM"], 0.95)
-    assert mcm is not None
+    whole = {key: float(metric_values(confidence, None, right)[auc]) for key, confidence in found.items()}
+    columns = {key: table[:, auc] for key, table in resampled.items()}
+    low, high = np.quantile(columns["MCM"], [0.025, 0.975])
+    mcm = Interval(whole["MCM"], float(low), float(high))
     points, errors = [], []
     for size in sizes:
         keys = trained[size]
@@ -145,25 +101,26 @@ def learning_curve(
         points.append(point)
         if keys:
             errors.append(spread)
-    needed, law = _needed(
-        points, np.array(errors), whole["MCM"], [[columns[k] for k in trained[s]] for s in sizes], columns["MCM"], seed
-    )
+    parts = [[columns[key] for key in trained[size]] for size in sizes]
+    needed, law = _needed_images(points, np.array(errors), whole["MCM"], parts, columns["MCM"], seed)
     return LearningCurve(test.name, len(right), tuple(seeds), mcm, tuple(points), needed, law)
 
 
 def fit_power_law(sizes: Floats, aucs: Floats, errors: Floats) -> Floats:
-    """(a, b, c) of least squares, weighted by 1 / errors², in AUC = a − b · size^−c with b ≥ 0 and a ≤ 1.
+    """Fit AUC = a − b · size^−c with b ≥ 0 and a ≤ 1, by least squares weighted by 1 / errors².
 
-    For each exponent of a grid the rest is linear; the best exponent is taken.
+    For each exponent c of a grid the rest is a linear fit; the best exponent is taken.
 
     Args:
-        sizes: (S,). aucs: (..., S). errors: (S,), standard errors.
+        sizes: (S,) numbers of training images.
+        aucs: (..., S) AUC at each size, in [0, 1].
+        errors: (S,) standard errors of the AUCs.
 
     Returns:
-        (..., 3).
+        (..., 3): a, b and c.
 
     Reference: Hestness et al., "Deep Learning Scaling is Predictable, Empirically", 2017; Rosenfeld et al., "A
-    Constructive Prediction of the Generalization Error Across Scales", ICLR 2020 (the constant).
+    Constructive Prediction of the Generalization Error Across Scales", ICLR 2020 (the constant a).
     """
     weight = errors**-2.0 / np.sum(errors**-2.0)
     x = (sizes / sizes.max()) ** -EXPONENTS[:, None]  # (E, S)
@@ -184,7 +141,7 @@ def fit_power_law(sizes: Floats, aucs: Floats, errors: Floats) -> Floats:
 
 
 def crossing(law: Floats, target: Floats | float) -> Floats:
-    """The size at which a − b · size^−c reaches `target`, infinite where it never does; law (..., 3)."""
+    """The size at which a − b · size^−c reaches `target`; infinite where it never does. `law` is (..., 3)."""
     a, b, c = np.moveaxis(np.asarray(law, dtype=np.float64), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         size = np.exp(np.log(b / (a - target)) / c)
@@ -194,7 +151,7 @@ def crossing(law: Floats, target: Floats | float) -> Floats:
 def _point(
     size: int, keys: list[str], whole: dict[str, float], columns: dict[str, Floats], reason: str
 ) -> tuple[Point, float]:
-    """The point, and the standard error of its difference from MCM."""
+    """The point of one size, and the standard error of its difference from MCM."""
     from scipy.stats import t
 
     if not keys:
@@ -221,14 +178,15 @@ def _point(
     ), error
 
 
-def _needed(
+def _needed_images(
     points: Sequence[Point],
     errors: Floats,
     mcm: float,
-    drawn: Sequence[Sequence[Floats]],
-    mcm_drawn: Floats,
+    resampled: Sequence[Sequence[Floats]],
+    mcm_resampled: Floats,
     seed: int,
-) -> tuple[Needed, tuple[float, float, float] | None]:
+) -> tuple[NeededImages, tuple[float, float, float] | None]:
+    """The answer, and the power law (a, b, c) where one could be fitted; `resampled`: AUCs (R,) by size and seed."""
     usable = [i for i, point in enumerate(points) if point.mean is not None]
     law = None
     floor = max(float(np.max(errors, initial=0.0)) * 1e-3, 1e-9)  # a size without any spread must not take all weight
@@ -236,7 +194,7 @@ def _needed(
     sizes = np.array([points[i].size for i in usable], dtype=np.float64)
     if len(usable) >= 3:
         law = fit_power_law(sizes, np.array([points[i].mean for i in usable]), errors)
-    told = None if law is None else (float(law[0]), float(law[1]), float(law[2]))
+    power_law = None if law is None else (float(law[0]), float(law[1]), float(law[2]))
     reached = len(usable)
     while reached and points[usable[reached - 1]].better:
         reached -= 1
@@ -246,38 +204,38 @@ def _needed(
         text = f"significantly better than MCM from {size:,} training images" + (
             f" (not at {before:,})" if before else ""
         )
-        return Needed("reached", text, size, before, size), told
+        return NeededImages("reached", text, size, before, size), power_law
     if law is None:
-        return Needed("unknown", "cannot tell: fewer than three sizes could be trained"), told
+        return NeededImages("unknown", "cannot tell: heads could be trained at fewer than three sizes"), power_law
     # Better by what would be significant with the spread at the largest size.
     margin = 1.96 * float(errors[-1])
-    resampled = _seed_means([drawn[i] for i in usable], np.random.default_rng(seed))
+    means = _seed_means([resampled[i] for i in usable], np.random.default_rng(seed))
     largest = int(sizes[-1])
     estimate = float(crossing(law, mcm + margin))
-    over = np.maximum(crossing(fit_power_law(sizes, resampled, errors), mcm_drawn + margin), largest)
+    over = np.maximum(crossing(fit_power_law(sizes, means, errors), mcm_resampled + margin), largest)
     low, high = (float(q) for q in np.quantile(over, [0.025, 0.975], method="nearest"))
     if not estimate <= FARTHEST * largest or not np.median(over) <= FARTHEST * largest:
-        return Needed(
+        return NeededImages(
             "unknown",
-            f"cannot tell: not better at {largest:,} training images, and the curve does not lead above MCM within "
+            f"cannot tell: not better at {largest:,} training images, and the curve does not rise above MCM within "
             f"{FARTHEST} times as many",
-        ), told
+        ), power_law
     size = _rounded(max(estimate, largest))
     bounded = high <= FARTHEST * largest
-    said = f"{_rounded(low):,} to {_rounded(high):,}" if bounded else f"at least {_rounded(low):,}"
-    return Needed(
+    bounds = f"{_rounded(low):,} to {_rounded(high):,}" if bounded else f"at least {_rounded(low):,}"
+    return NeededImages(
         "extrapolated",
-        f"not yet at {largest:,}; by extrapolation about {size:,} training images ({said})",
+        f"not yet at {largest:,}; by extrapolation about {size:,} training images ({bounds})",
         size,
         _rounded(low),
         _rounded(high) if bounded else None,
-    ), told
+    ), power_law
 
 
-def _seed_means(drawn: Sequence[Sequence[Floats]], rng: np.random.Generator) -> Floats:
-    """(R, S): on each draw of the images, the mean over a draw of the seeds."""
+def _seed_means(resampled: Sequence[Sequence[Floats]], rng: np.random.Generator) -> Floats:
+    """(R, S): on each resample of the images, the mean over a resample of the seeds."""
     means = []
-    for seeds in map(np.array, drawn):  # (n, R)
+    for seeds in map(np.array, resampled):  # (n, R)
         count, resamples = seeds.shape
         picks = rng.integers(count, size=(count, resamples))
         means.append(np.take_along_axis(seeds, picks, axis=0).mean(axis=0))
@@ -285,6 +243,6 @@ def _seed_means(drawn: Sequence[Sequence[Floats]], rng: np.random.Generator) -> 
 
 
 def _rounded(size: float) -> int:
-    """To two figures: an extrapolation has no more."""
+    """Rounded to two digits: an extrapolation is no more precise."""
     scale = 10 ** max(0, math.floor(math.log10(size)) - 1)
     return round(size / scale) * scale

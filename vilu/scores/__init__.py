@@ -1,14 +1,16 @@
-"""Confidence scores for CLIP's zero-shot answer, the baselines ViLU is compared with and ViLU itself.
+"""Confidence scores for CLIP's zero-shot answer: the baselines that ViLU is compared with, and ViLU itself.
 
-Every score has the same shape (`base.Score`):
+Every score is used in the same way (`base.Score`):
 
     score = SCORES["Rel-U"]()
     score.fit(train_embedding, labels, text_embeddings, logit_scale=100.0)     # where score.needs_fit
     score.confidence(image_embedding, text_embeddings, logit_scale=100.0)      # (B,), higher = more likely right
 
-The answer they judge is argmax_j v · t_j. "ViLU" is built from a trained head, `SCORES["ViLU"](head)`; the rest
-need no argument. Only "BayesVLM" reads more than normalised embeddings: give it `Embeddings` that keep each
-projection's input and output; the others take the same objects.
+The answer that a score judges is argmax_j v · t_j. "ViLU" is built from a trained head, `SCORES["ViLU"](head)`; the
+others need no argument. Only "BayesVLM" reads more than normalised embeddings: it needs `Embeddings` that hold the
+input and output of CLIP's projections. The other scores take such objects too.
+
+A new score is a subclass of `base.Score` in a file of this folder, with an entry in SCORES.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,9 @@ from vilu.embeddings import Embeddings
 from vilu.scores.base import Score
 from vilu.scores.bayes import BayesVLM
 from vilu.scores.closed_form import MCM, Doctor, Entropy, RelU
-from vilu.scores.learned import LVU, ConfidNet, ProbVLM, Training, ViLU
+from vilu.scores.learned import LVU, ConfidNet, ViLU
+from vilu.scores.network import Training
+from vilu.scores.probvlm import ProbVLM
 
 SCORES: dict[str, Callable[..., Score]] = {
     "MCM": MCM,

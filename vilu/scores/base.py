@@ -1,4 +1,4 @@
-"""What every score shares: its inputs, their checks, and the split into blocks of rows."""
+"""What all scores share: the inputs, their checks, and the split into blocks of rows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from vilu.errors import UserError
 
 
 class Score:
-    """A confidence in CLIP's zero-shot answer; higher means more likely right.
+    """The base class of all scores: a confidence in CLIP's zero-shot answer, higher = more likely right.
+
+    A subclass defines `name`, `_confidence` and, where it learns, `needs_fit = True` and `_fit`.
 
     Attributes:
-        name: as in the published tables.
-        needs_fit: whether `fit` must come before `confidence`.
+        name: the name in the published tables.
+        needs_fit: whether `fit` must be called before `confidence`.
+
+    Example:
+        >>> class Margin(Score):
+        ...     name = "Margin"
+        ...     def _confidence(self, image, text, scale):
+        ...         top = (image.normalised @ text.normalised.T).topk(2).values
+        ...         return top[:, 0] - top[:, 1]
+        >>> Margin().confidence(torch.tensor([[0.6, 0.8]]), torch.eye(2)).round(decimals=2)
+        tensor([0.2000])
     """
 
     name: str
@@ -28,17 +39,16 @@ class Score:
         text_embeddings: Tensor | Embeddings,
         logit_scale: float = 100.0,
     ) -> Score:
-        """Learn from training data; nothing for a score that needs none. The same seed gives the same score.
+        """Learn from training data; a score that needs none learns nothing. The same seed gives the same score.
 
         Args:
             embeddings: (N, D) image embeddings, L2-normalised, float32 or float16.
-            labels: (N,) integers in [0, K), or None for captions: row i of `text_embeddings` (N, D) is then
-                image i's own, and the candidates are those of its batch.
-            text_embeddings: (K, D) of the class set, or (N, D) captions.
+            labels: (N,) integers in [0, K), or None for captions; the candidates are then the captions of a batch.
+            text_embeddings: (K, D) of the class set, or (N, D) captions, row i being the caption of image i.
             logit_scale: CLIP's factor on v · t.
 
         Returns:
-            itself.
+            the score itself.
 
         Raises:
             UserError: shapes or labels that do not fit, values that are not finite, too few samples.
@@ -66,11 +76,11 @@ class Score:
         text_embeddings: Tensor | Embeddings,
         logit_scale: float = 100.0,
     ) -> Tensor:
-        """Confidence of each image's answer (B,), on the images' device.
+        """The confidence in CLIP's answer to each image (B,), on the device of the images.
 
         Args:
             image_embedding: (B, D), L2-normalised, float32 or float16; computed in float32.
-            text_embeddings: (K, D), the candidates.
+            text_embeddings: (K, D), L2-normalised, the candidates.
             logit_scale: CLIP's factor on v · t.
 
         Raises:
@@ -83,15 +93,15 @@ class Score:
         return torch.cat([self._confidence(block, text, float(logit_scale)) for block in blocks])
 
     def _fit(self, image: Embeddings, labels: Tensor | None, text: Embeddings, scale: float) -> None:
-        """`fit` after the checks; inputs float32."""
+        """`fit` after the checks; inputs are float32."""
 
     def _confidence(self, image: Embeddings, text: Embeddings, scale: float) -> Tensor:
-        """`confidence` of at most BLOCK rows after the checks; inputs float32."""
+        """`confidence` (B,) of at most BLOCK images after the checks; inputs are float32."""
         raise NotImplementedError
 
 
 def probabilities(image_embedding: Tensor, text_embeddings: Tensor, scale: float) -> Tensor:
-    """CLIP's p = softmax(scale · v tᵀ), (B, K)."""
+    """CLIP's probabilities p = softmax(scale · v tᵀ), (B, K), for images (B, D) and candidates (K, D)."""
     return torch.softmax(scale * image_embedding @ text_embeddings.T, dim=-1)
 
 

@@ -15,9 +15,11 @@ from vilu.scores.base import Score, probabilities
 
 @dataclass(frozen=True)
 class Posterior:
-    """Covariance of one projection matrix, A⁻¹ ⊗ B⁻¹, in the form its predictions need.
+    """The covariance A⁻¹ ⊗ B⁻¹ of one projection matrix, in the form that predictions need.
 
-    a_root: (P, P) with a_root a_rootᵀ = A⁻¹; b_diagonal: (D,), the diagonal of B⁻¹; prior_precision: λ.
+    a_root: (P, P) with a_root a_rootᵀ = A⁻¹.
+    b_diagonal: (D,), the diagonal of B⁻¹.
+    prior_precision: λ.
     """
 
     a_root: Tensor
@@ -25,7 +27,7 @@ class Posterior:
     prior_precision: float
 
     def variance(self, activation: Tensor) -> Tensor:
-        """(aᵀ A⁻¹ a) (B⁻¹)_ii: diagonal variance (N, D) of the projection's outputs."""
+        """The variance (N, D) of each output of the projection, (aᵀ A⁻¹ a) (B⁻¹)_ii, for activations (N, P)."""
         if activation.shape[1] != len(self.a_root):
             raise UserError(f"BayesVLM was fitted on activations {len(self.a_root)} wide, got {activation.shape[1]}")
         root = self.a_root.to(activation.device)
@@ -33,7 +35,7 @@ class Posterior:
 
 
 class BayesVLM(Score):
-    """Probability of CLIP's own answer once the uncertainty of the two projection matrices is integrated out.
+    """The probability of CLIP's answer, with the uncertainty of its two projection matrices integrated out.
 
     With un-normalised outputs μ (image) and ν (text), their variances S and T (`Posterior.variance`),
     N_s = Σ μ² + S and N_t = Σ ν² + T (ProbCosine):
@@ -47,9 +49,12 @@ class BayesVLM(Score):
     (labels None); with labels, each image is paired with its class's text.
 
     Args:
-        pseudo_data: τ, the number of pairs the posterior is to weigh as.
-        prior_precision: λ for both matrices; None: for each the one of highest marginal likelihood.
-        candidates: pairs compared with each other at once, the K of InfoNCE; the last group may be smaller.
+        pseudo_data: τ, the number of pairs that the posterior counts as.
+        prior_precision: λ for both matrices; None: for each matrix, the λ with the highest marginal likelihood.
+        candidates: number of pairs compared with each other, the K of InfoNCE; the last group may be smaller.
+
+    Raises:
+        UserError: an option out of range, or embeddings without activation and output.
 
     Reference: Baumann et al., "Post-hoc Probabilistic Vision-Language Models" (arXiv 2412.06014), sections
     3.2 and 3.3, with the diagonal covariance of its code.
@@ -109,7 +114,7 @@ class BayesVLM(Score):
         return p.gather(1, answer).squeeze(1)
 
     def prob_cosine(self, image: Embeddings, text: Embeddings, scale: float) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the logits, each (B, K)."""
+        """The mean and the variance of the logits, each (B, K)."""
         a, mu = _projection(image, "image")
         c, nu = _projection(text, "text")
         s, t = self.image_posterior.variance(a), self.text_posterior.variance(c)
@@ -123,7 +128,7 @@ def gauss_newton(output: Tensor, directions: Tensor, scale: float) -> Tensor:
     """Σ_i J_i Tᵀ(diag(p_i) − p_i p_iᵀ)T J_i · scale², the Gauss-Newton block (D, D) of InfoNCE at the outputs.
 
     J_i = (I − u_i u_iᵀ) / |x_i| is the Jacobian of x / |x|, u_i = x_i / |x_i|, p_i = softmax(scale · T u_i).
-    Multiplied out, so that it is matrix products over the batch and no (B, D, D) is formed.
+    The sum is multiplied out into matrix products over the batch, so that no (B, D, D) tensor is formed.
 
     Args:
         output: (B, D), un-normalised, x_i.
@@ -144,14 +149,15 @@ def gauss_newton(output: Tensor, directions: Tensor, scale: float) -> Tensor:
 
 
 def best_prior_precision(a_values: Tensor, b_values: Tensor, weight_norm: float, pseudo_data: float) -> float:
-    """λ in [1e-4, 1e8] of highest Laplace marginal likelihood.
+    """The λ in [1e-4, 1e8] with the highest Laplace marginal likelihood.
 
     log p(λ) = ½ [P D log λ − λ |W|² − log det((√τ A + √λ I) ⊗ (√τ B + √λ I))] + constant, with
     log det(X ⊗ Y) = D log det X + P log det Y.
 
     Args:
-        a_values, b_values: eigenvalues (P,) of A and (D,) of B.
-        weight_norm: |W|², squared Frobenius norm of the projection.
+        a_values: (P,), eigenvalues of A.
+        b_values: (D,), eigenvalues of B.
+        weight_norm: |W|², the squared Frobenius norm of the projection matrix.
         pseudo_data: τ.
     """
     from scipy.optimize import minimize_scalar

@@ -13,10 +13,15 @@ from vilu.scores.base import Score, probabilities
 
 
 class MCM(Score):
-    """max_j p_j, the maximum concept matching score.
+    """max_j p_j, the maximum concept matching score: CLIP's own confidence, in (0, 1].
 
     Reference: Ming et al., "Delving into Out-of-Distribution Detection with Vision-Language Representations",
     NeurIPS 2022, equation 1.
+
+    Example:
+        >>> image_embedding = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+        >>> MCM().confidence(image_embedding, text_embeddings=torch.eye(2), logit_scale=5.0).round(decimals=3)
+        tensor([0.9930, 0.7310])
     """
 
     name = "MCM"
@@ -53,16 +58,19 @@ class Doctor(Score):
 
 
 class RelU(Score):
-    """−p D pᵀ, with D learned from where p is wrong; the relative uncertainty.
+    """−p D pᵀ, the relative uncertainty, with a matrix D that is learned from CLIP's mistakes.
 
-    D ∝ relu(λ · E_wrong[p pᵀ] − (1 − λ) · E_right[p pᵀ]) off the diagonal, 0 on it, Frobenius norm 1. A side
-    without samples adds nothing; where no entry is positive (so wherever nothing is wrong), D is constant off
-    the diagonal, which ranks as the Gini index. With K = 1, D = 0 and every confidence is 0. p is taken at
-    `logit_scale / temperature`. All K classes are used, odd K too.
+    D ∝ relu(λ · E_wrong[p pᵀ] − (1 − λ) · E_right[p pᵀ]) off the diagonal, 0 on it, with Frobenius norm 1. If no answer
+    is wrong, or none is right, that mean counts as 0. If no entry is positive (always so where nothing is wrong), D is
+    constant off the diagonal, which ranks as the Gini index. With K = 1, D = 0 and every confidence is 0. p is computed
+    at `logit_scale / temperature`. All K classes are used, also for an odd K, where the authors' code drops one.
 
     Args:
         lam: λ, weight of the wrong answers, in [0, 1].
-        temperature: T > 0.
+        temperature: T, positive and finite.
+
+    Raises:
+        UserError: an option out of range; in `fit`, captions; in `confidence`, another number of classes.
 
     Reference: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification Detection",
     ICLR 2024, equation 8.

@@ -6,13 +6,15 @@ seed gives the same weights on the same machine kind.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import math
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-import click
 import numpy as np
 import open_clip
 import torch
@@ -22,8 +24,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vilu import atomic
-from vilu.cli import run
-from vilu.cli.progress import progress_bar
 from vilu.clip import load_clip
 from vilu.errors import UserError
 from vilu.preprocess.image import Transform, pixels
@@ -47,6 +47,7 @@ CONFIG = {
     },
 }
 TRANSFORM = Transform(32)
+Progress = Callable[[str, int, int], None]
 
 
 def write_tokenizer(path: Path) -> None:
@@ -71,21 +72,33 @@ def zero_shot(folder: Path, split: str, count: int = 2000) -> dict[str, float]:
     return result
 
 
-def train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> None:
-    """Train and write open_clip's layout into `folder`, at the end and whole.
+def train(
+    folder: Path,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    count: int,
+    *,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
+    """Train, and at the end write open_clip's layout into `folder`, whole.
+
+    Args:
+        count: shapes to draw; the digits are rendered in proportion.
+        progress: called with (what, done, total) after each step.
 
     Raises:
         UserError: a folder that cannot be written, or fewer images than one batch.
     """
     atomic.check_folder(folder)
     with tempfile.TemporaryDirectory() as staging:
-        _train(Path(staging), seed, steps, batch_size, count)
+        _train(Path(staging), seed, steps, batch_size, count, progress)
         folder.mkdir(exist_ok=True)
         for path in sorted(Path(staging).iterdir()):
             atomic.write(folder / path.name, path.read_bytes())
 
 
-def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> None:
+def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int, progress: Progress) -> None:
     rng = np.random.default_rng(seed)
     write_tokenizer(folder / "bpe.txt.gz")
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
@@ -94,44 +107,43 @@ def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> 
         model = open_clip.CLIP(**CONFIG["model_cfg"])
     mean, std = 0.5, 0.25
 
-    with progress_bar() as bar:
-        bar("drawing", 0, 1)
-        drawn = data.shapes("clip", count, seed)
-        renderings = [data.digits("clip", seed * 1000 + i) for i in range(max(1, count // 900))]
-        images = torch.cat([small_pixels(part.images) for part in (drawn, *renderings)])
-        captions = [caption for part in (drawn, *renderings) for caption in part.captions]
-        if len(images) < batch_size:
-            raise UserError(f"a batch of {batch_size} needs as many images; there are {len(images)}")
-        tokens = tokenize(captions)
-        decay = [p for n, p in model.named_parameters() if p.ndim > 1]
-        plain = [p for n, p in model.named_parameters() if p.ndim <= 1]
-        optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-            lr=1.0,
-            betas=(0.9, 0.98),
-        )
-        warmup = max(1, steps // 20)
-        for step in range(steps):
-            rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-            for group in optimizer.param_groups:
-                group["lr"] = 1.5e-3 * rate
-            chosen = torch.from_numpy(rng.choice(len(images), batch_size, replace=False))
-            x = (images[chosen].permute(0, 3, 1, 2).float() / 255 - mean) / std
-            v = F.normalize(model.encode_image(x), dim=-1)
-            # Many images share a caption: it is encoded once, and all of them are its positives.
-            unique, which = tokens[chosen].unique(dim=0, return_inverse=True)
-            t = F.normalize(model.encode_text(unique), dim=-1)
-            logits = model.logit_scale.exp() * v @ t.T
-            same = F.one_hot(which, len(unique)).float()
-            to_text = F.cross_entropy(logits, which)
-            to_image = F.cross_entropy(logits.T, (same / same.sum(dim=0)).T)
-            loss = (to_text + to_image) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))
-            bar(f"loss {loss.item():.3f}", step + 1, steps)
+    progress("drawing", 0, 1)
+    drawn = data.shapes("clip", count, seed)
+    renderings = [data.digits("clip", seed * 1000 + i) for i in range(max(1, count // 900))]
+    images = torch.cat([small_pixels(part.images) for part in (drawn, *renderings)])
+    captions = [caption for part in (drawn, *renderings) for caption in part.captions]
+    if len(images) < batch_size:
+        raise UserError(f"a batch of {batch_size} needs as many images; there are {len(images)}")
+    tokens = tokenize(captions)
+    decay = [p for n, p in model.named_parameters() if p.ndim > 1]
+    plain = [p for n, p in model.named_parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=1.0,
+        betas=(0.9, 0.98),
+    )
+    warmup = max(1, steps // 20)
+    for step in range(steps):
+        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = 1.5e-3 * rate
+        chosen = torch.from_numpy(rng.choice(len(images), batch_size, replace=False))
+        x = (images[chosen].permute(0, 3, 1, 2).float() / 255 - mean) / std
+        v = F.normalize(model.encode_image(x), dim=-1)
+        # Many images share a caption: it is encoded once, and all of them are its positives.
+        unique, which = tokens[chosen].unique(dim=0, return_inverse=True)
+        t = F.normalize(model.encode_text(unique), dim=-1)
+        logits = model.logit_scale.exp() * v @ t.T
+        same = F.one_hot(which, len(unique)).float()
+        to_text = F.cross_entropy(logits, which)
+        to_image = F.cross_entropy(logits.T, (same / same.sum(dim=0)).T)
+        loss = (to_text + to_image) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        progress(f"loss {loss.item():.3f}", step + 1, steps)
     weights = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in model.state_dict().items()
@@ -139,18 +151,36 @@ def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int) -> 
     save_file(weights, folder / "open_clip_model.safetensors")
 
 
-@click.command()
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=600, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--shapes", "count", type=click.IntRange(1), default=16000, show_default=True)
-def main(output: Path, seed: int, steps: int, batch_size: int, count: int) -> None:
+def main() -> None:
     """Train the embedded CLIP and print its zero-shot accuracy on the clip_val split."""
-    train(output, seed, steps, batch_size, count)
-    for name, accuracy in zero_shot(output, "clip_val").items():
-        click.echo(f"{name}: zero-shot accuracy {accuracy:.1%} on clip_val")
+    parser = argparse.ArgumentParser(prog="python -m vilu.tiny.train_clip", description=main.__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=600, help="number of steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=_positive, default=256, help="images per step (default: %(default)s)")
+    parser.add_argument("--shapes", type=_positive, default=16000, help="shapes to draw (default: %(default)s)")
+    given = parser.parse_args()
+    try:
+        train(given.output, given.seed, given.steps, given.batch_size, given.shapes, progress=_print_progress)
+        for name, accuracy in zero_shot(given.output, "clip_val").items():
+            print(f"{name}: zero-shot accuracy {accuracy:.1%} on clip_val")
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _print_progress(what: str, done: int, total: int) -> None:
+    """One line on a terminal, which each step writes anew."""
+    if sys.stderr.isatty():
+        print(f"\r{what}, {done} of {total} ", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    run(main, "python -m vilu.tiny.train_clip")
+    main()

@@ -1,7 +1,8 @@
-"""Triton Python model: the class sets that the server has. Asked, it lists them; loaded with a change in its config, it
-makes the change or, with the reason in one line, fails to load, and all stays as it was. No torch, nothing unpickled.
+"""Triton Python model: the class sets that the server has.
 
-Loading is Triton's model control, which `vilu serve` opens to who has the control token alone.
+A request lists them. Loading the model with a change in its config makes the change or, with the reason in one line,
+fails, and the sets stay as they were. No torch, nothing unpickled. Loading is Triton's model control; `vilu serve`
+opens it only to callers with the control token.
 """
 
 import base64
@@ -10,6 +11,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any, NoReturn
 
 import class_names  # vilu/preprocess/class_names.py, which the export copies beside this file, as it does sets.py
 import numpy as np
@@ -18,7 +20,7 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         labels = Path(args["model_repository"]) / args["model_version"] / "labels.txt"
@@ -39,10 +41,10 @@ class TritonPythonModel:
         except sets.RequestError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         except OSError as error:
-            told = f"{self.folder}: cannot be written ({error.strerror})"
-            raise pb_utils.TritonModelException(f"{told}; start the server with VILU_CLASS_SETS=FOLDER") from None
+            message = f"{self.folder}: cannot be written ({error.strerror})"
+            raise pb_utils.TritonModelException(f"{message}; start the server with VILU_CLASS_SETS=FOLDER") from None
 
-    def _put(self, change):
+    def _put(self, change: dict[str, Any]) -> None:
         name = self._name(change["put"])
         found = sets.versions(self.folder)
         most = int(self.parameters["max_class_sets"])
@@ -57,8 +59,8 @@ class TritonPythonModel:
                 path.unlink(missing_ok=True)
         pb_utils.Logger.log_info(f"class set {name}@{version}: {len(rows)} classes")
 
-    def _remove(self, name):
-        name = self._name(name)
+    def _remove(self, given: Any) -> None:
+        name = self._name(given)
         found = sets.versions(self.folder)
         if name not in sets.served(found):
             raise sets.RequestError(f"class set {name} is not served")
@@ -67,16 +69,17 @@ class TritonPythonModel:
             path.unlink(missing_ok=True)
         pb_utils.Logger.log_info(f"class set {name}@{version}: removed")
 
-    def _name(self, name):
+    def _name(self, name: Any) -> str:
+        """A name that a set may have; refuses any other."""
         if not isinstance(name, str) or not sets.NAME.fullmatch(name):
             raise sets.RequestError("a class set's name is 1 to 64 of a-z, 0-9, _ and -")
         if name in (sets.DEFAULT, sets.OPEN):
             raise sets.RequestError(f"class set {name}: this name is taken; `vilu export` writes the default set")
         return name
 
-    def _write(self, name, found, data, suffix):
-        """A new version's file, whole or not there; another server may share the folder. Returns the version."""
-        version = found[name][-1][0] if name in found else 0
+    def _write(self, name: str, found: dict[str, Any], data: bytes, suffix: str) -> int:
+        """Write a new version's file, whole or not at all, and return the version; servers may share the folder."""
+        version: int = found[name][-1][0] if name in found else 0
         handle, part = tempfile.mkstemp(dir=self.folder, prefix=".part-")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -94,13 +97,14 @@ class TritonPythonModel:
         finally:
             os.unlink(part)
 
-    def _check(self, name, change):
-        """(header, rows (K, D)) of a set that can be served."""
+    def _check(self, name: str, change: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+        """(header, rows (K, D)) of a set that can be served; refuses any other."""
 
-        def refuse(told):
-            raise sets.RequestError(f"class set {name}: {told}")
+        def refuse(reason: str) -> NoReturn:
+            raise sets.RequestError(f"class set {name}: {reason}")
 
-        names, templates, threshold = change.get("names"), change.get("templates"), change.get("threshold")
+        names: Any = change.get("names")
+        templates, threshold = change.get("templates"), change.get("threshold")
         most, longest = int(self.parameters["max_classes"]), int(self.parameters["max_label_bytes"])
         if isinstance(names, list) and len(names) > most:
             refuse(f"{len(names)} class names, the limit is {most}")
@@ -126,34 +130,37 @@ class TritonPythonModel:
                 f"{len(names)} names but embeddings of {len(data) / 4 / len(names):g} numbers each, {dim} are needed"
             )
         try:
-            rows = sets.unit(np.frombuffer(data, "<f4").reshape(len(names), dim), "text_embeddings")
+            rows = sets.normalise(np.frombuffer(data, "<f4").reshape(len(names), dim), "text_embeddings")
         except sets.RequestError as error:
             refuse(str(error))
         header = {"names": names, "templates": templates, "threshold": threshold, "fingerprint": mine}
         return header, rows
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         responses = []
         for request in requests:
             try:
-                asked = pb_utils.get_input_tensor_by_name(request, "NAME").as_numpy()
-                told = np.array([[self._list(name)] for name in asked.reshape(-1)], object)
-                responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("CLASS_SETS", told)]))
+                names = pb_utils.get_input_tensor_by_name(request, "NAME").as_numpy()
+                listings = np.array([[self._list(name)] for name in names.reshape(-1)], object)
+                responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("CLASS_SETS", listings)]))
             except Exception as error:
                 responses.append(sets.error_response(error))
         return responses
 
-    def _list(self, asked):
-        """JSON: every set without its class names or, where one is asked for by name, that one with them."""
-        asked = asked.decode("utf-8", "replace") if isinstance(asked, bytes) else str(asked)
+    def _list(self, given: Any) -> bytes:
+        """JSON of every set without its class names or, where one is named, of that one with them."""
+        asked = given.decode("utf-8", "replace") if isinstance(given, bytes) else str(given)
         found = sets.versions(self.folder)
         there = [self.default]
         for name in sets.served(found):
             version, path = found[name][-1]
             try:
                 header, _ = sets.read(path)
-            except (OSError, ValueError):
+            except FileNotFoundError:
                 continue  # replaced or removed since
+            except (OSError, ValueError) as error:
+                pb_utils.Logger.log_warn(f"class set {name}: {path} cannot be read ({error})")
+                continue
             if header["fingerprint"] == self.parameters["fingerprint"]:
                 there.append(header | {"name": name, "version": version})
         if asked:
@@ -166,5 +173,5 @@ class TritonPythonModel:
             threshold = self.default["threshold"] if one["threshold"] is None else one["threshold"]
             row = {"name": one["name"], "version": one["version"], "classes": len(one["names"]), "names": names}
             out.append(row | {"threshold": threshold, "templates": one["templates"]})
-        told = {"fingerprint": self.parameters["fingerprint"], "dim": int(self.parameters["dim"]), "sets": out}
-        return json.dumps(told).encode()
+        listing = {"fingerprint": self.parameters["fingerprint"], "dim": int(self.parameters["dim"]), "sets": out}
+        return json.dumps(listing).encode()

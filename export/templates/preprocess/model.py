@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import image  # vilu/preprocess/image.py, copied beside this file by the export
 import numpy as np
@@ -13,7 +14,7 @@ WORKERS = len(os.sched_getaffinity(0))  # the cores this process may use
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         fields = image.Transform.__dataclass_fields__
         self.transform = image.Transform(
@@ -23,7 +24,7 @@ class TritonPythonModel:
         core.set_blocks_max(4 * WORKERS)
         # Pillow releases the interpreter's lock while it decodes and resizes.
         self.pool = ThreadPoolExecutor(max_workers=WORKERS)
-        self.errors = None
+        self.errors: Any = None  # counts images that could not be decoded, where the server keeps metrics
         try:
             self.family = pb_utils.MetricFamily(
                 name="vilu_decode_errors",
@@ -31,22 +32,25 @@ class TritonPythonModel:
                 kind=pb_utils.MetricFamily.COUNTER,
             )
             self.errors = self.family.Metric(labels={"model": args["model_name"], "version": args["model_version"]})
-        except pb_utils.TritonModelException:  # the server keeps no metrics
-            pass
+        except pb_utils.TritonModelException:
+            pass  # the server keeps no metrics
 
-    def _decode(self, data):
+    def _decode(self, data: Any) -> np.ndarray | Exception:
+        """Pixels (S, S, 3) uint8, or the reason why there are none."""
         try:
-            return image.decode(data, self.transform)
+            decoded: np.ndarray = image.decode(data, self.transform)
+            return decoded
         except image.ImageError as error:
-            return error
+            refusal: Exception = error
+            return refusal
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         batches = [pb_utils.get_input_tensor_by_name(r, "IMAGE").as_numpy().reshape(-1) for r in requests]
         decoded = self.pool.map(self._decode, [data for batch in batches for data in batch])
         responses = []
         for batch in batches:
             pixels = [next(decoded) for _ in batch]
-            bad = [(i, p) for i, p in enumerate(pixels) if isinstance(p, Exception)]
+            bad = [(i, found) for i, found in enumerate(pixels) if isinstance(found, Exception)]
             if bad:
                 if self.errors is not None:
                     self.errors.increment(len(bad))
@@ -55,9 +59,11 @@ class TritonPythonModel:
                 failure = pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG)
                 responses.append(pb_utils.InferenceResponse(error=failure))
             else:
-                tensor = pb_utils.Tensor("PIXELS", np.stack(pixels))
+                tensor = pb_utils.Tensor(
+                    "PIXELS", np.stack([found for found in pixels if not isinstance(found, Exception)])
+                )
                 responses.append(pb_utils.InferenceResponse(output_tensors=[tensor]))
         return responses
 
-    def finalize(self):
+    def finalize(self) -> None:
         self.pool.shutdown()

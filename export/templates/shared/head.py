@@ -1,12 +1,12 @@
 """The head on a CPU, for the models vilu_head, vilu_embeddings and vilu_details, each with the graphs it needs.
 
-Requests of one batch are answered together: those over the exported class set by its folded graph where the model has
-one, all others, whatever their candidates, in one run of the ragged graph. No torch.
+Requests of one batch are answered together. Those over the exported class set run in its folded graph, where the model
+has one; all others, whatever their candidates, in one run of ragged.onnx. No torch.
 """
 
 import json
-from collections import namedtuple
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -16,14 +16,27 @@ import triton_python_backend_utils as pb_utils
 COLUMNS = ["CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY"]
 ANSWER = {"LABEL", *COLUMNS, "ACCEPT"}
 DETAILS = {"TOP_LABELS", "TOP_PROBABILITIES", "CONCEPTS", "CONCEPT_WEIGHTS", "ENTROPY", "DOCTOR"}
-TOP = 5
+TOP = 5  # how many labels the details hold
 
-# What one request asks: its place in the batch, the outputs it wants, rows (B, D), one Candidates an image.
-Part = namedtuple("Part", "place wanted embeddings candidates")
+
+class Part(NamedTuple):
+    """What one request asks.
+
+    Attributes:
+        place: its place in the batch.
+        wanted: names of the outputs it asks for.
+        embeddings: (B, D), of its images.
+        candidates: B, one for each image.
+    """
+
+    place: int
+    wanted: set[str]
+    embeddings: np.ndarray
+    candidates: list[Any]
 
 
 class Head:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self.here = Path(args["model_repository"]) / args["model_version"]
@@ -38,62 +51,63 @@ class Head:
         self.store = sets.Store(sets.folder_of(args), self.default, self.parameters["fingerprint"])
         self.tally = sets.Tally(args)
 
-    def _open(self, path):
+    def _open(self, path: Path) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(self.parameters["intra_op_thread_count"])
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def embeddings(self, request):
+    def embeddings(self, request: Any) -> np.ndarray:
         """A request's image embeddings (B, D)."""
-        rows = pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING").as_numpy()
+        rows: np.ndarray = pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING").as_numpy()
         if not np.isfinite(rows).all():
             raise sets.RequestError("IMAGE_EMBEDDING holds a value that is not finite")
         return rows
 
-    def candidates(self, request, images, known):
-        """One Candidates for each image; `known` is for the batch, to make none twice."""
+    def candidates(self, request: Any, images: int, made: dict[Any, Any]) -> list[Any]:
+        """One Candidates for each image; `made` holds those of this batch, so that none is made twice."""
         return [self.class_set(request)] * images
 
-    def class_set(self, request):
-        """The set a request names. Details are asked for in a step of their own, which names the version that was
-        answered from."""
+    def class_set(self, request: Any) -> Any:
+        """The set that a request names, and of the version that it names: details are a step after the answer."""
         version = pb_utils.get_input_tensor_by_name(request, "CLASS_SET_VERSION")
         version = 0 if version is None else int(version.as_numpy()[0, 0])
-        return self.store.get(sets.asked(request), version)
+        return self.store.get(sets.requested_set(request), version)
 
-    def execute(self, requests):
-        responses, parts = [None] * len(requests), []
-        known: dict = {}
+    def execute(self, requests: list[Any]) -> list[Any]:
+        responses: list[Any] = [None] * len(requests)
+        parts: list[Part] = []
+        made: dict[Any, Any] = {}
         for place, request in enumerate(requests):
             try:
                 rows = self.embeddings(request)
-                candidates = self.candidates(request, len(rows), known)
+                candidates = self.candidates(request, len(rows), made)
                 parts.append(Part(place, set(request.requested_output_names()), rows, candidates))
             except Exception as error:
                 self.refused(error)
                 responses[place] = sets.error_response(error)
-        values: dict = {part.place: {} for part in parts}
+        values: dict[int, dict[str, np.ndarray]] = {part.place: {} for part in parts}
         answered = [part for part in parts if part.wanted & ANSWER]
         if answered:
             self._answer(answered, values)
         for part in parts:
-            made = values[part.place]
+            columns = values[part.place]
             if part.wanted & DETAILS:
-                made |= self._details(part)
+                columns |= self._details(part)
             if "IMAGE_EMBEDDING" in part.wanted:
-                made["IMAGE_EMBEDDING"] = part.embeddings
+                columns["IMAGE_EMBEDDING"] = part.embeddings
             if "CLASS_SET" in part.wanted:
-                made["CLASS_SET"] = np.array([[one.told.encode()] for one in part.candidates], object)
+                columns["CLASS_SET"] = np.array([[one.qualified_name.encode()] for one in part.candidates], object)
             if "CLASS_SET_VERSION" in part.wanted:
-                made["CLASS_SET_VERSION"] = np.array([[one.version] for one in part.candidates], np.int32)
-            tensors = [pb_utils.Tensor(name, made[name]) for name in part.wanted]
+                columns["CLASS_SET_VERSION"] = np.array([[one.version] for one in part.candidates], np.int32)
+            tensors = [pb_utils.Tensor(name, columns[name]) for name in part.wanted]
             responses[part.place] = pb_utils.InferenceResponse(output_tensors=tensors)
         return responses
 
-    def refused(self, error):
+    def refused(self, error: Exception) -> None:
         """Called for each request that is not answered."""
 
-    def _answer(self, parts, values):
+    def _answer(self, parts: list[Part], values: dict[int, dict[str, np.ndarray]]) -> None:
+        """Fill in the answers of these requests, and count them."""
         rows = np.concatenate([part.embeddings for part in parts])
         candidates = [one for part in parts for one in part.candidates]
         index, confidence, failure = self._run(rows, candidates)
@@ -110,24 +124,26 @@ class Head:
             mine = [i for i, other in enumerate(names) if other == name]
             self.tally.count(name, failure[mine], accept[mine])
 
-    def _run(self, rows, candidates):
+    def _run(self, rows: np.ndarray, candidates: list[Any]) -> list[np.ndarray]:
         """CLASS_INDEX, CONFIDENCE and FAILURE_PROBABILITY (N, 1) of rows (N, D) over each one's candidates."""
         folded = np.array(["model" in self.graphs and one is self.default for one in candidates])
         if folded.all():
-            return self.graphs["model"].run(COLUMNS, {"IMAGE_EMBEDDING": rows})
+            found: list[np.ndarray] = self.graphs["model"].run(COLUMNS, {"IMAGE_EMBEDDING": rows})
+            return found
         if not folded.any():
-            return self._ragged(rows, candidates)
+            return self._run_open(rows, candidates)
         out = [np.empty((len(rows), 1), kind) for kind in (np.int32, np.float32, np.float32)]
         both = (
             (folded, self.graphs["model"].run(COLUMNS, {"IMAGE_EMBEDDING": rows[folded]})),
-            (~folded, self._ragged(rows[~folded], [one for one in candidates if one is not self.default])),
+            (~folded, self._run_open(rows[~folded], [one for one in candidates if one is not self.default])),
         )
         for mine, columns in both:
             for whole, column in zip(out, columns, strict=True):
                 whole[mine] = column
         return out
 
-    def _ragged(self, rows, candidates):
+    def _run_open(self, rows: np.ndarray, candidates: list[Any]) -> list[np.ndarray]:
+        """As `_run`, whatever the candidates, in one run of the graph whose candidates are an input."""
         banks = list({id(one): one for one in candidates}.values())
         ends = np.cumsum([len(bank.rows) for bank in banks])
         at = {id(bank): (end - len(bank.rows), end) for bank, end in zip(banks, ends, strict=True)}
@@ -137,10 +153,10 @@ class Head:
         index, *others = self.graphs["ragged"].run(COLUMNS, feed)
         return [index - bounds[:, :1].astype(np.int32), *others]
 
-    def _details(self, part):
-        """What lies behind a request's answers, one run for each of its different candidates."""
+    def _details(self, part: Part) -> dict[str, np.ndarray]:
+        """The details of a request's answers, one run for each of its different candidates."""
         graph = self.graphs["details"]
-        columns: dict = {}
+        columns: dict[str, np.ndarray] = {}
         names = [output.name for output in graph.get_outputs()]
         for bank in {id(one): one for one in part.candidates}.values():
             mine = [i for i, one in enumerate(part.candidates) if one is bank]
@@ -156,8 +172,8 @@ class Head:
                 whole[mine] = rows  # a request's images have equally many candidates
         return columns
 
-    def _top(self, weights, bank):
-        """The labels of the largest weights (B, K), and these, (B, TOP) or fewer where there are fewer."""
+    def _top(self, weights: np.ndarray, bank: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The labels of the largest of weights (B, K), and these weights, each (B, TOP); fewer where K is less."""
         order = np.argsort(-weights, axis=-1, kind="stable")[:, :TOP]
         labels = [[bank.labels[i] for i in row] for row in order.tolist()]
         return np.array(labels, object).reshape(order.shape), np.take_along_axis(weights, order, axis=-1)

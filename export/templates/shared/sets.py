@@ -9,41 +9,42 @@ import json
 import os
 import re
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-DEFAULT, OPEN = (
-    "default",
-    "open",
-)  # what the repository was exported with; what counts answers to a request's own labels
+DEFAULT = "default"  # the class set that the repository was exported with
+OPEN = "open"  # the name in the metrics for candidates of a request's own
 NAME = re.compile(r"[a-z0-9_-]{1,64}")
 FILE = re.compile(r"([a-z0-9_-]{1,64})@(\d{1,9})(\.removed)?")
 KEPT = 3  # versions on the disk: a request that waited may still want the one before
-COUNTED = 128  # class sets that are told apart in the metrics
+COUNTED = 128  # class sets that have metrics of their own
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered, with the reason in one line; code: Triton's, where the request is not bad."""
+    """A request that cannot be answered, with the reason in one line; `code` is Triton's, None for a bad request."""
 
-    def __init__(self, told, code=None):
-        super().__init__(told)
+    def __init__(self, message: str, code: Any = None) -> None:
+        super().__init__(message)
         self.code = code
 
 
-def error_response(error):
-    """Triton's response for an exception."""
+def error_response(error: Exception) -> Any:
+    """Triton's response for an exception; one that is no refusal is a fault, and its traceback goes to the log."""
     if isinstance(error, RequestError):
         code = pb_utils.TritonError.INVALID_ARG if error.code is None else error.code
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
-    told = f"{type(error).__name__}: {error}"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(told, pb_utils.TritonError.INTERNAL))
+    pb_utils.Logger.log_error("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+    message = f"{type(error).__name__}: {error}"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
 
 
-def unit(rows, what):
-    """L2-normalised rows (N, D) float32; refuses what has no direction."""
+def normalise(rows: Any, what: str) -> np.ndarray:
+    """L2-normalised rows (N, D) float32; refuses rows that are not finite or all zeros, naming `what` they are."""
     rows = np.asarray(rows, np.float32)
     if not np.isfinite(rows).all():
         raise RequestError(f"{what} holds a value that is not finite")
@@ -56,28 +57,37 @@ def unit(rows, what):
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What images are asked about: labels (K) bytes, rows (K, D) float32, unit; name and version of a class set."""
+    """The candidates of an image.
 
-    labels: list
+    Attributes:
+        labels: K names, in UTF-8.
+        rows: (K, D) float32, their text embeddings, L2-normalised.
+        threshold: answers with a lower failure probability are accepted.
+        name: of the class set; empty for candidates of a request's own.
+        version: of the class set.
+    """
+
+    labels: list[bytes]
     rows: np.ndarray
     threshold: float
     name: str = ""
     version: int = 0
 
     @property
-    def told(self):
+    def qualified_name(self) -> str:
+        """NAME@VERSION; empty for candidates of a request's own."""
         return f"{self.name}@{self.version}" if self.name else ""
 
 
-def folder_of(args):
+def folder_of(args: dict[str, str]) -> Path:
     """Where the server keeps its class sets: $VILU_CLASS_SETS, else beside the model that writes them."""
     given = os.environ.get("VILU_CLASS_SETS")
     return Path(given) if given else Path(args["model_repository"]).parent / "class_sets" / "sets"
 
 
-def versions(folder):
-    """name -> [(version, path)], the newest last, of the sets in a folder; a removed one's newest path is empty."""
-    found: dict = {}
+def versions(folder: Path) -> dict[str, list[tuple[int, Path]]]:
+    """name -> [(version, path)], the newest last, of a folder's sets; a removed set's last file ends in .removed."""
+    found: dict[str, list[tuple[int, Path]]] = {}
     if folder.is_dir():
         for entry in os.scandir(folder):
             match = FILE.fullmatch(entry.name)
@@ -86,12 +96,12 @@ def versions(folder):
     return {name: sorted(files) for name, files in found.items()}
 
 
-def served(found):
-    """The names of those that are not removed."""
+def served(found: dict[str, list[tuple[int, Path]]]) -> list[str]:
+    """The names of the sets, of those that `versions` found, that are not removed."""
     return sorted(name for name, files in found.items() if not files[-1][1].name.endswith(".removed"))
 
 
-def asked(request):
+def requested_set(request: Any) -> str:
     """The class set that a request names in its parameters; "" for none."""
     try:
         parameters = request.parameters()
@@ -108,12 +118,14 @@ def asked(request):
 class Store:
     """The sets of a folder, read when they are asked for and again when the folder has changed."""
 
-    def __init__(self, folder, default, fingerprint):
+    def __init__(self, folder: Path, default: Any, fingerprint: str) -> None:
         self.folder, self.default, self.fingerprint = folder, default, fingerprint
-        self.changed, self.found, self.read = None, {}, {}
+        self.changed: int | None = None  # when the folder last changed, in nanoseconds; None: read it again
+        self.found: dict[str, list[tuple[int, Path]]] = {}
+        self.read: dict[Path, Candidates] = {}
 
-    def look(self):
-        """See what is in the folder now, for one microsecond where nothing has changed."""
+    def refresh(self) -> None:
+        """Read the folder again if it has changed; about a microsecond where it has not."""
         try:
             changed = os.stat(self.folder).st_mtime_ns
         except FileNotFoundError:
@@ -122,11 +134,11 @@ class Store:
             self.found = versions(self.folder)
             present = {path for files in self.found.values() for _, path in files}
             self.read = {path: value for path, value in self.read.items() if path in present}
-            # Clocks of file systems tick every few milliseconds: what follows within one would not be seen.
+            # Clocks of file systems tick every few milliseconds: a second change within one tick would not be seen.
             self.changed = changed if time.time_ns() - changed > 1e9 else None
 
-    def get(self, name, version=0):
-        """A set by its name, the newest or a version of it that is still kept.
+    def get(self, name: str, version: int = 0) -> Candidates:
+        """A set by its name: the newest version for 0, else a version that is still kept.
 
         Raises:
             RequestError: no such set, or no such version any more.
@@ -134,7 +146,8 @@ class Store:
         if name in ("", DEFAULT):
             if version not in (0, self.default.version):
                 raise self._gone(DEFAULT, version)
-            return self.default
+            default: Candidates = self.default
+            return default
         files = self.files(name)
         chosen = [file for file in files if file[0] == version] if version else files[-1:]
         if not chosen:
@@ -144,20 +157,24 @@ class Store:
             self.read[path] = self._read(name, version, path)
         return self.read[path]
 
-    def files(self, name):
-        """(version, path) of those of a set that are kept, the newest last. Raises RequestError: no such set."""
-        self.look()
+    def files(self, name: str) -> list[tuple[int, Path]]:
+        """(version, path) of a set's versions that are kept, the newest last.
+
+        Raises:
+            RequestError: no such set.
+        """
+        self.refresh()
         if name not in served(self.found):
             there = [DEFAULT, *served(self.found)]
             more = f" and {len(there) - 20} more" if len(there) > 20 else ""
             raise RequestError(f"class set {name[:64]!r} is not served; there are {', '.join(there[:20])}{more}")
         return self.found[name]
 
-    def _gone(self, name, version):
-        told = f"class set {name}@{version} is not there any more: ask again"
-        return RequestError(told, pb_utils.TritonError.UNAVAILABLE)
+    def _gone(self, name: str, version: int) -> RequestError:
+        message = f"class set {name}@{version} is not there any more: ask again"
+        return RequestError(message, pb_utils.TritonError.UNAVAILABLE)
 
-    def _read(self, name, version, path):
+    def _read(self, name: str, version: int, path: Path) -> Candidates:
         try:
             header, rows = read(path)
         except FileNotFoundError:
@@ -168,15 +185,15 @@ class Store:
         return Candidates([label.encode() for label in header["names"]], rows, threshold, name, version)
 
 
-def read(path):
+def read(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     """(header, rows (K, D)) of a set's file."""
-    header, _, data = path.read_bytes().partition(b"\n")
-    header = json.loads(header)
+    line, _, data = path.read_bytes().partition(b"\n")
+    header = json.loads(line)
     return header, np.frombuffer(data, "<f4").reshape(len(header["names"]), -1)
 
 
 class Tally:
-    """Answers in the server's own metrics, by class set; nothing where the server keeps none."""
+    """Counts answers in the server's own metrics, by class set; does nothing where the server keeps no metrics."""
 
     FAMILIES = (
         ("vilu_failure_probability", "Failure probabilities that were answered", "HISTOGRAM"),
@@ -185,18 +202,19 @@ class Tally:
     )
     BUCKETS = tuple(round(0.05 * i, 2) for i in range(1, 21))
 
-    def __init__(self, args):
+    def __init__(self, args: dict[str, str]) -> None:
         self.labels = {"model": args["model_name"], "version": args["model_version"]}
-        self.families, self.metrics = [], {}
-        for name, told, kind in self.FAMILIES:
+        self.families: list[Any] = []
+        self.metrics: dict[str, list[Any]] = {}
+        for name, description, kind in self.FAMILIES:
             try:
                 kind = getattr(pb_utils.MetricFamily, kind)
-                self.families.append(pb_utils.MetricFamily(name=name, description=told, kind=kind))
+                self.families.append(pb_utils.MetricFamily(name=name, description=description, kind=kind))
             except pb_utils.TritonModelException:
                 self.families = []
                 return
 
-    def count(self, name, failure, accept):
+    def count(self, name: str, failure: np.ndarray, accept: np.ndarray) -> None:
         """Count answers of one class set: failure probabilities and decisions, arrays of the same size."""
         if not self.families:
             return

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import text  # vilu/preprocess/text.py, copied beside this file by the export
@@ -9,27 +10,27 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         here = Path(args["model_repository"]) / args["model_version"]
         transform = text.TextTransform(**json.loads(parameters["text_transform"]["string_value"]))
         self.tokenizer = text.Tokenizer(here / "tokenizer.json", transform)
-        self.longest = int(parameters["max_text_bytes"]["string_value"])
+        self.max_text_bytes = int(parameters["max_text_bytes"]["string_value"])
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()) for request in requests]
 
-    def _answer(self, strings):
+    def _answer(self, strings: np.ndarray) -> Any:
         texts = []
         for data in strings.reshape(-1):
             data = data if isinstance(data, bytes) else str(data).encode()
-            if len(data) > self.longest:
-                return self._error(f"a text has {len(data)} bytes, the limit is {self.longest}")
+            if len(data) > self.max_text_bytes:
+                return self._error(f"a text has {len(data)} bytes, the limit is {self.max_text_bytes}")
             try:
                 texts.append(data.decode("utf-8"))
             except UnicodeDecodeError:
                 return self._error("a text is not UTF-8")
         return pb_utils.InferenceResponse([pb_utils.Tensor("TOKENS", np.asarray(self.tokenizer.encode(texts)))])
 
-    def _error(self, told):
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(told, pb_utils.TritonError.INVALID_ARG))
+    def _error(self, message: str) -> Any:
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))

@@ -1,94 +1,98 @@
 """Triton Python model: image embeddings, with candidates of the request's own or a class set, to the answer.
 
-Candidates are TEXT_EMBEDDINGS, or LABELS, whose embeddings are kept: a label that was asked before costs no run of the
-text tower. No torch.
+Candidates are TEXT_EMBEDDINGS or LABELS. The embeddings of labels are kept, so that a label that was asked before costs
+no run of the text tower. No torch.
 """
 
 import json
 from collections import OrderedDict
+from typing import Any
 
 import head  # these two are copied beside this file by the export
 import numpy as np
 import sets
 import triton_python_backend_utils as pb_utils
-from sets import Candidates, RequestError, unit
+from sets import Candidates, RequestError, normalise
 
 
 class Metrics:
-    """Counters in the server's own metrics; nothing where the server keeps none."""
+    """Counters in the server's own metrics; does nothing where the server keeps no metrics."""
 
-    def __init__(self, labels):
-        self.counters = {}
-        for name, told in (
+    def __init__(self, labels: dict[str, str]) -> None:
+        self.counters: dict[str, tuple[Any, Any]] = {}
+        for name, description in (
             ("vilu_text_cache_hits", "Prompts whose embedding was kept"),
             ("vilu_text_cache_misses", "Prompts that the text tower had to read"),
             ("vilu_open_refused", "Requests with candidates that were refused"),
         ):
             try:
-                family = pb_utils.MetricFamily(name=name, description=told, kind=pb_utils.MetricFamily.COUNTER)
+                family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
                 self.counters[name] = family, family.Metric(labels=labels)
             except pb_utils.TritonModelException:
                 return
 
-    def count(self, name, by):
+    def count(self, name: str, by: int) -> None:
         if by and name in self.counters:
             self.counters[name][1].increment(by)
 
 
 class TritonPythonModel(head.Head):
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
         self.templates = json.loads(self.parameters["templates"])
-        self.most_labels = int(self.parameters["max_labels"])
-        self.longest_label = int(self.parameters["max_label_bytes"])
+        self.max_labels = int(self.parameters["max_labels"])
+        self.max_label_bytes = int(self.parameters["max_label_bytes"])
         self.text_batch = int(self.parameters["text_batch_size"])
-        self.kept = OrderedDict()  # (CLIP's fingerprint, prompt) -> (D,) float32, the last used at the end
-        self.keep = int(self.parameters["text_cache_prompts"])
+        # (CLIP's fingerprint, prompt) -> (D,) float32, the last used at the end
+        self.kept: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
+        self.max_kept = int(self.parameters["text_cache_prompts"])
         self.fingerprint = self.parameters["fingerprint"]
         self.metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
 
-    def embeddings(self, request):
-        return unit(pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING").as_numpy(), "IMAGE_EMBEDDING")
+    def embeddings(self, request: Any) -> np.ndarray:
+        given = pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING").as_numpy()
+        rows: np.ndarray = normalise(given, "IMAGE_EMBEDDING")
+        return rows
 
-    def refused(self, error):
+    def refused(self, error: Exception) -> None:
         if isinstance(error, RequestError):
             self.metrics.count("vilu_open_refused", 1)
 
-    def candidates(self, request, images, known):
+    def candidates(self, request: Any, images: int, made: dict[Any, Any]) -> list[Any]:
         own = pb_utils.get_input_tensor_by_name(request, "TEXT_EMBEDDINGS")
         labels = pb_utils.get_input_tensor_by_name(request, "LABELS")
         if own is not None and labels is not None:
             raise RequestError("give TEXT_EMBEDDINGS or LABELS, not both")
         if own is None and labels is None:
             return [self.class_set(request)] * images
-        if sets.asked(request):
+        if sets.requested_set(request):
             given = "LABELS" if own is None else "TEXT_EMBEDDINGS"
             raise RequestError(f"give {given} or class_set, not both")
         if labels is not None:
-            return [self._named(row, known) for row in labels.as_numpy().reshape(images, -1)]
+            return [self._from_labels(row, made) for row in labels.as_numpy().reshape(images, -1)]
         rows = own.as_numpy()
         if not rows.shape[1]:
             raise RequestError("TEXT_EMBEDDINGS holds no candidate")
-        if rows.shape[1] > self.most_labels:
-            raise RequestError(f"TEXT_EMBEDDINGS holds {rows.shape[1]} candidates, the limit is {self.most_labels}")
-        return [self._own(unit(each, "TEXT_EMBEDDINGS"), known) for each in rows]
+        if rows.shape[1] > self.max_labels:
+            raise RequestError(f"TEXT_EMBEDDINGS holds {rows.shape[1]} candidates, the limit is {self.max_labels}")
+        return [self._from_rows(normalise(each, "TEXT_EMBEDDINGS"), made) for each in rows]
 
-    def _own(self, rows, known):
+    def _from_rows(self, rows: np.ndarray, made: dict[Any, Any]) -> Any:
         key = rows.tobytes()
-        if key not in known:
-            known[key] = Candidates([b""] * len(rows), rows, self.default.threshold)
-        return known[key]
+        if key not in made:
+            made[key] = Candidates([b""] * len(rows), rows, self.default.threshold)
+        return made[key]
 
-    def _named(self, row, known):
+    def _from_labels(self, row: np.ndarray, made: dict[Any, Any]) -> Any:
         if not len(row):
             raise RequestError("LABELS is empty")
-        if len(row) > self.most_labels:
-            raise RequestError(f"LABELS holds {len(row)} labels, the limit is {self.most_labels}")
+        if len(row) > self.max_labels:
+            raise RequestError(f"LABELS holds {len(row)} labels, the limit is {self.max_labels}")
         names = []
         for label in row:
             label = label if isinstance(label, bytes) else str(label).encode()
-            if len(label) > self.longest_label:
-                raise RequestError(f"a label has {len(label)} bytes, the limit is {self.longest_label}")
+            if len(label) > self.max_label_bytes:
+                raise RequestError(f"a label has {len(label)} bytes, the limit is {self.max_label_bytes}")
             try:
                 names.append(label.decode("utf-8").strip())
             except UnicodeDecodeError:
@@ -99,18 +103,18 @@ class TritonPythonModel(head.Head):
             twice = next(name for i, name in enumerate(names) if name in names[:i])
             raise RequestError(f"the label {twice!r} is there twice")
         key = tuple(names)
-        if key not in known:
-            known[key] = Candidates([name.encode() for name in names], self._embed(names), self.default.threshold)
-        return known[key]
+        if key not in made:
+            made[key] = Candidates([name.encode() for name in names], self._embed(names), self.default.threshold)
+        return made[key]
 
-    def _embed(self, names):
+    def _embed(self, names: list[str]) -> np.ndarray:
         """(K, D) rows: each the mean of a name's normalised prompt embeddings, normalised again."""
         prompts = [template.replace("{}", name) for name in names for template in self.templates]
         keys = [(self.fingerprint, prompt) for prompt in prompts]
         missing = list(dict.fromkeys(key for key in keys if key not in self.kept))
         self.metrics.count("vilu_text_cache_misses", len(missing))
         self.metrics.count("vilu_text_cache_hits", len(keys) - len(missing))
-        fresh: dict = {}
+        fresh: dict[tuple[str, str], np.ndarray] = {}
         for start in range(0, len(missing), self.text_batch):
             some = missing[start : start + self.text_batch]
             texts = np.array([[prompt.encode()] for _, prompt in some], object)
@@ -121,7 +125,7 @@ class TritonPythonModel(head.Head):
             )
             response = request.exec()
             if response.has_error():
-                # The code does not come through BLS. The labels are not at fault: the queue is full, or worse.
+                # BLS does not pass on the error's code. The labels are not at fault: the queue is full, or worse.
                 raise RequestError(f"vilu_text: {response.error().message()}", pb_utils.TritonError.UNAVAILABLE)
             rows = pb_utils.get_output_tensor_by_name(response, "TEXT_EMBEDDING").as_numpy()
             fresh.update(zip(some, rows.copy(), strict=True))
@@ -133,7 +137,8 @@ class TritonPythonModel(head.Head):
             else:
                 rows.append(fresh[key])
         self.kept.update(fresh)
-        while len(self.kept) > self.keep:
+        while len(self.kept) > self.max_kept:
             self.kept.popitem(last=False)
         grouped = np.stack(rows).reshape(len(names), len(self.templates), -1)
-        return unit(grouped.mean(axis=1), "the text tower's answer")
+        embeddings: np.ndarray = normalise(grouped.mean(axis=1), "the text tower's answer")
+        return embeddings

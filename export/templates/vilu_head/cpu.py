@@ -1,6 +1,6 @@
-"""Triton Python model: image embeddings to the answer, or to what lies behind it, over a class set that the server has.
+"""Triton Python model: image embeddings to the answer or its details, over a class set that the server has.
 
-It gives what its graphs give: vilu_head the answer, vilu_details the rest.
+Its graphs decide which: vilu_head gives the answer, vilu_details the details.
 """
 
 import head  # copied beside this file by the export

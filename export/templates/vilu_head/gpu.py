@@ -1,10 +1,12 @@
 """Triton Python model: image embeddings to the answer by the fused head's cubins. No torch, no compilation.
 
-The cubins hold the class set that was exported. Who names another one is answered by vilu_embeddings.
+The cubins hold the class set that was exported. A request that names another one is handed to vilu_embeddings.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sets  # copied beside this file by the export
@@ -16,16 +18,16 @@ from fused.launch import CubinHead, Gpu
 class Block:
     """Memory of one batch's answer, handed back to the pool with the last tensor that lies in it."""
 
-    def __init__(self, pool, make):
+    def __init__(self, pool: list[int], make: Callable[[], int]) -> None:
         self.pool = pool
         self.address = pool.pop() if pool else make()
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.pool.append(self.address)
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         here = Path(args["model_repository"]) / args["model_version"]
         self.head = CubinHead(here / "cubins", Gpu(int(args["model_instance_device_id"])))
@@ -34,18 +36,19 @@ class TritonPythonModel:
         self.labels = np.array([label.encode() for label in labels], dtype=object)
         self.rows = max(config["max_batch_size"], 1)
         self.embeddings = self.head.gpu.allocate(self.rows * self.head.variant.dim * 4)
-        self.pool = []
+        self.pool: list[int] = []
         version = int(args["model_version"])
-        self.told = np.full((self.rows, 1), f"{sets.DEFAULT}@{version}".encode(), object)
+        self.class_set = np.full((self.rows, 1), f"{sets.DEFAULT}@{version}".encode(), object)
         self.versions = np.full((self.rows, 1), version, np.int32)
         self.tally = sets.Tally(args)
         self.store = sets.Store(sets.folder_of(args), None, "")
 
-    def execute(self, requests):
-        mine, others = [], {}
+    def execute(self, requests: list[Any]) -> list[Any]:
+        mine: list[Any] = []
+        others: dict[int, Any] = {}
         for place, request in enumerate(requests):
             try:
-                name = sets.asked(request)
+                name = sets.requested_set(request)
                 if name in ("", sets.DEFAULT):
                     mine.append(request)
                 else:
@@ -55,9 +58,9 @@ class TritonPythonModel:
         answered = iter(self._answer(mine) if mine else ())
         return [others[place] if place in others else next(answered) for place in range(len(requests))]
 
-    def _forward(self, request, name):
+    def _forward(self, request: Any, name: str) -> Any:
         """A request over another class set, by BLS."""
-        self.store.files(name)  # else refused here: BLS passes no error's code on
+        self.store.files(name)  # refuses an unknown set here, since BLS does not pass on an error's code
         response = pb_utils.InferenceRequest(
             model_name="vilu_embeddings",
             inputs=[pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING")],
@@ -68,7 +71,8 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(error=response.error())
         return pb_utils.InferenceResponse(output_tensors=response.output_tensors())
 
-    def _answer(self, requests):
+    def _answer(self, requests: list[Any]) -> list[Any]:
+        """The responses of these requests, by one launch of the head."""
         gpu = self.head.gpu
         gpu.use()
         capsules = [pb_utils.get_input_tensor_by_name(r, "IMAGE_EMBEDDING").to_dlpack() for r in requests]
@@ -77,14 +81,16 @@ class TritonPythonModel:
         images = ends[-1]
         source = views[0].address
         if len(views) > 1 or views[0].gpu != gpu.device or source % 16:
-            # Requests lie apart: side by side they are one launch. A copy on the GPU, unless CLIP ran elsewhere.
+            # One launch reads one array, so requests that lie apart are copied side by side (on the GPU, where CLIP
+            # ran there).
             source = at = self.embeddings
             for view in views:
                 size = view.shape[0] * self.head.variant.dim * 4
                 gpu.copy(at, view.address, size)
                 at += size
 
-        # int32 index, from a multiple of 16 bytes float32 failure probability, confidence, entropy, doctor
+        # The block holds the int32 class index and then, from a multiple of 16 bytes on, float32 failure probability,
+        # confidence, entropy and doctor.
         block = Block(self.pool, lambda: gpu.allocate(20 * self.rows + 16))
         padded = -(-images // 4) * 4
         scores = block.address + 4 * padded
@@ -103,7 +109,7 @@ class TritonPythonModel:
             tensors = [
                 pb_utils.Tensor("LABEL", label[start:end]),
                 pb_utils.Tensor("ACCEPT", accept[start:end]),
-                pb_utils.Tensor("CLASS_SET", self.told[: end - start]),
+                pb_utils.Tensor("CLASS_SET", self.class_set[: end - start]),
                 pb_utils.Tensor("CLASS_SET_VERSION", self.versions[: end - start]),
             ]
             for name, first, kind in (

@@ -4,19 +4,15 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 
-import click
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vilu.cli.options import data_options
 from vilu.data import augment, batches, check_same_classes, open_source
 from vilu.data.cifar import _load
 from vilu.data.coop import SPLIT_FILES
@@ -877,21 +873,3 @@ def test_an_abandoned_iterator_leaves_no_threads():
     next(iterator)
     iterator.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
-
-
-# ---------------------------------------------------------------------- the command line's side
-
-
-def test_data_options():
-    @click.command()
-    @data_options
-    def command(data, dataset, root, cache):
-        click.echo(f"{data} {dataset} {root} {cache}")
-
-    result = CliRunner().invoke(command, ["--data", "{0..1}.tar", "--cache", "c", "--root", "r"])
-    assert result.output == "{0..1}.tar None r c\n"
-
-
-def test_the_options_cost_no_torch():
-    code = "import sys, vilu.cli.options; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

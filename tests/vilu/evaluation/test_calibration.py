@@ -166,7 +166,7 @@ def test_coverage_and_tpr_are_met_by_the_lowest_threshold(drawn, share):
             with pytest.raises(metrics.OneSidedError):
                 rule(probability, correct, share)
             continue
-        needed = metrics.kept(share, among.sum())
+        needed = metrics.kept_samples(share, among.sum())
         if (probability[among] < 1).sum() < needed:
             with pytest.raises(TargetNotMetError) as caught:
                 rule(probability, correct, share)

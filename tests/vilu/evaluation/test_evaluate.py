@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,50 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import unit_rows
-from vilu import ViLUHead
+from tests.vilu.evaluation.examples import captioned, closed, head, quick
 from vilu.embeddings import EmbeddedSet, Embeddings
 from vilu.errors import UserError
-from vilu.evaluation import metrics
-from vilu.evaluation.bootstrap import COLUMNS, INDEX
+from vilu.evaluation import bootstrap
+from vilu.evaluation.columns import COLUMNS, INDEX
 from vilu.evaluation.evaluate import CANDIDATES, Case, confidences, correct, evaluate, group_sizes, headline
-from vilu.scores import LVU, MCM, SCORES, ConfidNet, ProbVLM, Training
-
-QUICK = Training(epochs=2, batch_size=16)
-FACTORIES = {
-    **SCORES,
-    "LVU-BCE": lambda: LVU("bce", QUICK),
-    "LVU-MSE": lambda: LVU("mse", QUICK),
-    "ConfidNet": lambda: ConfidNet(training=QUICK),
-    "ProbVLM": lambda: ProbVLM(passes=2, training=QUICK),
-}
-quick = partial(evaluate, factories=FACTORIES, resamples=20)
-
-
-def closed(count=80, classes=5, dim=12, noise=0.7, seed=0, name="world", projection=False, names=None):
-    generator = torch.Generator().manual_seed(seed)
-    text = unit_rows(classes, dim, 5).float()
-    labels = torch.randint(classes, (count,), generator=generator)
-    image = torch.nn.functional.normalize(text[labels] + noise * torch.randn(count, dim, generator=generator), dim=1)
-
-    def embeddings(rows):
-        return Embeddings(rows, 2 * rows, 3 * rows) if projection else Embeddings(rows)
-
-    names = tuple(f"class {i}" for i in range(classes)) if names is None else names
-    return EmbeddedSet(name, embeddings(image), embeddings(text), labels, names)
-
-
-def captioned(count=70, dim=8, noise=0.6, seed=0, distinct=None, projection=False):
-    text = unit_rows(distinct or count, dim, seed).float()[torch.arange(count) % (distinct or count)]
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.nn.functional.normalize(text + noise * torch.randn(count, dim, generator=generator), dim=1)
-    sides = [Embeddings(rows, rows, rows) if projection else Embeddings(rows) for rows in (image, text)]
-    return EmbeddedSet("captions", *sides)
-
-
-def head(dim, seed=0):
-    torch.manual_seed(seed)
-    return ViLUHead(dim, hidden=(16,)).eval()
+from vilu.scores import MCM, SCORES
 
 
 def row(result, method):
@@ -152,14 +114,14 @@ def test_every_method_side_by_side():
     assert (result.samples, result.failures, result.accuracy) == (80, int((~right).sum()), right.mean())
     mcm = MCM().confidence(test.image, test.text, 100.0).double().numpy()
     for column in COLUMNS:
-        expected = metrics.bootstrap(column.function, 1 - mcm if column.probability else mcm, right, resamples=20)
+        expected = bootstrap.bootstrap(column.function, 1 - mcm if column.probability else mcm, right, resamples=20)
         cell = row(result, "MCM").cells[column.key]
         assert (cell.value, cell.low, cell.high) == pytest.approx(
             (expected.value, expected.low, expected.high), abs=1e-12
         )
     ours = 1 - head(12).failure_probability(test.image.normalised, test.text.normalised).detach().double().numpy()
     for key in ("auc", "fpr95"):
-        expected = metrics.paired_bootstrap(COLUMNS[INDEX[key]].function, ours, mcm, right, resamples=20)
+        expected = bootstrap.paired_bootstrap(COLUMNS[INDEX[key]].function, ours, mcm, right, resamples=20)
         pair = row(result, "MCM").against[key]
         assert (pair.difference, pair.p_value) == pytest.approx((expected.difference, expected.p_value))
     assert not row(result, "ViLU").against

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vilu.test_evaluate import captioned, closed, head
+from tests.vilu.evaluation.examples import captioned, closed, head
 from vilu.errors import UserError
-from vilu.evaluation import metrics
+from vilu.evaluation import bootstrap, metrics
 from vilu.evaluation.evaluate import confidences, correct
-from vilu.evaluation.learning_curve import _needed, _point, crossing, fit_power_law, learning_curve
+from vilu.evaluation.learning_curve import _needed_images, _point, crossing, fit_power_law, learning_curve
 from vilu.evaluation.metrics import OneSidedError
 from vilu.scores import MCM
 
@@ -75,7 +75,7 @@ def known_curve(aucs, mcm=0.85, spread=0.002, seeds=3, resamples=200):
         points.append(point)
         errors.append(error)
         drawn.append([columns[key] for key in keys])
-    return points, _needed(points, np.array(errors), mcm, drawn, columns["MCM"], 0)[0]
+    return points, _needed_images(points, np.array(errors), mcm, drawn, columns["MCM"], 0)[0]
 
 
 def test_the_size_from_which_the_head_is_better():
@@ -141,7 +141,7 @@ def test_a_curve_of_heads_that_improve():
     assert middle.mean < last.mean == 1
     assert last.better
     mcm = confidences({"MCM": MCM()}, test)["MCM"]
-    expected = metrics.bootstrap(metrics.auroc, mcm, right, resamples=50)
+    expected = bootstrap.bootstrap(metrics.auroc, mcm, right, resamples=50)
     assert tuple(vars(curve.mcm).values()) == pytest.approx(tuple(vars(expected).values()), abs=1e-12)
     assert last.difference == pytest.approx(1 - curve.mcm.value)
     # One seed: no interval over seeds, but a p-value from the test images.

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vilu.errors import UserError
-from vilu.evaluation import metrics
+from vilu.evaluation import bootstrap, metrics
 
 RANKING = [
     metrics.auroc,
@@ -186,9 +186,9 @@ def test_bad_options():
     with pytest.raises(UserError, match="bins"):
         metrics.ece([0.5], [True], bins=0)
     with pytest.raises(UserError, match="resamples"):
-        metrics.bootstrap(metrics.auroc, CONFIDENCE, CORRECT, resamples=0)
+        bootstrap.bootstrap(metrics.auroc, CONFIDENCE, CORRECT, resamples=0)
     with pytest.raises(UserError, match="level"):
-        metrics.bootstrap(metrics.auroc, CONFIDENCE, CORRECT, level=1)
+        bootstrap.bootstrap(metrics.auroc, CONFIDENCE, CORRECT, level=1)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64])
@@ -198,9 +198,9 @@ def test_dtypes(dtype):
 
 def test_coverage_counts_are_not_pushed_up_by_rounding():
     assert 0.07 * 100 > 7
-    assert metrics.kept(0.07, 100) == 7
-    assert metrics.kept(0.0701, 100) == 8
-    assert metrics.kept(1e-12, 10) == 1
+    assert metrics.kept_samples(0.07, 100) == 7
+    assert metrics.kept_samples(0.0701, 100) == 8
+    assert metrics.kept_samples(1e-12, 10) == 1
 
 
 def normal_scores(gap, size=400, seed=0):
@@ -211,18 +211,18 @@ def normal_scores(gap, size=400, seed=0):
 
 def test_bootstrap_is_deterministic_and_brackets():
     confidence, correct = normal_scores(1.0)
-    interval = metrics.bootstrap(metrics.auroc, confidence, correct, resamples=200)
-    assert interval == metrics.bootstrap(metrics.auroc, confidence, correct, resamples=200)
-    assert interval != metrics.bootstrap(metrics.auroc, confidence, correct, resamples=200, seed=1)
+    interval = bootstrap.bootstrap(metrics.auroc, confidence, correct, resamples=200)
+    assert interval == bootstrap.bootstrap(metrics.auroc, confidence, correct, resamples=200)
+    assert interval != bootstrap.bootstrap(metrics.auroc, confidence, correct, resamples=200, seed=1)
     assert interval.low < interval.value < interval.high
-    narrow = metrics.bootstrap(metrics.auroc, confidence, correct, resamples=200, level=0.5)
+    narrow = bootstrap.bootstrap(metrics.auroc, confidence, correct, resamples=200, level=0.5)
     assert interval.low < narrow.low < narrow.high < interval.high
 
 
 def test_bootstrap_width_is_the_standard_error():
     # Brier of constant 0.2 over n answers with failure rate q is .04 + .6 · failures / n: binomial.
     correct = np.arange(1000) >= 300
-    interval = metrics.bootstrap(metrics.brier, np.full(1000, 0.2), correct, resamples=2000)
+    interval = bootstrap.bootstrap(metrics.brier, np.full(1000, 0.2), correct, resamples=2000)
     error = 0.6 * np.sqrt(0.3 * 0.7 / 1000)
     assert interval.value == pytest.approx(0.04 + 0.6 * 0.3)
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.1)
@@ -230,22 +230,22 @@ def test_bootstrap_width_is_the_standard_error():
 
 def test_bootstrap_draws_again_what_is_one_sided():
     # With one failure in five, a third of the draws has none.
-    interval = metrics.bootstrap(metrics.auroc, [1, 2, 3, 4, 5], [False, True, True, True, True], resamples=50)
+    interval = bootstrap.bootstrap(metrics.auroc, [1, 2, 3, 4, 5], [False, True, True, True, True], resamples=50)
     assert (interval.low, interval.high) == (1, 1)
     with pytest.raises(metrics.OneSidedError):
-        metrics.bootstrap(metrics.auroc, [1, 2], [True, True])
+        bootstrap.bootstrap(metrics.auroc, [1, 2], [True, True])
 
 
 def test_paired_bootstrap():
     better, correct = normal_scores(2.0)
     worse, _ = normal_scores(0.5, seed=0)
-    won = metrics.paired_bootstrap(metrics.auroc, better, worse, correct, resamples=200)
+    won = bootstrap.paired_bootstrap(metrics.auroc, better, worse, correct, resamples=200)
     assert won.low > 0
     assert won.p_value == pytest.approx(2 / 201)
     assert won.difference == metrics.auroc(better, correct) - metrics.auroc(worse, correct)
-    lost = metrics.paired_bootstrap(metrics.auroc, worse, better, correct, resamples=200)
+    lost = bootstrap.paired_bootstrap(metrics.auroc, worse, better, correct, resamples=200)
     assert (lost.low, lost.high, lost.p_value) == pytest.approx((-won.high, -won.low, won.p_value))
-    same = metrics.paired_bootstrap(metrics.auroc, better, better * 2, correct, resamples=50)
+    same = bootstrap.paired_bootstrap(metrics.auroc, better, better * 2, correct, resamples=50)
     assert (same.difference, same.p_value) == (0, 1)
 
 
@@ -255,8 +255,8 @@ def test_paired_bootstrap_draws_the_same_samples(seed):
     # b is a, reversed, where the metric is a mean: differences vanish only if both see the same draws.
     a = np.random.default_rng(seed).random(30)
     correct = np.arange(30) % 2 == 0
-    pair = metrics.paired_bootstrap(lambda c, _: float(c.mean()), a, 1 - a, correct, resamples=20, seed=seed)
-    total = metrics.bootstrap(lambda c, _: float(2 * c.mean() - 1), a, correct, resamples=20, seed=seed)
+    pair = bootstrap.paired_bootstrap(lambda c, _: float(c.mean()), a, 1 - a, correct, resamples=20, seed=seed)
+    total = bootstrap.bootstrap(lambda c, _: float(2 * c.mean() - 1), a, correct, resamples=20, seed=seed)
     assert (pair.low, pair.high) == pytest.approx((total.low, total.high))
 
 
@@ -267,6 +267,6 @@ def test_p_value_is_uniform_without_a_difference():
         correct = rng.random(200) < 0.6
         signal = correct + rng.normal(size=200)
         a, b = signal + rng.normal(size=200), signal + rng.normal(size=200)
-        values.append(metrics.paired_bootstrap(metrics.auroc, a, b, correct, resamples=59).p_value)
+        values.append(bootstrap.paired_bootstrap(metrics.auroc, a, b, correct, resamples=59).p_value)
     # Of 60 tests at 10%, more than 15 rejections happen with probability 0.0002.
     assert sum(value <= 0.1 for value in values) <= 15

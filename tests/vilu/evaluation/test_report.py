@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from tests.vilu.test_evaluate import captioned, closed, head, quick
+from tests.vilu.evaluation.examples import captioned, closed, head, quick
+from vilu.cli.tables import MIDDLE, WIDE, print_tables
 from vilu.errors import UserError
-from vilu.evaluation.bootstrap import COLUMNS
+from vilu.evaluation.columns import COLUMNS
 from vilu.evaluation.evaluate import Case, evaluate
 from vilu.evaluation.learning_curve import learning_curve
 from vilu.evaluation.report import tables as report
-from vilu.evaluation.report.figures import pictures
+from vilu.evaluation.report.figures import figures
 from vilu.evaluation.report.html import summary
 
 HOSTILE = "<script>alert('x')</script> $a_{$ [bold] \"&amp; ../../etc"
@@ -118,7 +119,7 @@ def test_the_html_holds_every_number_and_says_what_it_is(evaluation, written):
             assert shown.split() == [f"{values[0]}{values[1]}–{values[2]}"]
     for column in COLUMNS:
         assert column.definition in page.text
-    assert "20 draws, seed 0" in page.text
+    assert "20 resamples and seed 0" in page.text
     assert "AUC against the number of candidates K" in page.text
     assert "Learning curve" in page.text
     assert "all 80 answers are right: AUC, FPR95, AUPR-err are not defined" in page.text
@@ -175,8 +176,8 @@ def test_the_csv_has_a_line_for_every_cell(evaluation, written):
         assert "nan" not in line["value"].lower()
 
 
-def test_the_pictures(evaluation):
-    found = pictures(evaluation)
+def test_the_figures(evaluation):
+    found = figures(evaluation)
     kinds = [name.split("-")[0] + " " + re.search(r"(roc|risk|dens|reli|cand|learn)\w*", name)[0] for name in found]
     assert kinds == [
         "1 roc", "1 risk", "1 densities", "1 reliability", "1 learning",
@@ -194,21 +195,21 @@ def test_a_set_without_any_number_still_has_a_report(tmp_path):
     empty = evaluate([Case(closed())], ["ViLU", "Rel-U"], resamples=3)
     report.write(empty, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {report.JSON, report.CSV, report.HTML}
-    assert "No comparison with ViLU" in (tmp_path / "out" / report.HTML).read_text("utf-8")
+    assert "ViLU could not be compared" in (tmp_path / "out" / report.HTML).read_text("utf-8")
 
 
-@pytest.mark.parametrize("width", [60, report.MIDDLE, report.WIDE])
+@pytest.mark.parametrize("width", [60, MIDDLE, WIDE])
 def test_the_tables_fit_the_terminal(evaluation, width):
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    report.print_tables(evaluation, console)
+    print_tables(evaluation, console)
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= width
     assert "needs training data to be fitted on" in shown.replace("\n", " ")
-    if width >= report.MIDDLE:
+    if width >= MIDDLE:
         cell = evaluation.results[0].rows[0].cells["accuracy_at_90"]
         assert f"{100 * cell.value:.1f}" in shown
         assert "…" not in shown
-        assert (f"{100 * cell.low:.1f}–{100 * cell.high:.1f}" in shown) == (width >= report.WIDE)
+        assert (f"{100 * cell.low:.1f}–{100 * cell.high:.1f}" in shown) == (width >= WIDE)
 
 
 def test_the_summary_names_the_rival(evaluation):
@@ -216,7 +217,7 @@ def test_the_summary_names_the_rival(evaluation):
     rows = [row for row in evaluation.results[0].rows if row.method != "ViLU"]
     rival = max(rows, key=lambda row: row.cells["auc"].value)
     assert f"({rival.method})" in said
-    assert re.search(r"significantly (better|worse)|no significant difference", said)
+    assert re.search(r"significantly (better|worse)|the difference is not significant", said)
     assert "easy" not in said
 
 
@@ -235,7 +236,7 @@ def test_nothing_else_is_ever_replaced(evaluation, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("keep")
-    with pytest.raises(UserError, match=r"'notes\.txt', which is no part of an earlier report"):
+    with pytest.raises(UserError, match=r"'notes\.txt', which is not part of an earlier report"):
         report.write(evaluation, mine)
     assert (mine / "notes.txt").read_text() == "keep"
     (tmp_path / "file").write_text("")

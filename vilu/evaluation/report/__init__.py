@@ -1,1 +1,1 @@
-"""An evaluation as tables, figures and one HTML file."""
+"""The report on an evaluation: tables (JSON and CSV), figures and one HTML file."""

@@ -1,26 +1,24 @@
-"""The pictures of an evaluation, as PNG files in memory."""
+"""The figures of an evaluation, as PNG files in memory."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TypedDict
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from vilu.evaluation import metrics
-from vilu.evaluation.bootstrap import BINS, one_sided
-from vilu.evaluation.evaluate import OURS, Evaluation, Result
-from vilu.evaluation.metrics import Floats
-
-if TYPE_CHECKING:
-    from vilu.evaluation.learning_curve import LearningCurve
+from vilu.evaluation.columns import BINS
+from vilu.evaluation.metrics import Floats, one_sided
+from vilu.evaluation.results import OURS, SIGNIFICANCE, Evaluation, LearningCurve, Result
 
 DPI = 110
-POINTS = 1000  # of a curve: more cannot be seen
+POINTS = 1000  # of a curve; more cannot be seen
 COLOURS = {
     "MCM": "#7f7f7f",
     "Entropy": "#bcbd22",
@@ -36,37 +34,48 @@ COLOURS = {
 RIGHT, WRONG = "#2c7fb8", "#d95f0e"
 
 
-def pictures(evaluation: Evaluation) -> dict[str, bytes]:
-    """File name to PNG: per data set what it can be drawn for, in the order of the report."""
+class LineStyle(TypedDict):
+    """Options of matplotlib's `plot`."""
+
+    color: str | None
+    linewidth: float
+    zorder: int
+
+
+def figures(evaluation: Evaluation) -> dict[str, bytes]:
+    """All figures of an evaluation, by file name, as PNG, in the order of the report.
+
+    A figure that a data set has no values for is left out.
+    """
     found: dict[str, bytes] = {}
     for i, result in enumerate(evaluation.results, 1):
         for kind, draw in KINDS.items():
             if result.confidences and not (kind == "roc" and one_sided(result.correct)):
-                found[file_name(kind, result.name, i)] = _png(draw, result)
+                found[file_name(kind, result.name, i)] = _png(draw(result))
         if len(evaluation.sweeps.get(result.name, ())) > 1:
-            found[file_name("candidates", result.name, i)] = _png(_candidates, evaluation.sweeps[result.name])
+            found[file_name("candidates", result.name, i)] = _png(_candidates(evaluation.sweeps[result.name]))
         if result.name in evaluation.curves:
-            found[file_name("learning-curve", result.name, i)] = _png(_curve, evaluation.curves[result.name])
+            found[file_name("learning-curve", result.name, i)] = _png(_curve(evaluation.curves[result.name]))
     return found
 
 
 def file_name(kind: str, name: str, number: int) -> str:
-    """A file name of plain letters whatever the data set is called; the number keeps it unique."""
+    """A file name of ASCII letters, digits and hyphens, whatever the data set is called; the number keeps it unique."""
     return f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')[:40] or 'data'}-{kind}.png"
 
 
-def _png(draw: Callable[[Any], Figure], what: Any) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    draw(what).savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
 
 def _plain(text: str) -> str:
-    """A user's string, kept from being read as a formula."""
+    """Text of the user, escaped so that matplotlib does not read it as a formula."""
     return text.replace("$", r"\$")
 
 
-def _axes(title: str, x: str, y: str, size: tuple[float, float] = (6.2, 4.6)) -> tuple[Figure, Any]:
+def _axes(title: str, x: str, y: str, size: tuple[float, float] = (6.2, 4.6)) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     axis.set(xlabel=x, ylabel=y)
@@ -76,7 +85,7 @@ def _axes(title: str, x: str, y: str, size: tuple[float, float] = (6.2, 4.6)) ->
     return figure, axis
 
 
-def _style(method: str) -> dict[str, Any]:
+def _style(method: str) -> LineStyle:
     ours = method == OURS
     return {"color": COLOURS.get(method), "linewidth": 2.6 if ours else 1.3, "zorder": 3 if ours else 2}
 
@@ -106,7 +115,7 @@ def _roc(result: Result) -> Figure:
 
 
 def _risk(result: Result) -> Figure:
-    figure, axis = _axes(result.name, "coverage: share of answers kept", "risk: share of them wrong")
+    figure, axis = _axes(result.name, "coverage (share of answers kept)", "risk (error rate among the answers kept)")
     for method, confidence in result.confidences.items():
         coverage, risk = metrics.risk_coverage(confidence, result.correct)
         label = f"{method} ({100 * (_cell(result, method, 'aurc') or 0):.2f})"
@@ -141,23 +150,23 @@ def _densities(result: Result) -> Figure:
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"{_plain(result.name)}: confidence of right and of wrong answers", fontsize=11)
+    figure.suptitle(f"{_plain(result.name)}: confidence of right and wrong answers", fontsize=11)
     return figure
 
 
 def _reliability(result: Result) -> Figure:
-    figure, axis = _axes(result.name, "P(failure), mean of the bin", "failure rate in the bin")
-    for method, probability in result.probabilities.items():
+    figure, axis = _axes(result.name, "mean P(failure) in the bin", "failure rate in the bin")
+    for method, probability in result.failure_probabilities.items():
         mean, rate, samples = metrics.reliability(probability, result.correct, BINS)
         kept = samples > 0
         label = f"{method} ({100 * (_cell(result, method, 'ece') or 0):.2f})"
         axis.plot(mean[kept], rate[kept], marker="o", markersize=3, label=label, **_style(method))
     axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle=":")
     axis.set(xlim=(0, 1), ylim=(0, 1))
-    if result.probabilities:
+    if result.failure_probabilities:
         axis.legend(title="ECE, %", fontsize=8, loc="upper left")
     else:
-        axis.text(0.5, 0.6, "no method here states a probability", ha="center")
+        axis.text(0.5, 0.6, "no method here gives a probability", ha="center")
     return figure
 
 
@@ -170,7 +179,7 @@ KINDS: Mapping[str, Callable[[Result], Figure]] = {
 
 
 def _candidates(sweep: Sequence[Result]) -> Figure:
-    figure, axis = _axes(sweep[0].name, "candidates K in a group", "AUC")
+    figure, axis = _axes(sweep[0].name, "number of candidates K in a group", "AUC")
     for method in (row.method for row in sweep[0].rows):
         cells = [next(r for r in result.rows if r.method == method).cells.get("auc") for result in sweep]
         drawn = [(result.candidates, cell) for result, cell in zip(sweep, cells, strict=True) if cell is not None]
@@ -201,30 +210,31 @@ def _curve(curve: LearningCurve) -> Figure:
     axis.axhspan(curve.mcm.low, curve.mcm.high, color=COLOURS["MCM"], alpha=0.15, linewidth=0)
     points = [point for point in curve.points if point.mean is not None]
     sizes = [point.size for point in points]
-    bounded = [point for point in points if point.low is not None]
-    axis.plot(sizes, [point.mean for point in points], marker="o", label=OURS, **_style(OURS))
+    means = [point.mean for point in points if point.mean is not None]
+    bounds = [(p.size, p.low, p.high) for p in points if p.low is not None and p.high is not None]
+    axis.plot(sizes, means, marker="o", label=OURS, **_style(OURS))
     axis.fill_between(
-        [point.size for point in bounded],
-        [point.low for point in bounded],
-        [point.high for point in bounded],
+        [size for size, _, _ in bounds],
+        [low for _, low, _ in bounds],
+        [high for _, _, high in bounds],
         color=COLOURS[OURS],
         alpha=0.15,
         linewidth=0,
     )
     seeds = [(point.size, auc) for point in points for auc in point.aucs]
     axis.plot([s for s, _ in seeds], [auc for _, auc in seeds], ".", color=COLOURS[OURS], markersize=4, alpha=0.6)
-    better = [point for point in points if point.better]
+    better = [(point.size, mean) for point, mean in zip(points, means, strict=True) if point.better]
     values = [value for p in points for value in (*p.aucs, p.low, p.high) if value is not None]
     values += [curve.mcm.low, curve.mcm.high]
     if better:
-        places = [point.size for point in better], [point.mean for point in better]
-        axis.plot(*places, "o", color="#2ca02c", zorder=4, label="better than MCM, p < 0.05")
+        x, y = [size for size, _ in better], [mean for _, mean in better]
+        axis.plot(x, y, "o", color="#2ca02c", zorder=4, label=f"better than MCM, p < {SIGNIFICANCE}")
     needed = curve.needed
     if curve.power_law and sizes:
         a, b, c = curve.power_law
         end = max(sizes[-1], needed.high or needed.size or 0)
-        x = np.geomspace(sizes[0], end, 200)
-        axis.plot(x, a - b * x**-c, color=COLOURS[OURS], linewidth=1, linestyle="--", label="power law")
+        line = np.geomspace(sizes[0], end, 200)
+        axis.plot(line, a - b * line**-c, color=COLOURS[OURS], linewidth=1, linestyle="--", label="power law")
         values.append(a - b * end**-c)
     if needed.size is not None:
         axis.axvline(needed.size, color="#2ca02c", linewidth=1, linestyle=":")

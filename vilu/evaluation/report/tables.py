@@ -1,122 +1,30 @@
-"""An evaluation as a table in the terminal, and as a folder of JSON, CSV, pictures and one HTML file."""
+"""An evaluation as JSON and CSV, and as a folder with those, its figures and one HTML file."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape as escape_markup
-from rich.table import Table
 
 from vilu import atomic
 from vilu.errors import UserError
-from vilu.evaluation.bootstrap import COLUMNS, Column
-from vilu.evaluation.evaluate import COMPARED, OURS, Evaluation, Result
-from vilu.evaluation.metrics import Comparison, Interval
+from vilu.evaluation.bootstrap import Interval
+from vilu.evaluation.columns import COLUMNS
+from vilu.evaluation.report.figures import figures
+from vilu.evaluation.report.formatting import compared, versions
+from vilu.evaluation.report.html import as_html
+from vilu.evaluation.results import Evaluation, Result
 
-DIGITS = {"aurc": 2, "ece": 2, "brier": 2}  # after the point, in percent; 1 for the rest
-WIDE, MIDDLE = 180, 138  # columns of a terminal that has room for intervals, and for every metric
-NARROW = ("auc", "fpr95", "aurc", "ece")
-HEAD = ["set", "candidates", "samples", "method", "metric", "value", "low", "high"]
-HEAD += ["vilu_minus", "vilu_minus_low", "vilu_minus_high", "p_value", "reason"]
+CSV_HEAD = ["set", "candidates", "samples", "method", "metric", "value", "low", "high"]
+CSV_HEAD += ["vilu_minus", "vilu_minus_low", "vilu_minus_high", "p_value", "reason"]
 JSON, CSV, HTML = "evaluation.json", "evaluation.csv", "report.html"
 
 
-def text(column: Column, value: float) -> str:
-    """A metric as tables print it: in percent."""
-    return f"{100 * value:.{DIGITS.get(column.key, 1)}f}"
-
-
-def difference(column: Column, pair: Comparison) -> str:
-    """ViLU minus a method, with its p-value."""
-    return f"{100 * pair.difference:+.{DIGITS.get(column.key, 1)}f} (p {pair.p_value:.2g})"
-
-
-def best(result: Result) -> dict[str, float]:
-    """The best value of each column that has one."""
-    found: dict[str, float] = {}
-    for column in COLUMNS:
-        cells = [row.cells[column.key].value for row in result.rows if column.key in row.cells]
-        if cells:
-            found[column.key] = max(cells) if column.higher else min(cells)
-    return found
-
-
-def caption(result: Result) -> str:
-    """What a result is about, in one line."""
-    parts = [f"{result.samples:,} images"]
-    if result.candidates:
-        parts.append(f"{'groups' if result.captions else 'classes'}: {result.candidates:,}")
-    parts.append(f"CLIP is right on {result.accuracy:.1%}")
-    if result.dropped:
-        parts.append(f"{result.dropped:,} in an incomplete group left out")
-    if result.trained_on:
-        parts.append(f"baselines fitted on {result.trained_on}")
-    return ", ".join(parts)
-
-
-def print_tables(evaluation: Evaluation, console: Console) -> None:
-    """One table a data set, and their mean; a narrow terminal gets fewer metrics, a wide one intervals."""
-    for result in (*evaluation.results, *([evaluation.mean] if evaluation.mean else [])):
-        console.print(_rich_table(result, console.width))
-        if result.note:
-            console.print(escape_markup(result.note), style="yellow")
-        for row in result.rows:
-            if row.reason:
-                console.print(escape_markup(f"{row.method}: {row.reason}"), style="yellow")
-    for name, sweep in evaluation.sweeps.items():
-        if len(sweep) > 1:
-            table = Table(
-                "K", *evaluation.methods, title=escape_markup(f"{name}: AUC against the number of candidates")
-            )
-            for result in sweep:
-                cells = [row.cells.get("auc") for row in result.rows]
-                table.add_row(str(result.candidates), *("" if c is None else f"{100 * c.value:.1f}" for c in cells))
-            console.print(table)
-    for name, curve in evaluation.curves.items():
-        console.print(escape_markup(f"{name}: {curve.needed.text}"))
-
-
-def _rich_table(result: Result, width: int) -> Table:
-    top = best(result)
-    columns = COLUMNS if width >= MIDDLE else [c for c in COLUMNS if c.key in NARROW]
-    table = Table(title=f"{escape_markup(result.name)} (%)", caption=escape_markup(caption(result)), box=SIMPLE_HEAD)
-    table.add_column("method", no_wrap=True)
-    for column in columns:
-        table.add_column(f"{column.title} {'↑' if column.higher else '↓'}", justify="right", no_wrap=True)
-    for column in compared():
-        table.add_column(f"{OURS} − it,\n{column.title} (p)", justify="right", no_wrap=True)
-    for row in result.rows:
-        cells = []
-        for column in columns:
-            cell = row.cells.get(column.key)
-            shown = "" if cell is None else text(column, cell.value)
-            if cell is not None and cell.value == top[column.key]:
-                shown = f"[bold]{shown}[/]"
-            if cell is not None and width >= WIDE:
-                shown += f"\n[dim]{text(column, cell.low)}–{text(column, cell.high)}[/]"
-            cells.append(shown)
-        pairs = [difference(c, row.against[c.key]) if c.key in row.against else "" for c in compared()]
-        table.add_row(row.method, *cells, *pairs)
-    return table
-
-
-def compared() -> list[Column]:
-    """The columns in which ViLU is compared with each method."""
-    return [column for column in COLUMNS if column.key in COMPARED]
-
-
-def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """The evaluation in JSON's types: null for what is not defined, no NaN."""
+def as_json(evaluation: Evaluation) -> dict[str, object]:
+    """The evaluation as a JSON document: null for what is not defined, never NaN."""
     return {
         "format": "vilu-evaluation",
         "version": 1,
@@ -138,7 +46,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _json_result(result: Result) -> dict[str, Any]:
+def _json_result(result: Result) -> dict[str, object]:
     return {
         "name": result.name,
         "trained_on": result.trained_on or None,
@@ -160,22 +68,11 @@ def _json_result(result: Result) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of what computed the numbers."""
-    found = {"python": platform.python_version()}
-    for package in ("vilu", "torch", "numpy", "scikit-learn", "open_clip_torch"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def as_csv(evaluation: Evaluation) -> str:
-    """One line a data set, number of candidates, method and metric."""
+    """The evaluation as CSV: a line for each data set, number of candidates, method and metric."""
     buffer = io.StringIO()
     lines = csv.writer(buffer, lineterminator="\n")
-    lines.writerow(HEAD)
+    lines.writerow(CSV_HEAD)
     for result in _every(evaluation):
         for row in result.rows:
             for column in COLUMNS:
@@ -198,7 +95,11 @@ def _every(evaluation: Evaluation) -> Iterator[Result]:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError unless a report can be written to this folder without harm to anything else in it."""
+    """Check that a report can be written to this folder.
+
+    Raises:
+        UserError: the folder holds anything but an earlier report, or cannot be written.
+    """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is not a folder")
     if output.is_dir():
@@ -208,28 +109,29 @@ def check_output(output: Path) -> None:
         except (OSError, ValueError, KeyError, TypeError):
             ours = set()
         if present - ours:
-            raise UserError(f"{output}: holds {min(present - ours)!r}, which is no part of an earlier report")
+            raise UserError(f"{output}: holds {min(present - ours)!r}, which is not part of an earlier report")
     atomic.check_folder(output)
 
 
 def write(evaluation: Evaluation, output: Path) -> list[Path]:
     """Write the report to a folder, whole or not at all; an earlier report there is replaced.
 
+    Args:
+        evaluation: what to report.
+        output: the folder.
+
     Returns:
-        the files.
+        the files written.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
-    from vilu.evaluation.report.figures import pictures
-    from vilu.evaluation.report.html import as_html
-
     check_output(output)
-    drawn = pictures(evaluation)
+    images = figures(evaluation)
     files: dict[str, bytes] = {
         CSV: as_csv(evaluation).encode(),
-        HTML: as_html(evaluation, drawn).encode(),
-        **drawn,
+        HTML: as_html(evaluation, images).encode(),
+        **images,
     }
     document = {**as_json(evaluation), "files": sorted([*files, JSON])}
     files[JSON] = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode()

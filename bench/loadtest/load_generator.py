@@ -1,32 +1,26 @@
-"""Load on a running tritonserver over gRPC, as cheap as the client can be: it shares the server's cores.
+"""Load on a running server over gRPC, as cheap as the client can be, because it shares the server's cores.
 
-Requests are serialised once and sent as bytes, answers are not parsed; one event loop holds all of them. Every window
-measures the server too: Triton's own statistics, and the CPU time and memory of its processes from /proc.
+Requests are serialised once and sent as bytes, answers are not parsed, and one event loop holds all of them. Every
+window measures the server too: Triton's own statistics, and the CPU time and memory of its processes from /proc.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
 import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
+from bench.loadtest.processes import Processes
+from bench.loadtest.wire import INFER, SERVICE, message, pack_strings
 from vilu.serving.client import OUTPUTS
 
-_SERVICE = "/inference.GRPCInferenceService"
-INFER, STREAM = f"{_SERVICE}/ModelInfer", f"{_SERVICE}/ModelStreamInfer"
-_TICK = os.sysconf("SC_CLK_TCK")
 DRAIN_SECONDS = 30.0
 PATIENCE = 5.0
 
@@ -76,82 +70,10 @@ class ModelShare:
         return sum(seconds for _, seconds in self.batches.values())
 
 
-def ticker(bar: Callable[[str, int, int], None]) -> Callable[[str], None]:
-    """tick(what) for a progress bar whose total nobody knows."""
-    steps = itertools.count(1)
-
-    def tick(what: str) -> None:
-        step = next(steps)
-        bar(what, step, step + 1)
-
-    return tick
-
-
-class Processes:
-    """The process group of a local server: CPU time by part, and memory."""
-
-    def __init__(self, group: int) -> None:
-        self.group = group
-
-    def _members(self) -> list[Path]:
-        found = []
-        for folder in Path("/proc").iterdir():
-            with suppress(OSError, ValueError, IndexError):
-                if folder.name.isdigit() and int(_stat(folder)[2]) == self.group:
-                    found.append(folder)
-        return found
-
-    def cpu(self) -> dict[str, float]:
-        """Part ("tritonserver", or the model of a Python stub) -> CPU seconds so far."""
-        total: Counter[str] = Counter()
-        for folder in self._members():
-            with suppress(OSError, IndexError):
-                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                fields = _stat(folder)
-                total[_part(words)] += (int(fields[11]) + int(fields[12])) / _TICK  # type: ignore[assignment]
-        return dict(total)
-
-    def memory(self) -> int:
-        """Bytes, pages shared by several processes counted once (PSS; RSS where that cannot be read)."""
-        return sum(pss for pss, _ in self.usage().values())
-
-    def usage(self) -> dict[str, tuple[int, int]]:
-        """Part -> bytes with shared pages counted once (PSS), and of its own pages alone (USS); RSS for both where
-        they cannot be read."""
-        total: dict[str, tuple[int, int]] = {}
-        for folder in self._members():
-            with suppress(OSError, IndexError, ValueError):
-                part = _part((folder / "cmdline").read_bytes().decode(errors="replace").split("\0"))
-                try:
-                    lines = (folder / "smaps_rollup").read_text().splitlines()[1:]
-                    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-                    pss, uss = sizes["Pss"], sizes["Private_Clean"] + sizes["Private_Dirty"]
-                except OSError:
-                    pss = uss = int(_stat(folder)[21]) * os.sysconf("SC_PAGE_SIZE")
-                was = total.get(part, (0, 0))
-                total[part] = was[0] + pss, was[1] + uss
-        return total
-
-
-def _stat(folder: Path) -> list[str]:
-    """/proc/PID/stat from its third field (state) on: the second may hold spaces."""
-    return (folder / "stat").read_text().rpartition(")")[2].split()
-
-
-def _part(words: Sequence[str]) -> str:
-    if "triton_python_backend_stub" not in Path(words[0]).name:
-        return Path(words[0]).name
-    return Path(words[1]).parents[1].name  # MODEL/VERSION/FILE
-
-
 def request(image: bytes, model: str = "vilu") -> bytes:
     """A serialised ModelInferRequest of one encoded image, for the answer without its details."""
-    message = pb.ModelInferRequest(model_name=model)
-    message.inputs.add(name="IMAGE", datatype="BYTES", shape=[1, 1])
-    for name in OUTPUTS:
-        message.outputs.add(name=name)
-    message.raw_input_contents.append(len(image).to_bytes(4, "little") + image)
-    return bytes(message.SerializeToString())
+    made = message(model, [("IMAGE", "BYTES", (1, 1), pack_strings(image))], OUTPUTS)
+    return bytes(made.SerializeToString())
 
 
 class Load:
@@ -266,7 +188,7 @@ class _Probe:
     def __init__(self, channel: Any, processes: Processes | None) -> None:
         self.processes = processes
         self._statistics = channel.unary_unary(
-            f"{_SERVICE}/ModelStatistics",
+            f"{SERVICE}/ModelStatistics",
             request_serializer=pb.ModelStatisticsRequest.SerializeToString,
             response_deserializer=pb.ModelStatisticsResponse.FromString,
         )
@@ -313,9 +235,3 @@ class _Probe:
                 models[name] = ModelShare(now.requests - was.requests, now.queue_seconds - was.queue_seconds, batches)
         used = {part: (spent - self._server.get(part, 0.0)) / seconds for part, spent in server.items()}
         return Window(seconds, client_cpu=client, server_cpu=used, memory=memory, models=models)
-
-
-def percentiles(latencies: Sequence[float]) -> dict[str, float | None]:
-    """p50, p90, p99 in milliseconds; None where nothing was answered."""
-    cuts = np.percentile(latencies, (50, 90, 99)) * 1e3 if len(latencies) else (None, None, None)
-    return {name: None if cut is None else float(cut) for name, cut in zip(("p50", "p90", "p99"), cuts, strict=True)}

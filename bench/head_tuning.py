@@ -1,0 +1,107 @@
+"""The search for the fused head's launch settings on this GPU, which writes kernels/tuning.json."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.authors import SCALE
+from bench.head_forms import GATE, Case, Exact
+from bench.head_timing import gpu
+from vilu import atomic
+from vilu.kernels import FoldedHead, fold, fused_head
+from vilu.kernels.plan import tuned
+
+CANDIDATES: dict[str, dict[str, list[int]]] = {
+    "attend_image": {
+        "TILE": [2048, 4096, 8192, 16384], "STAGES": [1, 2, 3, 4], "num_warps": [4, 8, 16], "waves": [1, 2],
+    },
+    "attend_tile": {
+        "BLOCK_M": [32, 64], "BLOCK_N": [16, 32, 64], "BLOCK_D": [32, 64, 128], "BLOCK_W": [64, 128],
+        "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
+    },
+    "combine": {"BLOCK_M": [16, 32], "BLOCK_N": [32, 64], "BLOCK_D": [32, 64], "STAGES": [2, 3], "num_warps": [4, 8]},
+}  # fmt: skip
+TUNED_IMAGES = {"attend_image": 1, "attend_tile": 512, "combine": 512}
+TUNED_CLASSES = {"folded": 1000, "plain": 65536}
+
+
+def tune(device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype], path: Path) -> None:
+    """Fastest settings that pass the gate, one coordinate at a time, into the table at `path` after each search.
+
+    A plain bank is tuned at K = 65,536, a folded one at K = 1,000: where each is used. float16 takes bfloat16's.
+    """
+    from vilu.kernels import fused
+
+    arch, _ = fused._device(0)
+    for name, dtype, dim, layout in itertools.product(kernels, dtypes, dims, TUNED_CLASSES):
+        case = Case(TUNED_IMAGES[name], TUNED_CLASSES[layout], dim, dtype)
+        head, v, t = case.data(device)
+        folded = fold(head, t, logit_scale=SCALE, layout=layout)
+        exact, variant = Exact.of(head, v, t), folded.variant
+        settings = {kernel: dict(values) for kernel, values in tuned(arch, variant)}
+        best = cost(settings, folded, exact, v)
+        for key, values in CANDIDATES[name].items():
+            for value in values:
+                trial = copy.deepcopy(settings)
+                trial[name][key] = value
+                if trial[name].get("RESIDENT"):
+                    trial[name]["BLOCK_W"] = trial[name]["BLOCK_D"]
+                took = cost(trial, folded, exact, v) if trial != settings else math.inf
+                if took < best:
+                    best, settings = took, trial
+        found = f"{name} {layout} {str(dtype)[6:]} D={dim}"
+        if not math.isfinite(best):
+            print(f"{found}: nothing compiles, fits and passes the gate; left as it was", file=sys.stderr)
+            continue
+        condition = {"bytes": variant.itemsize, "width": dim, "projected": True, "folded": variant.folded}
+        table = json.loads(path.read_text("utf-8"))
+        entries = table.setdefault(str(arch), {})
+        others = [e for e in entries.get(name, []) if any(e.get(key) != condition[key] for key in condition)]
+        entries[name] = sorted([condition | settings[name], *others], key=lambda e: e.get("width", math.inf))
+        atomic.write(path, one_line_an_entry(table))
+        tuned.cache_clear()
+        print(f"{found}: {1e6 * best:.1f} us with {settings[name]}", file=sys.stderr, flush=True)
+
+
+def one_line_an_entry(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """kernels/tuning.json as it is committed, so that a search shows as the lines it changed."""
+    archs = []
+    for arch, kernels in table.items():
+        lists = []
+        for name, entries in kernels.items():
+            lines = ",\n".join(f"      {json.dumps(entry)}" for entry in entries)
+            lists.append(f'    "{name}": [\n{lines}\n    ]')
+        archs.append(f'  "{arch}": {{\n' + ",\n".join(lists) + "\n  }")
+    return "{\n" + ",\n".join(archs) + "\n}\n"
+
+
+def cost(settings: dict[str, dict[str, int]], folded: FoldedHead, exact: Exact, v: Tensor) -> float:
+    """Seconds of the fused head with these settings, cold; infinite where it does not compile, fit or pass the gate."""
+    from vilu.kernels import fused
+
+    chosen = tuple((kernel, tuple(sorted(values.items()))) for kernel, values in settings.items())
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        out = fused_head(x, folded)
+        return out.failure_probability, out.class_index
+
+    fused.tuned = lambda arch, variant: chosen  # type: ignore[assignment]
+    try:
+        if exact.error(run, v) > GATE[v.dtype]:
+            return math.inf
+        return statistics.median(gpu(lambda: fused_head(v, folded), cold=True))
+    except Exception:
+        return math.inf
+    finally:
+        fused.tuned = tuned

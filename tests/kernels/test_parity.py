@@ -1,0 +1,170 @@
+"""The fused kernels against the float64 eager head: every layout, type, part and width."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import unit_rows
+from tests.kernels.reference import DEVICE, DTYPES, INTERPRETED, assert_equal, check, make_head, runs_kernels
+from vilu.kernels import fold, fused_head
+
+pytest.importorskip("triton")
+pytestmark = runs_kernels
+
+SHAPES = [(1, 111, 100), (3, 63, 64), (11, 100, 100), (70, 67, 64)]
+
+
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+@pytest.mark.parametrize("projection", ["identity", "shared", "separate"])
+@pytest.mark.parametrize(("B", "K", "D"), SHAPES, ids="B{}".format)
+def test_parity(B, K, D, projection, layout):
+    head = make_head(D, projection=projection)
+    out = check(head, unit_rows(B, D, 1), unit_rows(K, D, 2), dtype=torch.float32, layout=layout)
+    if B > 1:
+        assert out.failure_probability.std() > 0.02, "a head that answers all alike would hide errors"
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d).split(".")[1])
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+@pytest.mark.parametrize("projection", ["identity", "separate"])
+@pytest.mark.parametrize(("B", "K", "D"), SHAPES[::2], ids="B{}".format)
+def test_parity_in_half_precision(B, K, D, projection, layout, dtype):
+    head = make_head(D, projection=projection)
+    check(head, unit_rows(B, D, 1), unit_rows(K, D, 2), dtype=dtype, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("B", "K", "D", "projection", "layout", "hidden"),
+    [
+        (1, 600, 64, "separate", "folded", (48, 24)),
+        (9, 500, 64, "separate", "folded", (48, 24)),
+        (9, 500, 64, "identity", "plain", (48, 24)),
+        (1, 70, 640, "shared", "folded", (96, 24)),
+        (1, 40, 640, "shared", "plain", (96, 24)),
+        (9, 40, 640, "identity", "plain", (48, 24)),
+        (1, 70, 768, "identity", "plain", (512, 256, 128)),
+        (9, 40, 768, "shared", "folded", (512, 256, 128)),
+        (1, 33, 1152, "shared", "folded", (96, 24)),
+        (9, 33, 1152, "identity", "plain", (48, 24)),
+    ],
+)
+def test_parity_at_real_sizes(B, K, D, projection, layout, hidden):
+    head = make_head(D, projection=projection, hidden=hidden)
+    check(head, unit_rows(B, D, 3), unit_rows(K, D, 4), dtype=torch.float32, layout=layout)
+
+
+@pytest.mark.parametrize("B", [2, 9])
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+@pytest.mark.parametrize("hidden", [(16,), (20, 300), (33, 17, 5, 3)])
+def test_hidden_widths(B, layout, hidden):
+    check(make_head(64, hidden=hidden), unit_rows(B, 64, 5), unit_rows(50, 64, 6), dtype=torch.float32, layout=layout)
+
+
+@pytest.mark.parametrize("B", [2, 9])
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("image",),
+        ("predicted",),
+        ("attended",),
+        ("image", "predicted"),
+        ("image", "attended"),
+        ("predicted", "attended"),
+    ],
+    ids="+".join,
+)
+def test_parts(B, layout, parts):
+    check(make_head(64, parts=parts), unit_rows(B, 64, 7), unit_rows(50, 64, 8), dtype=torch.float32, layout=layout)
+
+
+@pytest.mark.parametrize("B", [1, 9])
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_extreme_logits(B, layout, scale):
+    # attention_scale stays 100 in one half: p and attention are then two softmaxes of one similarity.
+    for attention_scale in (scale, 100.0):
+        head = make_head(64, projection="identity", attention_scale=attention_scale)
+        check(head, unit_rows(B, 64, 9), unit_rows(100, 64, 10), dtype=torch.float32, layout=layout, scale=scale)
+
+
+@pytest.mark.parametrize("B", [2, 9])
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+@pytest.mark.parametrize("parts", [("image",), ("image", "predicted", "attended")], ids="+".join)
+def test_prior_stays_exact_where_the_confidence_rounds_to_one(B, layout, parts):
+    head = make_head(64, parts=parts, logit_scale=100.0)
+    t = unit_rows(120, 64, 26)
+    v = torch.nn.functional.normalize(unit_rows(B, 64, 25) + torch.linspace(0, 8, B)[:, None] * t[:B], dim=1)
+    with torch.no_grad():
+        head.mlp[-1].bias += 12  # else every sure answer has P(failure) 0, however wrong the prior
+    out = check(head, v, t, dtype=torch.float32, layout=layout)
+    assert (out.confidence > 1 - 1e-6).any()
+    check(head, v, t[:1], dtype=torch.float32, layout=layout)
+
+
+@pytest.mark.parametrize("B", [1, 8, 9])
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+def test_one_class(B, layout):
+    out = check(make_head(64), unit_rows(B, 64, 11), unit_rows(1, 64, 12), dtype=torch.float32, layout=layout)
+    assert out.confidence.tolist() == [1.0] * B
+    assert out.entropy.tolist() == [0.0] * B
+    assert out.doctor.tolist() == [0.0] * B
+
+
+@pytest.mark.parametrize("B", [2, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+@pytest.mark.parametrize("layout", ["folded", "plain"])
+def test_ties_take_the_lowest_index(B, dtype, layout):
+    # Sixteenths, so that every product and sum is exact and a tie is one in any order of summation.
+    generator = torch.Generator().manual_seed(13)
+    rows = torch.randint(-4, 5, (B + 10, 64), generator=generator) / 16
+    t = rows[B:].repeat(12, 1)  # every row twelve times, across tiles and splits
+    out = check(make_head(64), rows[:B], t, dtype=dtype, layout=layout)
+    assert out.class_index.max() < 10
+
+
+@pytest.mark.parametrize(
+    ("B", "layout", "projection"),
+    [(4, "folded", "shared"), (4, "plain", "identity"), (20, "folded", "identity"), (20, "plain", "shared")],
+)
+def test_rows_that_are_not_finite_stay_alone(B, layout, projection):
+    v, t = unit_rows(B, 64, 15).float().to(DEVICE), unit_rows(60, 64, 16).float().to(DEVICE)
+    folded = fold(make_head(64, projection=projection).to(DEVICE), t, layout=layout)
+    clean = fused_head(v, folded)
+    bad = v.clone()
+    bad[1, 3], bad[2, 63], bad[3] = math.nan, math.inf, -math.inf
+    out = fused_head(bad, folded)
+    rest = [i for i in range(B) if i not in (1, 2, 3)]
+    for name in ("failure_probability", "confidence", "entropy", "doctor"):
+        assert getattr(out, name)[1:4].isnan().all(), name
+    assert out.class_index[1:4].tolist() == [0, 0, 0]
+    assert_equal([column[rest] for column in out], [column[rest] for column in clean])
+
+
+@pytest.mark.parametrize(("B", "layout"), [(3, "plain"), (9, "folded")])
+def test_real_text_embeddings(B, layout, shared_data):
+    """LVIS through CLIP ViT-B/32: near-synonyms, so that the top two are often close. Every GPU runs all 1,203."""
+    t = torch.from_numpy(np.load(shared_data / "clip_text" / "lvis_v1_vit_b32.npy")).double()
+    t = torch.nn.functional.normalize(t if t.shape[1] == 512 else t.T, dim=1).float()
+    t = t[:200] if INTERPRETED else t
+    v = torch.nn.functional.normalize(t[:B] + 0.5 * t[100 : 100 + B], dim=1)
+    check(make_head(512), v, t, dtype=torch.float32, layout=layout)
+
+
+@settings(max_examples=10 if INTERPRETED else 100, deadline=None)
+@given(
+    B=st.integers(1, 20),
+    K=st.integers(1, 100),
+    D=st.integers(64, 130),
+    first=st.integers(1, 70),
+    layout=st.sampled_from(["folded", "plain"]),
+    projection=st.sampled_from(["identity", "shared", "separate"]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(B, K, D, first, layout, projection, seed):
+    head = make_head(D, seed, projection=projection, hidden=(first, 8))
+    check(head, unit_rows(B, D, seed), unit_rows(K, D, seed + 1), dtype=torch.float32, layout=layout)

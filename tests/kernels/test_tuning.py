@@ -1,0 +1,64 @@
+"""`bench/head.py --tune` and the table that it writes."""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import head_forms, head_tuning
+from tests.kernels.reference import DEVICE, runs_kernels
+from vilu import ViLUHead
+from vilu.kernels import plan
+
+fused = pytest.importorskip("vilu.kernels.fused")
+pytestmark = runs_kernels
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("attend_image", {"TILE": 512, "waves": 2}),
+        ("attend_tile", {"BLOCK_N": 64, "RESIDENT": 1}),
+        ("combine", {"BLOCK_N": 64}),
+    ],
+)
+def test_tuning_takes_the_fastest_settings_that_pass_the_gate(name, chosen, tmp_path, monkeypatch):
+    """The search that `bench/head.py --tune` makes, on the real kernels; only the clock is ours."""
+    condition = {"bytes": 4, "width": 64, "projected": True, "folded": False}
+    old = [condition | {"TILE": 1}, {"bytes": 2, "TILE": 2}]
+    monkeypatch.setattr(
+        head_tuning,
+        "CANDIDATES",
+        {name: {key: [*([0] if "BLOCK" in key else []), value] for key, value in chosen.items()}},
+    )
+    monkeypatch.setattr(head_tuning, "TUNED_CLASSES", {"plain": 40})
+    monkeypatch.setattr(head_tuning, "TUNED_IMAGES", {name: 2 if name == "attend_image" else 9})
+    monkeypatch.setattr(head_forms, "ViLUHead", functools.partial(ViLUHead, hidden=(24, 8)))
+
+    def clock(run, *, cold):
+        """Each of the wished settings saves a second; a block of 0 compiles nowhere."""
+        current = dict(dict(fused.tuned(0, None))[name])
+        return [20.0 - sum(current[key] == value for key, value in chosen.items())]
+
+    monkeypatch.setattr(head_tuning, "gpu", clock)
+    arch = str(fused._device(0)[0])
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps({arch: {name: old}}))
+    head_tuning.tune(DEVICE, [name], [64], [torch.float32], path)
+    best, kept = json.loads(path.read_text())[arch][name]
+    assert {key: best[key] for key in (*condition, *chosen)} == condition | chosen
+    assert kept == old[1], "an entry for other conditions stays"
+
+    before = path.read_text()
+    monkeypatch.setattr(head_forms.Exact, "error", lambda self, run, v: math.inf)
+    head_tuning.tune(DEVICE, [name], [64], [torch.float32], path)
+    assert path.read_text() == before, "where nothing passes the gate, nothing is written"
+    assert fused.tuned is plan.tuned
+
+
+def test_the_committed_table_is_written_as_it_is_read():
+    text = Path(plan.__file__).with_name("tuning.json").read_text()
+    assert head_tuning.one_line_an_entry(json.loads(text)) == text

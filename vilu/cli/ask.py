@@ -1,0 +1,128 @@
+"""`vilu ask`: images from files, folders, patterns or standard input; answers as a table, as JSON or in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vilu.cli.command import Command
+from vilu.cli.options import PATH, SECONDS, connection_options
+from vilu.cli.progress import progress_bar
+from vilu.errors import UserError
+
+if TYPE_CHECKING:
+    from vilu.serving import Answer
+
+
+@click.command("ask", cls=Command, extra="client")
+@click.argument("images", nargs=-1, required=True)
+@connection_options
+@click.option("--model", default="vilu", show_default=True, help="Name of the served model.")
+@click.option(
+    "--label", "labels", multiple=True, help="Candidate to choose from instead of the class set. Repeat it for several."
+)
+@click.option("--class-set", metavar="NAME", help="Class set of the server to choose from (see `vilu classes list`).")
+@click.option(
+    "--details",
+    is_flag=True,
+    help="Also give the likeliest labels, the labels that the failure predictor looks at, and other confidence scores.",
+)
+@click.option("--timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds to wait for an answer.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Number of images per request."
+)
+@click.option("--in-flight", type=click.IntRange(1), default=4, show_default=True, help="Number of requests at a time.")
+@click.option("--output", type=PATH, help="File to write the answers to: .jsonl, .csv or .parquet.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per image.")
+def ask_command(
+    images: tuple[str, ...],
+    url: str,
+    token: str | None,
+    model: str,
+    labels: tuple[str, ...],
+    class_set: str | None,
+    details: bool,
+    timeout: float,
+    batch_size: int,
+    in_flight: int,
+    output: Path | None,
+    as_json: bool,
+    **tls: Any,
+) -> int:
+    """Ask a running server what is in each image.
+
+    The server also says how likely its answer is wrong, and whether to accept it.
+
+    IMAGES are files, folders (all images below them), patterns ("photos/*.jpg", ** for any depth), or - to read names
+    from standard input, one per line. The exit code is 0 when every image was answered, and 2 when one was not.
+    """
+    from vilu.serving import Client
+    from vilu.serving.access import token_from
+    from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, row
+
+    if output is not None and as_json:
+        raise UserError("--json prints: give either it or --output")
+    if labels and class_set is not None:
+        raise UserError("--label and --class-set: give one or the other")
+    columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
+    names = list(find_images(images))
+    answers: list[Answer] = []  # kept only where they are printed
+    bad = 0
+    with (
+        Client(
+            url,
+            model=model,
+            timeout=timeout,
+            batch_size=batch_size,
+            in_flight=in_flight,
+            token=token_from(token, "VILU_TOKEN"),
+            **tls,
+        ) as client,
+        progress_bar() as bar,
+        contextlib.nullcontext() if output is None else open_answer_file(output, columns) as file,
+    ):
+        add = answers.append if file is None else file.add
+        for done, answer in enumerate(client.stream(names, labels or None, class_set=class_set, details=details), 1):
+            add(answer)
+            if answer.error is not None:
+                bad += 1
+                click.echo(f"{answer.source}: {answer.error}", err=True)
+            bar("asking", done, len(names))
+    if output is not None:
+        click.echo(f"{output}: {len(names)} images, {bad} without an answer")
+    elif as_json:
+        click.echo(json.dumps([row(answer, columns) for answer in answers], indent=2))
+    elif len(answers) > bad:
+        from vilu.cli.tables import print_answers
+
+        print_answers([answer for answer in answers if answer.error is None])
+    return 2 if bad else 0
+
+
+def find_images(given: Iterable[str]) -> Iterator[str]:
+    """File names of what the user named. Raises UserError where a folder or a pattern has no image."""
+    from vilu.data.image_files import SUFFIXES
+
+    def some(name: str, found: Iterable[str]) -> list[str]:
+        files = [path for path in found if os.path.isfile(path)]
+        if not files:
+            raise UserError(f"{name}: no {', '.join(SUFFIXES)} files there")
+        return files
+
+    for name in given:
+        if name == "-":
+            yield from (line for line in sys.stdin.read().splitlines() if line)
+        elif os.path.isdir(name):
+            yield from some(name, (str(p) for p in sorted(Path(name).rglob("*")) if p.suffix.lower() in SUFFIXES))
+        elif not os.path.exists(name) and glob.has_magic(name):
+            yield from some(name, sorted(glob.glob(name, recursive=True)))
+        else:
+            yield name

@@ -1,0 +1,67 @@
+"""What all commands share: the message for a missing package, and options that also answer to an older name."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from vilu.errors import UserError
+
+
+class Command(click.Command):
+    """A command that imports its packages when it runs; a missing one is one line that names the extra to install.
+
+    extra: the extra of vilu that brings the packages, as in "client".
+    """
+
+    def __init__(self, *args: Any, extra: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.extra = extra
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with self._packages(f"{parent.command_path if parent else ''} {info_name or ''}".strip()):
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with self._packages(ctx.command_path):
+            return super().invoke(ctx)
+
+    @contextlib.contextmanager
+    def _packages(self, command: str) -> Iterator[None]:
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "vilu") or package in sys.stdlib_module_names:
+                raise
+            raise UserError(f"`{command}` needs the package {package!r}: pip install 'vilu[{self.extra}]'") from None
+
+
+class RenamedOption(click.Option):
+    """An option that still takes its former names, which neither the help nor an error message shows.
+
+    old: the former names, written as for click.option: "--name", or "--name/--no-name" for a flag.
+    """
+
+    def __init__(self, param_decls: list[str], *, old: str, **kwargs: Any) -> None:
+        super().__init__([*param_decls, old], **kwargs)
+        self.old = {name.strip() for name in old.split("/")}
+
+    def _shown(self) -> click.Option:
+        shown = copy.copy(self)
+        shown.opts = [name for name in self.opts if name not in self.old]
+        shown.secondary_opts = [name for name in self.secondary_opts if name not in self.old]
+        return shown
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        return click.Option.get_help_record(self._shown(), ctx)
+
+    def get_error_hint(self, *args: Any, **kwargs: Any) -> str:
+        return click.Option.get_error_hint(self._shown(), *args, **kwargs)

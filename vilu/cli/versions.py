@@ -1,0 +1,51 @@
+"""`vilu versions`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vilu.cli.command import Command
+from vilu.cli.options import PATH, control_option, server_options, with_client
+from vilu.errors import UserError
+
+
+@click.command("versions", cls=Command, extra="export")
+@click.argument("repository", type=PATH)
+@click.option(
+    "--use", "chosen", type=click.IntRange(1), help="Number of the version to serve from the server's next start on."
+)
+@click.option("--live", is_flag=True, help="With --use: make the running server at --url change to it now.")
+@server_options
+@control_option
+def versions_command(
+    repository: Path,
+    chosen: int | None,
+    live: bool,
+    url: str,
+    token: str | None,
+    control_token: str | None,
+    **options: Any,
+) -> None:
+    """List the versions of a model repository, or serve another one.
+
+    The list marks the served version. --use goes back, or forward, to another.
+    """
+    from vilu.export.versions import served, switch, use, versions
+    from vilu.serving.access import token_from
+
+    if live and chosen is None:
+        raise UserError("--live needs --use VERSION")
+    if chosen is not None and live:
+        version, control = chosen, token_from(control_token, "VILU_CONTROL_TOKEN")
+        with_client(url, token, options, lambda client: switch(client, repository, version, control_token=control))
+        click.echo(f"{repository}: version {chosen} is served", err=True)
+    elif chosen is not None:
+        changed = use(repository, chosen)
+        click.echo(f"{repository}: version {chosen} is next; what changes: {', '.join(changed) or 'nothing'}", err=True)
+    present = versions(repository)
+    now = served(repository)
+    for version in present:
+        click.echo(f"{version}{' served' if version == now else ''}")
