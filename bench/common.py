@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from vilu import __version__
+from vilu import __version__, atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,9 +138,7 @@ def write_results(output: Path, contents: Mapping[str, Any]) -> None:
     for suffix, content in contents.items():
         if not isinstance(content, str | bytes):
             content = json.dumps(content, indent=1) + "\n"
-        temporary = output.with_name(f".{output.name}{suffix}")
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(output.with_name(output.name + suffix))
+        atomic.write(output.with_name(output.name + suffix), content)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

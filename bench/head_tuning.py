@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.authors import SCALE
 from bench.head_forms import GATE, Case, Exact
 from bench.head_timing import gpu
+from vilu import atomic
 from vilu.kernels import FoldedHead, fold, fused_head
 from vilu.kernels.plan import tuned
 
@@ -68,9 +69,7 @@ def tune(device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Itera
         entries = table.setdefault(str(arch), {})
         others = [e for e in entries.get(name, []) if any(e.get(key) != condition[key] for key in condition)]
         entries[name] = sorted([condition | settings[name], *others], key=lambda e: e.get("width", math.inf))
-        work = path.with_suffix(".new")
-        work.write_text(one_line_an_entry(table), "utf-8")
-        work.rename(path)
+        atomic.write(path, one_line_an_entry(table))
         tuned.cache_clear()
         print(f"{found}: {1e6 * best:.1f} us with {settings[name]}", file=sys.stderr, flush=True)
 

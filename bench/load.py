@@ -35,7 +35,7 @@ from bench.loadtest.scene import Promise, Scene, guarding
 from bench.loadtest.world import World, digits_and_shapes, label_sets
 from vilu import Checkpoint, load_checkpoint, load_clip
 from vilu.cli.progress import progress_bar
-from vilu.clip import Clip
+from vilu.clip import Clip, load_clip_for
 from vilu.data.pipeline import cores
 from vilu.errors import UserError
 from vilu.serving import Server
@@ -143,8 +143,7 @@ def model(ckpt: Path | None) -> tuple[Checkpoint, Clip]:
     checkpoint = load_checkpoint(ckpt)
     if checkpoint.clip is None or checkpoint.class_set is None:
         raise UserError(f"{ckpt}: names no CLIP and no classes")
-    spec = checkpoint.clip
-    return checkpoint, load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+    return checkpoint, load_clip_for(checkpoint, ckpt)
 
 
 def addresses(text: str) -> tuple[str, str]:

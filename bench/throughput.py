@@ -44,7 +44,7 @@ from bench.throughput_report import document, picture, print_report
 from bench.throughput_rows import BATCH, Reference, Row, Served, Timing, targets
 from vilu import load_checkpoint, load_clip
 from vilu.cli.progress import progress_bar
-from vilu.clip import Clip
+from vilu.clip import Clip, load_clip_for
 from vilu.data.pipeline import cores
 from vilu.errors import UserError
 from vilu.preprocess.image import decode
@@ -245,8 +245,7 @@ def run(
                 checkpoint = load_checkpoint(ckpt)
                 if checkpoint.clip is None or checkpoint.class_set is None:
                     raise UserError(f"{ckpt}: names no CLIP and no classes")
-                spec = checkpoint.clip
-                clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+                clip = load_clip_for(checkpoint, ckpt)
             else:
                 clip = load_clip(clip_name, pretrained or (None if clip_name == "vilu-tiny" else "random"))
                 checkpoint = stand_in(clip, images if quick else jpegs)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from vilu import atomic
 from vilu.checkpoint import Checkpoint, load_checkpoint
-from vilu.clip import Clip, load_clip
+from vilu.clip import Clip, load_clip_for
 from vilu.export import build, checks, cuda_head, measure, parity, report, versions
-from vilu.export.folder import replacing
 from vilu.export.job import Job, Progress, Ticker
 from vilu.export.limits import Limits
 from vilu.export.sample import draw_sample
@@ -95,13 +95,11 @@ def export(
     checks.check_options(preprocess, max_batch_size)
     class_set = checks.require_clip_and_class_set(checkpoint)
     if clip is None:
-        assert checkpoint.clip is not None
-        spec = checkpoint.clip
-        clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+        clip = load_clip_for(checkpoint)
     checks.check_clip(checkpoint, clip, class_set, limits)
     sample = draw_sample(clip, class_set.names, images, labels, calibrate=precision == "int8")
     job = Job(checkpoint, clip, class_set, sample, max_batch_size, runtime, limits, archs, preprocess)
-    with replacing(output) as staging:
+    with atomic.folder(output) as staging:
         tick = Ticker(progress, 12 + len(archs) + len(parity.batch_sizes(max_batch_size)))
         build.write_graphs(job, staging, tick)
         build.write_models(job, staging)

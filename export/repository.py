@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+import vilu.preprocess.class_names
 import vilu.preprocess.image
 import vilu.preprocess.text
 from vilu.class_set import ClassSet
@@ -170,6 +171,7 @@ def write_class_sets(folder: Path, served: Served) -> None:
     version.mkdir(parents=True)
     shutil.copyfile(TEMPLATES / "class_sets" / "model.py", version / "model.py")
     shutil.copyfile(TEMPLATES / "shared" / "sets.py", version / "sets.py")
+    shutil.copyfile(Path(vilu.preprocess.class_names.__file__), version / "class_names.py")
     write_labels(version / "labels.txt", served.class_set.names)
     write_config(
         folder,

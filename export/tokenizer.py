@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -17,6 +15,7 @@ import tokenizers
 from open_clip import tokenizer as reference
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from vilu import atomic
 from vilu.clip import Clip
 from vilu.errors import UserError
 from vilu.preprocess.text import TextTransform
@@ -57,21 +56,7 @@ def write_tokenizer(clip: Clip, path: str | os.PathLike[str]) -> TextTransform:
         document, transform = convert(clip.tokenize)
     except UserError as error:
         raise UserError(f"CLIP {clip.spec.name}: its tokenizer cannot be exported: {error}") from None
-    path = Path(path)
-    try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-            try:
-                file.write(document)
-                umask = os.umask(0)
-                os.umask(umask)
-                os.chmod(file.name, 0o666 & ~umask)
-                file.close()
-                os.replace(file.name, path)
-            except OSError:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    atomic.write(path, document)
     return transform
 
 

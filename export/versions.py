@@ -11,8 +11,8 @@ import filecmp
 import shutil
 from pathlib import Path
 
+from vilu import atomic
 from vilu.errors import UserError
-from vilu.export.folder import replacing
 from vilu.export.model_config import CONFIG, load_config, save_config
 from vilu.serving import AccessDenied, AsyncClient, RequestRefused
 
@@ -97,7 +97,7 @@ def use(repository: Path, version: int) -> list[str]:
     if version not in present:
         raise UserError(f"{repository}: has no version {version}; it has {', '.join(map(str, present))}")
     before = served(repository)
-    with replacing(repository) as staging:
+    with atomic.folder(repository) as staging:
         shutil.copytree(repository, staging, dirs_exist_ok=True)
         if not (staging / KEEPER / str(before) / CONFIG).exists():
             _keep(staging, before)

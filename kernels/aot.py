@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
+from vilu import atomic
 from vilu.errors import UserError
 from vilu.kernels import fused
 from vilu.kernels.folding import FoldedHead
@@ -172,9 +172,7 @@ def build(
         raise UserError("TRITON_INTERPRET is set: nothing can be compiled while it is")
     variant = folded.variant
     stored = folded.text_embeddings.dtype
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=output.name, dir=output.parent))
-    try:
+    with atomic.folder(output) as work:
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "triton": triton.__version__,
@@ -200,12 +198,6 @@ def build(
             manifest["archs"][str(arch)] = {"settings": tuned(arch, variant), "kernels": made}
             progress(f"compiling for sm_{arch}")
         (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        work.chmod(0o755)
-        work.rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return manifest
 
 

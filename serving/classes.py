@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vilu.class_set import check_names, check_templates, prompts, read_names
 from vilu.errors import UserError
 from vilu.serving.client import AccessDenied, AsyncClient, RequestRefused
 
@@ -84,7 +85,9 @@ async def put_set(
     """
     sets, fingerprint_served = await _told(client, "")
     chosen = tuple(sets[0].templates if templates is None else templates)
-    _check(name, names, chosen)
+    # What would be refused after all the names had been embedded; the server checks it again.
+    check_names(tuple(names), f"class set {name}")
+    check_templates(chosen, f"class set {name}")
     if text_embeddings is None:
         text_embeddings = await _embed(client, names, chosen, progress)
         fingerprint = fingerprint_served
@@ -111,29 +114,17 @@ async def _told(client: AsyncClient, name: str) -> tuple[list[ServedSet], str]:
     return sets, found["fingerprint"]
 
 
-def _check(name: str, names: Sequence[str], templates: Sequence[str]) -> None:
-    """What would be refused after all the names had been embedded; the server checks it again."""
-    if not names:
-        raise UserError(f"class set {name}: no class names")
-    if len(set(names)) < len(names):
-        twice = next(label for i, label in enumerate(names) if label in names[:i])
-        raise UserError(f"class set {name}: the class name {twice!r} is there twice")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise UserError(f"template {template!r} must hold exactly one {{}}")
-
-
 async def _embed(
     client: AsyncClient, names: Sequence[str], templates: Sequence[str], progress: Callable[[str, int, int], None]
 ) -> np.ndarray:
     """(K, D) rows: each the mean of a name's normalised prompt embeddings; its length does not matter."""
-    prompts = [template.replace("{}", name) for name in names for template in templates]
+    texts = prompts(names, templates)
     size = max(1, min(client.batch_size, int((await client.config(TEXT)).get("max_batch_size", 1))))
     rows = []
-    for start in range(0, len(prompts), size):
-        some = [[prompt.encode("utf-8", "surrogateescape")] for prompt in prompts[start : start + size]]
+    for start in range(0, len(texts), size):
+        some = [[prompt.encode("utf-8", "surrogateescape")] for prompt in texts[start : start + size]]
         rows.append(await client.infer(TEXT, {"TEXT": np.array(some, dtype=object)}, "TEXT_EMBEDDING"))
-        progress("embedding", min(start + size, len(prompts)), len(prompts))
+        progress("embedding", min(start + size, len(texts)), len(texts))
     return np.concatenate(rows).reshape(len(names), len(templates), -1).mean(axis=1)
 
 
@@ -161,7 +152,7 @@ def read_set(path: Path) -> SetFile:
         UserError: not such a file.
     """
     if path.suffix not in (".npz", ".safetensors"):
-        return SetFile(_lines(path))
+        return SetFile(read_names(path))
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -184,20 +175,7 @@ def read_set(path: Path) -> SetFile:
     beside = path.with_suffix(".txt")
     if names is None and not beside.is_file():
         raise UserError(f"{path}: holds no class_names, and {beside.name} is not beside it")
-    labels = _lines(beside) if names is None else tuple(map(str, names))
+    labels = read_names(beside) if names is None else tuple(map(str, names))
     if len(labels) != len(rows):
         raise UserError(f"{path}: {len(labels)} names but text_embeddings of shape {rows.shape}")
     return SetFile(labels, rows.astype(np.float32), fingerprint)
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    try:
-        names = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})") from None
-    while names and not names[-1]:
-        names.pop()
-    for number, name in enumerate(names, 1):
-        if not name:
-            raise UserError(f"{path}: line {number} is empty")
-    return tuple(names)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vilu import atomic
 from vilu.class_set import ClassSet
 from vilu.errors import UserError
 from vilu.head import PARTS, ViLUHead
@@ -39,8 +39,10 @@ TEXT = "class_set.text_embeddings"
 class ClipSpec:
     """Which CLIP a head belongs to.
 
-    name: open_clip's model name, "vilu-tiny", or "local-dir:FOLDER"; pretrained: open_clip's tag or a weights
-    file; logit_scale: CLIP's factor on v · t; fingerprint: SHA-256 over the weights ("" where unknown).
+    name: open_clip's model name, "vilu-tiny", or "local-dir:FOLDER".
+    pretrained: open_clip's tag or a weights file; None where the name brings its weights.
+    logit_scale: CLIP's factor on v · t.
+    fingerprint: SHA-256 over the weights; "" where it is not known.
     """
 
     name: str
@@ -53,8 +55,11 @@ class ClipSpec:
 class Checkpoint:
     """A head and all that is needed to serve it.
 
-    threshold: an answer is accepted when failure_probability < threshold. clip and class_set are None in the
-    authors' files, which hold neither.
+    head: the failure predictor.
+    clip: the CLIP that it was trained on; None where it is not known, as in the authors' files.
+    class_set: the classes that it was trained on; None for captions, and in the authors' files.
+    threshold: an answer is accepted when failure_probability < threshold.
+    meta: what else was written about it, as JSON: data, recipe, calibration.
     """
 
     head: ViLUHead
@@ -65,10 +70,10 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint, whole or not at all (temporary name, then rename).
+    """Write a checkpoint, whole or not at all; an earlier one at `path` is replaced. See `load_checkpoint`.
 
     Raises:
-        UserError: a tensor that is not finite, or a folder that cannot be written.
+        UserError: a tensor that is not finite, or a path that cannot be written.
     """
     path = Path(path)
     tensors = {
@@ -89,21 +94,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
             "templates": list(checkpoint.class_set.templates),
         }
     _check_finite(path, tensors)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-            temporary = Path(handle.name)
-        # mkstemp makes the file private; a checkpoint gets the mode any other new file would.
-        umask = os.umask(0)
-        os.umask(umask)
-        save_file(tensors, temporary, metadata={"format": "pt", "vilu": json.dumps(header, allow_nan=False)})
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    metadata = {"format": "pt", "vilu": json.dumps(header, allow_nan=False)}
+    with atomic.file(path) as part:
+        try:
+            save_file(tensors, part, metadata=metadata)
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be written ({error})") from None
 
 
 def load_checkpoint(
@@ -125,6 +121,14 @@ def load_checkpoint(
     Raises:
         UserError: the file is missing, no checkpoint, cut short, of a newer version, or has a missing, extra,
             mis-shaped or non-finite tensor: one line that names the file and the tensor.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(Checkpoint(ViLUHead(16, hidden=(8,)), threshold=0.3), f"{folder}/head.safetensors")
+        ...     checkpoint = load_checkpoint(f"{folder}/head.safetensors")
+        >>> checkpoint.head.dim, checkpoint.threshold, checkpoint.clip
+        (16, 0.3, None)
     """
     path = Path(path)
     try:

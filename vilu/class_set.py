@@ -1,26 +1,47 @@
-"""Class sets: the names an image can be given, the prompts they are read through, their embeddings."""
+"""Class sets: the names that an image can be given, the prompts they are read through, their embeddings.
+
+Importing this needs no torch: clients and servers read class names by the same rules.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from vilu.errors import UserError
+from vilu.preprocess.class_names import names_problem, prompts, templates_problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DEFAULT_TEMPLATES", "ClassSet", "check_names", "check_templates", "prompts", "read_names"]
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
 @dataclass(frozen=True)
 class ClassSet:
-    """Names, prompt templates and text_embeddings (K, D), float32, L2-normalised, one row a name.
+    """The candidates of a closed set. `len` is the number of classes K.
+
+    names: K distinct class names.
+    templates: prompts with one `{}` each, in which a name is put.
+    text_embeddings: (K, D) float32, row k the unit vector of class k: the mean over its prompts, normalised.
 
     Raises:
         UserError: no names, an empty or repeated name, a template without exactly one `{}`,
-            or embeddings that are not one finite unit row per name.
+            or embeddings that are not one finite unit row a name.
+
+    Examples:
+        >>> import torch
+        >>> classes = ClassSet(("cat", "dog"), ("a photo of a {}.",), torch.eye(2))
+        >>> len(classes)
+        2
+        >>> ClassSet(("cat", "cat"), ("a photo of a {}.",), torch.eye(2))
+        Traceback (most recent call last):
+        ...
+        vilu.errors.UserError: class set: class name 2 ('cat') repeats class name 1
     """
 
     names: tuple[str, ...]
@@ -33,7 +54,7 @@ class ClassSet:
         t = self.text_embeddings
         if t.ndim != 2 or len(t) != len(self.names):
             raise UserError(f"class set: {len(self.names)} names but text_embeddings of shape {tuple(t.shape)}")
-        if not torch.isfinite(t).all():
+        if not t.isfinite().all():
             raise UserError("class set: text_embeddings hold a value that is not finite")
         norms = t.double().norm(dim=1)
         if (norms - 1).abs().max() > 1e-3:
@@ -46,41 +67,35 @@ class ClassSet:
         return len(self.names)
 
 
-def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every name through every template, name-major: K · len(templates) strings."""
-    return [template.replace("{}", name) for name in names for template in templates]
-
-
 def check_names(names: Sequence[str], where: str = "class set") -> None:
-    """Raise UserError unless names are non-empty, distinct strings."""
-    if not names:
-        raise UserError(f"{where}: no class names")
-    seen: dict[str, int] = {}
-    for line, name in enumerate(names, 1):
-        if not name.strip():
-            raise UserError(f"{where}: class name {line} is empty")
-        if name in seen:
-            raise UserError(f"{where}: class name {line} ({name!r}) repeats class name {seen[name]}")
-        seen[name] = line
+    """Raise UserError unless there are names and all are non-empty, distinct strings of UTF-8.
+
+    where: what the message names first: a file, a data set.
+    """
+    if problem := names_problem(names):
+        raise UserError(f"{where}: {problem}")
 
 
-def check_templates(templates: Sequence[str]) -> None:
+def check_templates(templates: Sequence[str], where: str = "class set") -> None:
     """Raise UserError unless there is a template and each holds exactly one `{}`."""
-    if not templates:
-        raise UserError("class set: no prompt templates")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise UserError(f"class set: template {template!r} must hold exactly one {{}}")
+    if problem := templates_problem(templates):
+        raise UserError(f"{where}: {problem}")
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Class names from a text file, one a line (UTF-8). Raises UserError as `check_names` does."""
+    """Class names from a text file, one a line (UTF-8); blank lines at its end do not count.
+
+    Raises:
+        UserError: a file that cannot be read, or as `check_names` does.
+    """
     try:
         lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    names = tuple(line.strip() for line in lines)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    names = [line.strip() for line in lines]
     while names and not names[-1]:
-        names = names[:-1]
+        names.pop()
     check_names(names, str(path))
-    return names
+    return tuple(names)

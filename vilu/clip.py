@@ -11,6 +11,7 @@ import copy
 import difflib
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,10 +25,11 @@ from open_clip.pretrained import get_pretrained_cfg
 from torch import Tensor, nn
 
 from vilu import tiny
-from vilu.checkpoint import ClipSpec
+from vilu.checkpoint import Checkpoint, ClipSpec
 from vilu.class_set import DEFAULT_TEMPLATES, ClassSet, prompts
 from vilu.errors import UserError
 from vilu.preprocess.image import RESIZE_MODES, Transform
+from vilu.seeding import seeded
 
 LOCAL = "local-dir:"
 MAX_REASON = 300  # characters of what a library said
@@ -173,8 +175,14 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
 
     Raises:
         UserError: an unknown model, weights that are missing or do not fit, or another fingerprint.
+
+    Examples:
+        >>> clip = load_clip()
+        >>> clip.spec.name, clip.transform.size
+        ('vilu-tiny', 32)
+        >>> clip.class_set(["cat", "dog"]).text_embeddings.shape
+        torch.Size([2, 128])
     """
-    torch.manual_seed(0)  # "random" weights are the same on every machine
     source = f"{LOCAL}{tiny.FOLDER}" if name == tiny.NAME else name
     if source.startswith(LOCAL):
         if pretrained:
@@ -186,7 +194,7 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(f"CLIP {name}: name its weights: a file, 'random', or one of open_clip's tags ({tags})")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), seeded(0):  # "random" weights are the same on every machine
             warnings.simplefilter("ignore")
             model = open_clip.create_model(
                 source,
@@ -206,11 +214,46 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
     return Clip(model, ClipSpec(name, pretrained, scale, digest), _tokenizer(source, name))
 
 
+def load_clip_for(
+    checkpoint: Checkpoint,
+    where: str | os.PathLike[str] = "this checkpoint",
+    name: str | None = None,
+    pretrained: str | None = None,
+    *,
+    missing: str = "give --clip and --pretrained",
+    load: Callable[..., Clip] = load_clip,
+) -> Clip:
+    """The CLIP that a checkpoint's head reads: the one it names, or the one named here.
+
+    Args:
+        where: what messages call the checkpoint: its path.
+        name, pretrained: as in `load_clip`; without a name, the checkpoint's.
+        missing: what a message advises where nothing names a CLIP.
+        load: what loads it, with `load_clip`'s arguments: for a caller that keeps what is loaded.
+
+    Raises:
+        UserError: nothing names a CLIP; as `load_clip` does; or weights that the head was not trained on.
+    """
+    spec = checkpoint.clip
+    if spec is None:
+        if not name:
+            raise UserError(f"{os.fspath(where)}: names no CLIP; {missing}")
+        return load(name, pretrained)
+    if not (name or pretrained):
+        clip = load(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+    else:
+        clip = load(name or spec.name, pretrained)
+    if spec.fingerprint not in ("", clip.spec.fingerprint):
+        weights = spec.pretrained or "own weights"
+        raise UserError(f"{os.fspath(where)}: was trained on CLIP {spec.name} ({weights}), not on these")
+    return clip
+
+
 def _reason(error: Exception) -> str:
     """One line; of torch's list of tensors that do not fit, the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
-    return told if len(told) <= MAX_REASON else told[: MAX_REASON - 1] + "…"
+    reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+    return reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 1] + "…"
 
 
 def _needs_quick_gelu(name: str, pretrained: str | None) -> bool:

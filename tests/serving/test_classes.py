@@ -145,7 +145,7 @@ def change_of(**change):
         ({"fingerprint": "00" * 32}, "another CLIP's"),
         ({"threshold": 2}, "threshold 2 is not between 0 and 1"),
         ({"threshold": float("nan")}, "threshold nan is not between"),
-        ({"templates": ["no place"]}, "every template"),
+        ({"templates": ["no place"]}, "must hold exactly one"),
         ({"put": "default"}, "this name is taken"),
         ({"put": "open"}, "this name is taken"),
         ({"put": "../../etc/passwd"}, "1 to 64 of a-z"),
@@ -179,7 +179,7 @@ def test_what_is_not_there_cannot_be_removed_and_without_the_token_nothing_chang
                 run(steered, remove_set, "kept", control_token=token, url=url)
     with pytest.raises(AccessDenied, match="needs the control token of"):
         run(server, put_set, "mine", ["a"], control_token=CONTROL)  # model control was not opened
-    for bad, told in ((["a", "b", "a"], "'a' is there twice"), ([], "no class names")):
+    for bad, told in ((["a", "b", "a"], r"class name 3 \('a'\) repeats class name 1"), ([], "no class names")):
         with pytest.raises(UserError, match=told):
             put(steered, "mine", bad)
 
@@ -334,7 +334,7 @@ def test_files_that_hold_no_class_set(tmp_path):
     np.savez(tmp_path / "flat.npz", text_embeddings=np.ones(3), class_names=["a"])
     np.savez(tmp_path / "few.npz", text_embeddings=np.ones((2, 3)), class_names=["a"])
     for name, told in (
-        ("gap.txt", "line 2 is empty"),
+        ("gap.txt", "class name 2 is empty"),
         ("latin.txt", "cannot be read as UTF-8"),
         ("absent.txt", "cannot be read"),
         ("cut.npz", "cannot be read"),

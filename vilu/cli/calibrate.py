@@ -145,18 +145,15 @@ def _held_out(
     dtype: str,
 ) -> EmbeddedSet:
     from vilu.class_set import DEFAULT_TEMPLATES
-    from vilu.clip import load_clip
+    from vilu.clip import load_clip_for
     from vilu.data import embed, load_embeddings, open_source
 
     if embeddings is not None:
         if data or dataset:
             raise UserError("--embeddings takes the place of --data and --dataset")
         return load_embeddings(embeddings)
-    if checkpoint.clip is None:
-        raise UserError(f"{ckpt}: names no CLIP; give --embeddings")
     source = open_source(data, dataset=dataset, root=root, split=split, cache=cache)
-    spec = checkpoint.clip
-    clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
+    clip = load_clip_for(checkpoint, ckpt, missing="give --embeddings")
     templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
     with progress_bar() as bar:
         return embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)

@@ -267,27 +267,16 @@ class _Reader:
         return self._sets[key]
 
     def _clip(self, checkpoint: Checkpoint, path: Path) -> Clip:
-        from vilu.clip import load_clip
+        from vilu.clip import load_clip, load_clip_for
 
-        spec = checkpoint.clip
-        if spec is None and not self.clip_name:
-            raise UserError(f"{path}: names no CLIP; give --clip and --pretrained")
-        if self.clip_name or self.pretrained:
-            wanted = (self.clip_name or (spec.name if spec else ""), self.pretrained)
-        else:
-            assert spec is not None
-            wanted = (spec.name, spec.pretrained)
-        label = " ".join(filter(None, wanted))
-        if label not in self.clips:
-            self.bar(f"loading {label}", 0, 1)
-            same = spec is not None and wanted == (spec.name, spec.pretrained)
-            self.clips[label] = load_clip(*wanted, fingerprint=spec.fingerprint if spec and same else "")
-        clip = self.clips[label]
-        if spec is not None and spec.fingerprint not in ("", clip.spec.fingerprint):
-            raise UserError(
-                f"{path}: was trained on CLIP {spec.name} ({spec.pretrained or 'own weights'}), not on these"
-            )
-        return clip
+        def load_once(name: str, pretrained: str | None, fingerprint: str = "") -> Clip:
+            label = " ".join(filter(None, (name, pretrained)))
+            if label not in self.clips:
+                self.bar(f"loading {label}", 0, 1)
+                self.clips[label] = load_clip(name, pretrained, fingerprint=fingerprint)
+            return self.clips[label]
+
+        return load_clip_for(checkpoint, path, self.clip_name, self.pretrained, load=load_once)
 
 
 def _has_projections(clip: Clip) -> bool:

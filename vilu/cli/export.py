@@ -140,7 +140,7 @@ def export_command(
 
     from vilu.checkpoint import load_checkpoint
     from vilu.class_set import DEFAULT_TEMPLATES, read_names
-    from vilu.clip import load_clip
+    from vilu.clip import load_clip_for
     from vilu.export import export
     from vilu.export.limits import Limits
     from vilu.export.sample import CALIBRATION, from_folder
@@ -156,18 +156,7 @@ def export_command(
             raise UserError(f"--cuda-arch {cuda_arch!r}: expected numbers as in 80,90")
         target["cuda_archs"] = [int(part) for part in cuda_arch.split(",")]
     checkpoint = load_checkpoint(ckpt)
-    spec = checkpoint.clip
-    if clip_name or pretrained:
-        clip = load_clip(clip_name or (spec.name if spec else "vilu-tiny"), pretrained)
-        # Other weights than those the head was trained on would be served without a word.
-        if spec is not None and spec.fingerprint not in ("", clip.spec.fingerprint):
-            raise UserError(
-                f"{ckpt}: was trained on CLIP {spec.name} ({spec.pretrained or 'own weights'}), not on these"
-            )
-    elif spec is not None:
-        clip = load_clip(spec.name, spec.pretrained, fingerprint=spec.fingerprint)
-    else:
-        raise UserError(f"{ckpt}: names no CLIP; give --clip and --pretrained")
+    clip = load_clip_for(checkpoint, ckpt, clip_name, pretrained)
     class_set = checkpoint.class_set
     if classes is not None:
         old = class_set.templates if class_set else DEFAULT_TEMPLATES

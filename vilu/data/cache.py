@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from vilu import atomic
 from vilu.errors import UserError
 
 HEADER = 128  # bytes before the rows, as NumPy writes them for arrays of any size
@@ -122,7 +123,7 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         for file in self.files.values():
-            with suppress(OSError):  # what a full disk refused is refused again; append has told it
+            with suppress(OSError):  # what a full disk refused is refused again; append has said so
                 file.close()
         self.lock.close()  # and with it the lock, as at a kill
 
@@ -226,15 +227,12 @@ class Writer:
                 os.fsync(file.fileno())
                 size = self.counts[name] * row.itemsize
                 specs[name] = _spec(row, self.counts[name], _crc(self.folder / f"{name}.npy", HEADER, size))
-            part = self.folder / "index.json.part"
-            with open(part, "w") as index:
-                json.dump({"identity": self.identity, "arrays": specs, "skipped": self.skipped}, index)
-                index.flush()
-                os.fsync(index.fileno())
-            part.replace(self.folder / "index.json")
+            index = {"identity": self.identity, "arrays": specs, "skipped": self.skipped}
+            atomic.write(self.folder / "index.json", json.dumps(index))
             (self.folder / "journal.jsonl").unlink()
         stored = read(self.folder, self.identity)
-        assert stored is not None
+        if stored is None:
+            raise _damaged(self.folder, "index.json", "gone since it was written")
         return stored
 
 

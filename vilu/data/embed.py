@@ -67,6 +67,16 @@ def embed(
     Raises:
         UserError: more than a tenth of the images unreadable, a value that is not finite, data that change meanwhile,
             a CLIP without a linear projection where one is asked for, or a cache that is damaged, in use or full.
+
+    Examples:
+        >>> from vilu import load_clip
+        >>> from vilu.data.source import ArraySource
+        >>> source = ArraySource(
+        ...     name="two", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 1]), class_names=("cat", "dog")
+        ... )
+        >>> data = embed(source, load_clip())
+        >>> data.image.normalised.shape, data.text.normalised.shape
+        (torch.Size([2, 128]), torch.Size([2, 128]))
     """
     if dtype not in ("float16", "float32"):
         raise UserError(f"dtype must be float16 or float32, got {dtype!r}")
@@ -87,7 +97,7 @@ def embed(
     lines = tuple(line for _, line in stored.skipped)
     kept = np.delete(np.arange(len(source)), [i for i, _ in stored.skipped])
     image = _embeddings(stored, "image")
-    if source.captions is not None:
+    if source.labels is None:
         return EmbeddedSet(
             source.name,
             image,
@@ -96,7 +106,6 @@ def embed(
             skipped=source.skipped + lines,
             rows=torch.from_numpy(kept),
         )
-    assert source.labels is not None
 
     def classes(start: int, _: Skipped) -> Iterator[Block]:
         yield from _embed_classes(source.class_names, templates, tower, start)

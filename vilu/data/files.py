@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def _parquet(path: Path, image_column: str, caption_column: str) -> Iterator[Row
         raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
 
 
-def open_parquet(path: Path):
+def open_parquet(path: Path) -> Any:
     """pyarrow's ParquetFile. Raises UserError without pyarrow, or for a file that is none."""
     try:
         from pyarrow import parquet

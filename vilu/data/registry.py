@@ -26,6 +26,7 @@ ON_DISK: dict[str, Callable[[str, Path, str], Source]] = {
     **dict.fromkeys(SPLIT_FILES, open_split),
 }
 EMBEDDED = ("digits", "shapes", "shapes-captions")
+NAME_ONE = "name the data: --data or --dataset, one of the two"
 EMBEDDING_FILES = (".npz", ".npy", ".safetensors")
 
 
@@ -50,14 +51,20 @@ def open_source(
 
     Raises:
         UserError: nothing or both named, nothing there, an unknown name or split, or data that is not sound.
+
+    Examples:
+        >>> source = open_source(dataset="digits", split="test")
+        >>> len(source), source.class_names[:2], source.read(0).shape
+        (576, ('handwritten zero', 'handwritten one'), (64, 64, 3))
     """
-    if (data is None) == (dataset is None):
-        raise UserError("name the data: --data or --dataset, one of the two")
+    if data is not None and dataset is not None:
+        raise UserError(NAME_ONE)
     if split not in SPLITS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if dataset is not None:
         return _named(dataset, root, split)
-    assert data is not None
+    if data is None:
+        raise UserError(NAME_ONE)
     if root is not None:
         raise UserError("--root goes with --dataset; --data is a path of its own")
     path = Path(data)

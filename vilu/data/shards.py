@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vilu import atomic
 from vilu.class_set import read_names
 from vilu.data.files import first_line
 from vilu.data.image_files import SUFFIXES
@@ -179,11 +180,9 @@ def _samples(shard: Path, caption_column: str, cache: Path | None) -> list[_Samp
     found = list(_scan(shard, caption_column))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps([asdict(sample) for sample in found]))
-        part.replace(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+    atomic.write(file, json.dumps([asdict(sample) for sample in found]))
     return found
 
 

@@ -43,13 +43,14 @@ class Source(ABC):
     def __post_init__(self) -> None:
         if not len(self):
             raise UserError(f"{self.name}: no images")
-        if (self.labels is None) == (self.captions is None):
-            raise UserError(f"{self.name}: needs labels or captions, one of the two")
         if self.captions is not None:
+            if self.labels is not None:
+                raise UserError(f"{self.name}: needs labels or captions, one of the two")
             if len(self.captions) != len(self):
                 raise UserError(f"{self.name}: {len(self)} images but {len(self.captions)} captions")
             return
-        assert self.labels is not None
+        if self.labels is None:
+            raise UserError(f"{self.name}: needs labels or captions, one of the two")
         check_names(self.class_names, self.name)
         if len(self.class_names) < 2:
             raise UserError(f"{self.name}: needs at least two classes, found only {self.class_names[0]!r}")

@@ -72,6 +72,13 @@ def decode(data: bytes, transform: Transform) -> np.ndarray:
 
     Raises:
         ImageError: empty, too large, not one of the formats, or damaged.
+
+    Examples:
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (60, 40), "red").save(file, "PNG")
+        >>> pixels = decode(file.getvalue(), Transform(size=32))
+        >>> pixels.shape, pixels[0, 0].tolist()
+        ((32, 32, 3), [255, 0, 0])
     """
     if not data:
         raise ImageError("image is empty (0 bytes)")

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from vilu import seeding
 from vilu.embeddings import Embeddings
 from vilu.errors import UserError
 from vilu.scores.base import probabilities
@@ -118,8 +119,7 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=training.epochs)
     best_loss, best = math.inf, copy.deepcopy(network.state_dict())
-    with torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
-        torch.manual_seed(training.seed)  # dropout draws from the global generator
+    with seeding.seeded(training.seed, image.device):  # dropout draws from the global generator
         for _ in range(training.epochs):
             network.train()
             for batch in batches(rest[torch.randperm(len(rest), generator=generator)]):
@@ -151,8 +151,7 @@ def mlp_network(width: int, hidden: tuple[int, ...]) -> nn.Sequential:
 
 def seeded(build: Callable[[], Network], seed: int) -> Network:
     """What `build` returns with this seed; the caller's random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeding.seeded(seed):
         return build()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vilu import atomic
 from vilu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vilu.clip import Clip
 from vilu.evaluation import metrics
@@ -142,7 +143,6 @@ def draw(path: Path, files: list[Path], answers: Sequence[Any], scores: dict[str
         axis.set_ylim(bottom=0)
         axis.legend()
         axis.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=90, format="png")
+    with atomic.file(path) as part:
+        figure.savefig(part, dpi=90, format="png")
     plt.close(figure)
-    temporary.replace(path)

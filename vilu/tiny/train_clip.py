@@ -10,7 +10,6 @@ import argparse
 import gzip
 import json
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,9 +23,11 @@ from open_clip.tokenizer import default_bpe
 from PIL import Image
 from safetensors.torch import save_file
 
+from vilu import atomic
 from vilu.clip import load_clip
 from vilu.errors import UserError
 from vilu.preprocess.image import Transform, pixels
+from vilu.seeding import seeded
 from vilu.tiny import data
 
 MERGES = 1500
@@ -89,26 +90,21 @@ def train(
     Raises:
         UserError: a folder that cannot be written, or fewer images than one batch.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    with staging as name:
-        _train(Path(name), seed, steps, batch_size, count, progress)
+    atomic.check_folder(folder)
+    with tempfile.TemporaryDirectory() as staging:
+        _train(Path(staging), seed, steps, batch_size, count, progress)
         folder.mkdir(exist_ok=True)
-        for path in sorted(Path(name).iterdir()):
-            path.chmod(0o644)
-            os.replace(path, folder / path.name)
+        for path in sorted(Path(staging).iterdir()):
+            atomic.write(folder / path.name, path.read_bytes())
 
 
 def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int, progress: Progress) -> None:
-    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     write_tokenizer(folder / "bpe.txt.gz")
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     tokenize = open_clip.SimpleTokenizer(bpe_path=str(folder / "bpe.txt.gz"), context_length=CONTEXT)
-    model = open_clip.CLIP(**CONFIG["model_cfg"])
+    with seeded(seed):
+        model = open_clip.CLIP(**CONFIG["model_cfg"])
     mean, std = 0.5, 0.25
 
     progress("drawing", 0, 1)

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vilu import atomic
 from vilu.embeddings import BLOCK, EmbeddedSet
 from vilu.errors import UserError
 from vilu.head import ViLUHead
@@ -105,15 +105,7 @@ class Run:
         }
         content = io.BytesIO()  # torch.save to a full disk raises an error from deep inside PyTorch
         torch.save(document, content)
-        temporary = path.with_name(
-            f"{path.name}.part"
-        )  # always this name, so that a later run overwrites what a killed one left
-        try:
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path}: the state of the training run cannot be written ({error.strerror})") from None
+        atomic.write(path, content.getbuffer())
 
     def load(self, path: Path, identity: str) -> None:
         """Continue from a state that `save` wrote. Raises UserError for a damaged file or one of another run."""

@@ -9,6 +9,7 @@ from vilu.embeddings import BLOCK, EmbeddedSet
 from vilu.errors import UserError
 from vilu.head import PARTS, ViLUHead
 from vilu.recipes import Recipe
+from vilu.seeding import seeded
 from vilu.training.batches import ClipAnswers, make_batch
 from vilu.training.loss import weighted_bce
 
@@ -28,8 +29,7 @@ def initial_head(data: EmbeddedSet, answers: ClipAnswers | None, train: Tensor, 
         UserError: settings that `ViLUHead` refuses.
     """
     dim = data.image.normalised.shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         try:
             head = ViLUHead(
                 dim,

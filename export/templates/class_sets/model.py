@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+import class_names  # vilu/preprocess/class_names.py, which the export copies beside this file, as it does sets.py
 import numpy as np
-import sets  # copied beside this file by the export
+import sets
 import triton_python_backend_utils as pb_utils
 
 
@@ -102,29 +103,20 @@ class TritonPythonModel:
         def refuse(reason: str) -> NoReturn:
             raise sets.RequestError(f"class set {name}: {reason}")
 
-        names, templates, threshold = change.get("names"), change.get("templates"), change.get("threshold")
+        names: Any = change.get("names")
+        templates, threshold = change.get("templates"), change.get("threshold")
         most, longest = int(self.parameters["max_classes"]), int(self.parameters["max_label_bytes"])
-        if not isinstance(names, list) or not names:
-            refuse("no class names")
-        if len(names) > most:
+        if isinstance(names, list) and len(names) > most:
             refuse(f"{len(names)} class names, the limit is {most}")
-        seen: dict[str, int] = {}
-        for line, label in enumerate(names, 1):
-            if not isinstance(label, str) or not label.strip():
-                refuse(f"class name {line} is empty")
-            try:
-                size = len(label.encode())
-            except UnicodeEncodeError:
-                refuse(f"class name {line} is not UTF-8")
-            if size > longest:
-                refuse(f"class name {line} has {size} bytes, the limit is {longest}")
-            if label in seen:
-                refuse(f"class name {line} ({label!r}) repeats class name {seen[label]}")
-            seen[label] = line
+        if problem := class_names.names_problem(names):
+            refuse(problem)
+        for number, label in enumerate(names, 1):
+            if len(label.encode()) > longest:
+                refuse(f"class name {number} has {len(label.encode())} bytes, the limit is {longest}")
         if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
             refuse(f"threshold {threshold!r} is not between 0 and 1")
-        if not isinstance(templates, list) or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
-            refuse("every template must be a text that holds one {}")
+        if problem := class_names.templates_problem(templates):
+            refuse(problem)
         mine, theirs = self.parameters["fingerprint"], change.get("fingerprint") or ""
         if theirs not in ("", mine):
             refuse(f"its embeddings are another CLIP's ({theirs[:12]}), this server's is {mine[:12]}")

@@ -383,11 +383,11 @@ def test_a_second_process_is_told(tmp_path, clip):
 
     def wait(*_):
         holds.set()
-        go.wait(30)
+        go.wait()
 
     first = threading.Thread(target=embed, args=(source, clip), kwargs={"cache": tmp_path / "cache", "progress": wait})
     first.start()
-    holds.wait(30)
+    holds.wait()
     script = CODE + textwrap.dedent(
         """
         try:
@@ -396,14 +396,16 @@ def test_a_second_process_is_told(tmp_path, clip):
             sys.exit(str(error))
         """
     )
-    other = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "d"), str(tmp_path / "cache")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    go.set()
-    first.join()
+    try:
+        other = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "d"), str(tmp_path / "cache")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        go.set()
+        first.join()
     assert other.returncode == 1
     assert "another process is writing it" in other.stderr
     assert len(embed(source, clip, cache=tmp_path / "cache")) == 40

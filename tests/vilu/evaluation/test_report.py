@@ -4,7 +4,6 @@ import base64
 import csv
 import io
 import json
-import os
 import re
 import stat
 from dataclasses import replace
@@ -267,22 +266,3 @@ def test_a_full_disk_leaves_the_earlier_report(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_failed_rename_puts_the_earlier_report_back(tmp_path, monkeypatch):
-    small = evaluate([Case(closed())], ["MCM"], resamples=3)
-    output = tmp_path / "out"
-    report.write(small, output)
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-    rename = os.replace
-
-    def refuse_new(source, target):
-        if source.name == "new":
-            raise OSError(5, "Input/output error")
-        rename(source, target)
-
-    monkeypatch.setattr("os.replace", refuse_new)
-    with pytest.raises(UserError, match="Input/output error"):
-        report.write(small, output)
-    monkeypatch.undo()
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from vilu import atomic
 from vilu.errors import UserError
 from vilu.evaluation.bootstrap import Interval
 from vilu.evaluation.columns import COLUMNS
@@ -112,11 +110,7 @@ def check_output(output: Path) -> None:
             ours = set()
         if present - ours:
             raise UserError(f"{output}: holds {min(present - ours)!r}, which is not part of an earlier report")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+    atomic.check_folder(output)
 
 
 def write(evaluation: Evaluation, output: Path) -> list[Path]:
@@ -141,24 +135,7 @@ def write(evaluation: Evaluation, output: Path) -> list[Path]:
     }
     document = {**as_json(evaluation), "files": sorted([*files, JSON])}
     files[JSON] = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode()
-    temporary = None
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-        report, old = temporary / "new", temporary / "old"
-        report.mkdir()  # mkdtemp's own folder is private
+    with atomic.folder(output) as report:
         for name, content in files.items():
             (report / name).write_bytes(content)
-        if output.exists():
-            os.replace(output, old)
-        try:
-            os.replace(report, output)
-        except OSError:
-            if old.exists():
-                os.replace(old, output)
-            raise
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return [output / name for name in files]
