@@ -1,7 +1,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo table export-zoo load docs matrix lint test clean
+.PHONY: demo table export-zoo load docs matrix lint test test-all clean
 
 # With the Python of `make demo PYTHON=python3.12`, else the first one found that serves.
 $(READY): pyproject.toml constraints.txt .ci/install
@@ -31,8 +31,16 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two tests at a time, whole files together: the tests of a file share their export and their server.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -m "not slow" --doctest-modules tests vilu
+
+# What `make test` does, then the long tests, with the coverage of both.
+test-all: lint
+	$(PYTEST) -m "not slow" --doctest-modules --cov --cov-report= tests vilu
+	$(PYTEST) -m slow --cov --cov-append --cov-report=term:skip-covered tests
 
 clean:
 	rm -rf .venv demo build site .pytest_cache .mypy_cache .ruff_cache
