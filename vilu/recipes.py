@@ -20,6 +20,7 @@ class Recipe:
         attention at 1 / sqrt(dim)).
     parts: what the MLP reads, of `vilu.head.PARTS`; None: all.
     prior: start from CLIP's own log-odds (the prior of `ViLUHead`, fitted to the training data) and learn a correction.
+    linear: with the prior, start from a linear function of what the MLP reads besides (`vilu.training.linear`).
     loss: "bce" (weighted cross-entropy), or "mse" of 1 − P(failure) against CLIP's probability of the true class.
     failure_weight: weight of the wrong samples; None: log(1 + n_right / n_wrong) of the batch ("adaptative").
     optimizer: "adamw" or "sgd".
@@ -45,6 +46,7 @@ class Recipe:
     form: str = "authors"
     parts: tuple[str, ...] | None = None
     prior: bool = True
+    linear: bool = True
     loss: str = "bce"
     failure_weight: float | None = None
     optimizer: str = "adamw"
@@ -58,7 +60,7 @@ class Recipe:
     freeze_steps: int | None = None
     validation: float = 0.15
     folds: int = 5
-    patience: int | None = None
+    patience: int | None = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,13 +105,14 @@ _SCRIPT = Recipe(
     freeze_steps=1000,
     validation=0.0,
     folds=1,
+    patience=None,
 )
 
 # "plain" is the head of the paper, without the prior, with the optimizer of "default": to compare at any size.
 # The others are the settings of the authors' released scripts (github.com/ykrmm/ViLU, scripts/ and vilu/config/).
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
-    "plain": Recipe(prior=False, min_steps=0, folds=1),
+    "plain": Recipe(prior=False, min_steps=0, folds=1, patience=None),
     "paper-cifar10": _SCRIPT,
     "paper-imagenet": replace(_SCRIPT, learning_rate=0.001, epochs=300, batch_size=512, freeze_steps=None),
     "paper-captions": replace(_SCRIPT, learning_rate=0.001, epochs=10, batch_size=1024, freeze_steps=None),

@@ -169,7 +169,7 @@ def fit(
         state.unlink(missing_ok=True)
         state.with_name(f"{state.name}.part").unlink(missing_ok=True)
     held_out = cross_validated or run.held_out
-    validation = held_out.validation(run.best_epoch, recipe.seed)
+    validation = held_out.validation(run.best_epoch, recipe)
     return Trained(head, last, run.best_epoch, held_out.history(run.train_losses), validation)
 
 

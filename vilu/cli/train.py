@@ -211,6 +211,9 @@ def verdict(validation: Validation | None) -> str:
     if v.better:
         return line
     said = "significantly WORSE" if v.worse else "not significantly better"
+    if v.too_few:
+        rarer = "failures" if v.failures * 2 <= v.samples else "right answers"
+        return f"{line}\nthere are too few {rarer} to say whether this head is better than the free MCM score"
     return (
         f"{line}\nthis head is {said} than the free MCM score here: train on more images "
         "(`vilu eval --learning-curve` draws what they bring)"

@@ -41,6 +41,26 @@ def failure_weights(failure: Tensor, weight: float | Tensor | None) -> Tensor:
     return torch.where(failure, weight, 1.0)
 
 
+def head_columns(head: ViLUHead, batch: Batch) -> dict[str, Tensor]:
+    """What the MLP reads: each of the head's parts to its columns (B, D), in the MLP's order."""
+    columns = {}
+    if "image" in head.parts:
+        columns["image"] = batch.image
+    if "predicted" in head.parts:
+        columns["predicted"] = batch.text[batch.predicted]
+    if "attended" in head.parts:
+        if batch.attended is not None:
+            columns["attended"] = batch.attended
+        elif len(batch.text) < len(batch.image) or head.projection == "identity":
+            columns["attended"] = head.attend(batch.image, batch.text)
+        else:
+            query, key, value = head.projections()
+            u = batch.image @ query.T @ key
+            attention = torch.softmax(head.attention_scale * u @ batch.text.T, dim=-1)
+            columns["attended"] = attention @ batch.text @ value.T
+    return columns
+
+
 def head_logit(head: ViLUHead, batch: Batch) -> Tensor:
     """failure_logit (B,): `head(batch.image, batch.text)`, with the matrix products in the order that costs least.
 
@@ -50,21 +70,7 @@ def head_logit(head: ViLUHead, batch: Batch) -> Tensor:
     Raises:
         ValueError: the head has the prior, but the batch has no log-odds.
     """
-    columns = []
-    if "image" in head.parts:
-        columns.append(batch.image)
-    if "predicted" in head.parts:
-        columns.append(batch.text[batch.predicted])
-    if "attended" in head.parts:
-        if batch.attended is not None:
-            columns.append(batch.attended)
-        elif len(batch.text) < len(batch.image) or head.projection == "identity":
-            columns.append(head.attend(batch.image, batch.text))
-        else:
-            query, key, value = head.projections()
-            u = batch.image @ query.T @ key
-            columns.append(torch.softmax(head.attention_scale * u @ batch.text.T, dim=-1) @ batch.text @ value.T)
-    logit = head.mlp(torch.cat(columns, dim=-1)).squeeze(-1)
+    logit = head.mlp(torch.cat([*head_columns(head, batch).values()], dim=-1)).squeeze(-1)
     if head.prior is not None:
         if batch.log_odds is None:
             raise ValueError("a head with the prior needs a batch with log-odds")

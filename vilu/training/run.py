@@ -22,7 +22,7 @@ from vilu.head import ViLUHead
 from vilu.recipes import Recipe
 from vilu.training.validation import HeldOut
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Run:

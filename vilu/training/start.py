@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,14 @@ from vilu.head import PARTS, ViLUHead
 from vilu.recipes import Recipe
 from vilu.seeding import seeded
 from vilu.training.batches import ClipAnswers, make_batch
-from vilu.training.loss import weighted_bce
+from vilu.training.linear import LIMIT, carry, fit_linear
+from vilu.training.loss import failure_weights, head_columns
 
 
 def initial_head(data: EmbeddedSet, answers: ClipAnswers | None, train: Tensor, recipe: Recipe) -> ViLUHead:
     """The head before its first training step.
 
-    With the prior, the MLP gives a constant, and the prior's weight and that constant are fitted to CLIP's mistakes.
+    With the prior, it gives CLIP's log-odds plus a linear function of what the MLP reads, fitted to CLIP's mistakes.
 
     Args:
         data: the training data.
@@ -42,37 +45,24 @@ def initial_head(data: EmbeddedSet, answers: ClipAnswers | None, train: Tensor, 
             raise UserError(f"recipe: {error}") from None
     if head.prior is None:
         return head
-    if answers is not None:
-        odds, wrong = answers.log_odds[train], answers.wrong[train]
-    else:
-        some = [make_batch(data, None, rows, recipe) for rows in train[:BLOCK].split(recipe.batch_size)]
-        odds = torch.cat([batch.log_odds for batch in some if batch.log_odds is not None])
-        wrong = torch.cat([batch.wrong for batch in some])
-    slope, offset = _fit_prior(odds, wrong, recipe)
+    some = [make_batch(data, answers, rows, recipe) for rows in _drawn(data, train, recipe)]
+    odds = torch.cat([batch.log_odds for batch in some if batch.log_odds is not None])
+    wrong = torch.cat([batch.wrong for batch in some])
+    if not wrong.any() or wrong.all():
+        return head
     with torch.no_grad():
-        head.prior.fill_(slope)
-        head.output_layer.weight.zero_()
-        head.output_layer.bias.fill_(offset)
+        parts = [head_columns(head, batch) for batch in some]
+        columns = {part: torch.cat([one[part] for one in parts]) for part in head.parts}
+    weights = failure_weights(wrong, recipe.failure_weight)
+    start = fit_linear(odds, columns if recipe.linear else {}, wrong, weights, recipe.seed)
+    with torch.no_grad():
+        head.prior.fill_(start.slope)
+    carry(head, start)
     return head
 
 
-def _fit_prior(odds: Tensor, wrong: Tensor, recipe: Recipe) -> tuple[float, float]:
-    """Slope and offset on CLIP's log-odds (N,) with the least loss.
-
-    A weak pull of the slope to 1 keeps both finite on separable data.
-    """
-    parameters = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe")
-    odds = odds.double()
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = weighted_bce(parameters[0] * odds + parameters[1], wrong, recipe.failure_weight)
-        loss = loss + 1e-3 * (parameters[0] - 1).square()
-        loss.backward()
-        return loss
-
-    if wrong.any() and not wrong.all():
-        solver.step(closure)
-    slope, offset = parameters.tolist()
-    return max(slope, 1e-2), offset
+def _drawn(data: EmbeddedSet, train: Tensor, recipe: Recipe) -> Sequence[Tensor]:
+    """At most LIMIT of the rows, in parts: as many captions as training shows together, or any number of labels."""
+    if len(train) > LIMIT:
+        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))[:LIMIT]]
+    return train.split(recipe.batch_size if data.captions else BLOCK)

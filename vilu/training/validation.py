@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import Tensor
 
 from vilu.embeddings import EmbeddedSet
@@ -19,11 +20,15 @@ from vilu.training.batches import ClipAnswers, evaluation_batches
 from vilu.training.loss import failure_weights, head_logit
 
 RESAMPLES = 999
+FEW_FAILURES = 50  # with fewer of them, no claim is made about the head
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The head beside MCM, which needs no training, on the samples that chose the head's epoch.
+    """The head beside MCM, which needs no training, on samples that the head was not trained on.
+
+    With cross-validation, the fold of a sample chooses neither its head's weights nor its epoch, and both methods are
+    compared within the folds: each fold's head has its own slope and offset.
 
     samples: number of samples.
     failures: number of samples that CLIP answers wrong.
@@ -43,14 +48,19 @@ class Validation:
     p_value: float
 
     @property
+    def too_few(self) -> bool:
+        """Whether there are too few failures, or too few right answers, to say which is better."""
+        return min(self.failures, self.samples - self.failures) < FEW_FAILURES
+
+    @property
     def better(self) -> bool:
         """Whether the head is significantly better than MCM, at 5%."""
-        return self.auc > self.mcm_auc and self.p_value < 0.05
+        return not self.too_few and self.auc > self.mcm_auc and self.p_value < 0.05
 
     @property
     def worse(self) -> bool:
         """Whether the head is significantly worse than MCM, at 5%."""
-        return self.auc < self.mcm_auc and self.p_value < 0.05
+        return not self.too_few and self.auc < self.mcm_auc and self.p_value < 0.05
 
 
 def validation_rows(answers: ClipAnswers | None, data: EmbeddedSet, recipe: Recipe, folds: int | None) -> list[Tensor]:
@@ -94,6 +104,7 @@ class HeldOut:
     """A run's predictions for N samples that it is not trained on, epoch by epoch (0: before the first step).
 
     logits: by epoch, (N,).
+    sizes: number of samples of each fold, in the order of the samples.
     means: by epoch, the mean loss, as far as it has been computed.
     wrong, odds, target, weights: as in `Predictions`; they do not change from epoch to epoch.
     """
@@ -101,12 +112,14 @@ class HeldOut:
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
         self.means: list[float] = []
+        self.sizes: list[int] = []
         self.wrong = self.odds = self.target = self.weights = torch.empty(0)
 
     def add(self, predictions: Predictions) -> None:
         """Add the predictions of one more epoch."""
         logits, self.wrong, self.odds, self.target, self.weights = predictions
         self.logits.append(logits)
+        self.sizes = [len(logits)]
 
     def join(self, other: HeldOut) -> None:
         """Add the samples of another fold. A fold that stopped early keeps its last predictions from there on."""
@@ -116,6 +129,7 @@ class HeldOut:
         epochs = max(len(self.logits), len(other.logits))
         mine, theirs = ([*x.logits, *[x.logits[-1]] * (epochs - len(x.logits))] for x in (self, other))
         self.logits, self.means = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)], []
+        self.sizes += other.sizes
         for name in ("wrong", "odds", "target", "weights"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
@@ -139,11 +153,28 @@ class HeldOut:
         while len(self.means) < len(self.logits):
             self.means.append(self.loss(len(self.means)))
         best = min(range(len(self.means)), key=self.means.__getitem__)
-        if recipe.prior:
-            gain = self.losses(0) - self.losses(best)
-            if len(gain) < 2 or float(gain.mean()) <= float(gain.std()) / math.sqrt(len(gain)):
-                return 0
-        return best
+        return best if not recipe.prior or _clear_gain(self.losses(0) - self.losses(best)) else 0
+
+    def _unseen(self, epoch: int, recipe: Recipe) -> Tensor:
+        """(N,) logits whose epoch was chosen by other folds than the sample's own; one fold: those of the epoch."""
+        if len(self.sizes) < 2 or epoch == 0:
+            return self.logits[epoch]
+        losses = torch.stack([self.losses(e) for e in range(len(self.logits))])  # (epochs, N)
+        fold = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        chosen = torch.empty_like(self.logits[0])
+        for one in range(len(self.sizes)):
+            others = losses[:, fold != one]
+            best = int(others.mean(dim=1).argmin())
+            if recipe.prior and not _clear_gain(others[0] - others[best]):
+                best = 0
+            chosen[fold == one] = self.logits[best][fold == one]
+        return chosen
+
+    def _within_folds(self, scores: Tensor) -> Tensor:
+        """(N,) scores as ranks in (0, 1) within their fold; left as they are where there is one fold."""
+        if len(self.sizes) < 2:
+            return scores
+        return torch.cat([torch.from_numpy(rankdata(part) - 0.5) / len(part) for part in scores.split(self.sizes)])
 
     def history(self, train_losses: list[float]) -> list[dict[str, float]]:
         """By epoch, "epoch" with the "train_loss" and "validation_loss" that are known."""
@@ -157,15 +188,15 @@ class HeldOut:
             rows.append(row)
         return rows
 
-    def validation(self, epoch: int, seed: int) -> Validation | None:
+    def validation(self, epoch: int, recipe: Recipe) -> Validation | None:
         """The head of an epoch beside MCM; None without samples, or where all answers are right or all are wrong."""
         if not self.logits:
             return None
-        confidence, right = -self.logits[epoch].numpy(), ~self.wrong.numpy()
+        confidence, right = -self._within_folds(self._unseen(epoch, recipe)).numpy(), ~self.wrong.numpy()
         # The prior's log-odds rank as MCM does, and stay apart where its float32 would tie.
-        mcm = -self.odds.numpy()
+        mcm = -self._within_folds(self.odds).numpy()
         try:
-            comparison = paired_bootstrap(auroc, confidence, mcm, right, resamples=RESAMPLES, seed=seed)
+            comparison = paired_bootstrap(auroc, confidence, mcm, right, resamples=RESAMPLES, seed=recipe.seed)
         except OneSidedError:
             return None
         return Validation(
@@ -177,6 +208,11 @@ class HeldOut:
             mcm_fpr95=fpr_at_tpr(mcm, right),
             p_value=comparison.p_value,
         )
+
+
+def _clear_gain(gain: Tensor) -> bool:
+    """Whether the mean of the samples' gains (N,) is above its standard error."""
+    return len(gain) > 1 and float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain))
 
 
 @torch.no_grad()
