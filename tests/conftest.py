@@ -4,17 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from vilu import Checkpoint, ViLUHead, load_clip
 from vilu.tiny import data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-# Largest difference of a probability from a float64 reference, by the dtype that was computed in.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
 @pytest.fixture(scope="session")
@@ -22,13 +16,6 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"public test data is absent ({SHARED})")
     return SHARED
-
-
-def unit_rows(rows: int, dim: int, seed: int) -> torch.Tensor:
-    """(rows, dim) float64 unit vectors around a common direction, crowded as real CLIP embeddings are."""
-    generator = torch.Generator().manual_seed(seed)
-    centre = torch.randn(dim, generator=generator, dtype=torch.float64)
-    return F.normalize(centre + torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 
 from bench import common
 from bench.authors import AuthorsFailureProbability, is_authors_form
-from tests.conftest import unit_rows
+from tests.support.embeddings import unit_rows
 from vilu import ViLUHead
 
 

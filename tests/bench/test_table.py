@@ -7,7 +7,7 @@ import pytest
 
 from bench import table, table_report
 from bench.common import write_results
-from tests.vilu.evaluation.test_evaluate import captioned, closed
+from tests.support.evaluation import captioned, closed
 from vilu.evaluation import metrics
 from vilu.scores import SCORES
 

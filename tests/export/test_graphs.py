@@ -18,8 +18,9 @@ import timm
 import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
 
-from tests.conftest import unit_rows
-from vilu import ViLUHead, load_clip
+from tests.support.embeddings import unit_rows
+from tests.support.graphs import write_tiny
+from vilu import ViLUHead
 from vilu.checkpoint import ClipSpec
 from vilu.clip import Clip
 from vilu.export import onnx_file
@@ -409,22 +410,11 @@ def check_open(open_head, v, t):
     assert np.array_equal(accept[:, 0], failure[:, 0] < 0.5)
 
 
-def write_tiny(root):
-    clip = load_clip()
-    feed = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    image, text = (root / name / "1" / "model.onnx" for name in ("clip_image", "clip_text"))
-    write_graph(ImageGraph(clip), feed, image, "PIXELS", {"IMAGE_EMBEDDING": [128]}, fused=True)
-    write_graph(TextGraph(clip), example_tokens(clip), text, "TOKENS", {"TEXT_EMBEDDING": [128]}, fused=True)
-    return image.read_bytes(), text.read_bytes()
-
-
 def test_the_same_weights_give_the_same_bytes_in_any_process(tmp_path):
     here = write_tiny(tmp_path / "here")
     assert write_tiny(tmp_path / "again") == here
     there = tmp_path / "there"
-    code = (
-        f"from pathlib import Path; from tests.export.test_graphs import write_tiny; write_tiny(Path({str(there)!r}))"
-    )
+    code = f"from pathlib import Path; from tests.support.graphs import write_tiny; write_tiny(Path({str(there)!r}))"
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[2], check=True)
     assert tuple((there / name / "1" / "model.onnx").read_bytes() for name in ("clip_image", "clip_text")) == here

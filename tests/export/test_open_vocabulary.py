@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 
-from tests.conftest import TOLERANCE, unit_rows
+from tests.support.embeddings import TOLERANCE, unit_rows
 from vilu import ViLUHead
 from vilu.export.details import DetailsGraph, write_details
 from vilu.export.open_vocabulary import OpenVocabularyGraph, write_open_vocabulary

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tests.conftest import TOLERANCE
+from tests.support.embeddings import TOLERANCE
 from vilu import ViLUHead
 from vilu.kernels import FoldedHead, HeadOutput, fold, fused_head
 

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from tests.conftest import unit_rows
+from tests.support.embeddings import unit_rows
 from vilu import UserError, ViLUHead
 from vilu.kernels import fold
 

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from tests.conftest import TOLERANCE, unit_rows
+from tests.support.embeddings import TOLERANCE, unit_rows
 from vilu import ViLUHead
 from vilu.kernels import HeadOutput, fold, folding, fused_head
 

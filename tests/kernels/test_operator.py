@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.conftest import unit_rows
 from tests.kernels.reference import DEVICE, INTERPRETED, assert_equal, make_head, operator_arguments, runs_kernels
+from tests.support.embeddings import unit_rows
 from vilu.kernels import FoldedHead, fold, fused_head
 
 pytest.importorskip("triton")

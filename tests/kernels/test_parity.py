@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import unit_rows
 from tests.kernels.reference import DEVICE, DTYPES, INTERPRETED, assert_equal, check, make_head, runs_kernels
+from tests.support.embeddings import unit_rows
 from vilu.kernels import fold, fused_head
 
 pytest.importorskip("triton")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import unit_rows
 from tests.kernels.reference import (
     DEVICE,
     assert_close,
@@ -17,6 +16,7 @@ from tests.kernels.reference import (
     reference,
     runs_kernels,
 )
+from tests.support.embeddings import unit_rows
 from vilu.kernels import HeadOutput, fold, fused_head
 
 pytest.importorskip("triton")

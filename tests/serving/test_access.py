@@ -1,10 +1,8 @@
 """Tokens, TLS, closed protocols, the health probe and the supervisor, against the real tritonserver."""
 
-import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
-from tests.serving.test_server import agree, ports, vilu
+from tests.serving.helpers import ASK, BIN, STEER, agree, certificate, children, ports, stub_of, vilu
 from vilu import UserError
 from vilu.serving import AccessDenied, Client, Server, ServerUnavailable
 from vilu.serving.access import CONTROL, Access, token_from
@@ -20,26 +18,6 @@ from vilu.serving.client import TOKEN
 from vilu.serving.server import free_port
 
 pytestmark = pytest.mark.server
-BIN = Path(sys.executable).parent
-ASK, STEER = "inference-token-0123", "control-token-4567"
-
-
-def certificate(folder: Path, name: str, issuer: str | None = None) -> None:
-    """folder/NAME.pem and NAME.key; signed by itself, or by folder/ISSUER."""
-    key, request, out = (str(folder / f"{name}.{kind}") for kind in ("key", "csr", "pem"))
-    extension = folder / "san"
-    extension.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    subject = ["-newkey", "rsa:2048", "-nodes", "-keyout", key, "-subj", f"/CN={name}"]
-    if issuer is None:
-        commands = [["req", "-x509", *subject, "-out", out, "-days", "2"]]
-    else:
-        by = ["-CA", str(folder / f"{issuer}.pem"), "-CAkey", str(folder / f"{issuer}.key"), "-CAcreateserial"]
-        commands = [
-            ["req", *subject, "-out", request],
-            ["x509", "-req", "-in", request, *by, "-out", out, "-days", "2", "-extfile", str(extension)],
-        ]
-    for command in commands:
-        subprocess.run(["openssl", *command], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -166,19 +144,6 @@ def test_vilu_health(server):
     assert vilu("health", "--url", server.grpc_url, "--model", "absent").returncode == 1
 
 
-def stub_of(pid: int, model: str) -> int:
-    """The process of a Python model's instance."""
-    with contextlib.suppress(OSError):  # a process may end since it was listed
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in task.read_text().split():
-                with contextlib.suppress(OSError):
-                    if f"{model}_0" in Path(f"/proc/{child}/cmdline").read_text():
-                        return int(child)
-                if found := stub_of(int(child), model):
-                    return found
-    return 0
-
-
 def health(url: str) -> int:
     return vilu("health", "--url", url, "--timeout", "2").returncode
 
@@ -264,10 +229,6 @@ def test_a_stub_that_dies_before_the_first_answer_is_noticed(repository, tmp_pat
     finally:
         launcher.kill()
         launcher.wait()
-
-
-def children(pid: int) -> set[int]:
-    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
 def test_without_supervision_a_dead_stub_is_seen_by_the_probe_alone(repository, tmp_path):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from tests.conftest import unit_rows
-from tests.serving.test_server import agree, vilu
+from tests.serving.helpers import agree, vilu
+from tests.support.embeddings import unit_rows
 from vilu import UserError
 from vilu.preprocess.image import decode
 from vilu.serving import AccessDenied, Client, RequestRefused, Server

@@ -1,14 +1,12 @@
 """The client's promises: order, bounded memory, retries, deadlines, shared memory, and the files of `vilu ask`."""
 
 import asyncio
-import csv
 import errno
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,13 +15,12 @@ import numpy as np
 import pytest
 from tritonclient import http
 
-from tests.serving.test_server import agree, descendants, vilu
+from tests.serving.helpers import BIN, agree, descendants, rows_of, vilu
 from vilu import UserError
 from vilu.serving import AsyncClient, Client, DeadlineExceeded, Server, ServerUnavailable
 from vilu.serving.server import free_port
 
 pytestmark = pytest.mark.server
-BIN = Path(sys.executable).parent
 
 
 def urls(server):
@@ -189,16 +186,6 @@ def folder(tmp_path, photos):
     (tmp_path / "a" / "b" / "3.jpg").write_bytes(b"no image")
     (tmp_path / "a" / "notes.txt").write_text("not asked about")
     return tmp_path
-
-
-def rows_of(path):
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    if path.suffix == ".csv":
-        return list(csv.DictReader(path.open(newline="")))
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path).to_pylist()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2_grpc as stubs
 
 from bench.loadtest import hostile, traffic
 from bench.loadtest.hostile_requests import Generator
-from tests.serving.test_access import ASK, certificate
+from tests.serving.helpers import ASK, certificate
 from vilu.serving import AccessDenied, Client, Server, ServerUnavailable
 from vilu.serving.access import Access
 from vilu.serving.guard import MODELS, Guard, Refused, check, tensors

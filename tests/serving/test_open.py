@@ -13,9 +13,7 @@ import torch
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
-from tests.serving.test_access import stub_of
-from tests.serving.test_client import rows_of
-from tests.serving.test_server import agree, vilu
+from tests.serving.helpers import agree, rows_of, stub_of, vilu
 from vilu.preprocess.image import decode
 from vilu.scores import Doctor, Entropy
 from vilu.serving import AsyncClient, Client, RequestRefused

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -15,12 +14,12 @@ import pytest
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
+from tests.serving.helpers import BIN, agree, descendants, ports, vilu, wait_for
 from vilu import UserError
 from vilu.serving import AsyncClient, Client, RequestRefused, Server, ServerUnavailable
 from vilu.serving.server import _exit_timeout, check_repository, find_tritonserver, free_port
 
 pytestmark = pytest.mark.server
-BIN = Path(sys.executable).parent
 PROTOCOLS = ["grpc", "http"]
 
 
@@ -32,16 +31,6 @@ def raw(server, protocol):
     """(module, client) of plain tritonclient, which checks nothing of ours."""
     api = grpc if protocol == "grpc" else http
     return api, api.InferenceServerClient(url_of(server, protocol).removeprefix("http://"))
-
-
-def agree(answers, photos, eager):
-    for answer, photo in zip(answers, photos, strict=True):
-        label, confidence, failure = eager(photo)
-        assert answer.error is None
-        assert answer.label == label
-        assert answer.confidence == pytest.approx(confidence, abs=1e-4)
-        assert answer.failure_probability == pytest.approx(failure, abs=1e-4)
-        assert answer.accept == (answer.failure_probability < 0.505)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -149,14 +138,6 @@ def test_single_models_of_the_repository(server, clip, checkpoint, photos, eager
     client.close()
 
 
-def descendants(pid):
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    return found
-
-
 def test_no_process_of_the_server_has_torch(server):
     pids = descendants(server.process.pid)
     assert len(pids) > 4  # the server and its stubs
@@ -184,10 +165,6 @@ def test_a_server_that_is_not_there():
         Client("ftp://127.0.0.1:1")
 
 
-def vilu(*arguments, **options):
-    return subprocess.run([BIN / "vilu", *arguments], capture_output=True, text=True, timeout=60, **options)
-
-
 def test_vilu_ask(server, photos, tmp_path):
     good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
     good.write_bytes(photos[0])
@@ -203,22 +180,6 @@ def test_vilu_ask(server, photos, tmp_path):
     nobody = vilu("ask", good, "--url", f"127.0.0.1:{free_port()}", "--timeout", "2")
     assert nobody.returncode == 2
     assert len(nobody.stderr.splitlines()) == 1
-
-
-def wait_for(url, process, seconds=40):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail("the server did not come up")
-
-
-def ports():
-    return {kind: free_port() for kind in ("http", "grpc", "metrics")}
 
 
 def ours_in_shared_memory():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.authors import AuthorsHead
-from tests.conftest import unit_rows
+from tests.support.embeddings import unit_rows
 from vilu import Checkpoint, ClassSet, ClipSpec, UserError, ViLUHead, load_checkpoint, save_checkpoint
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import DEVICES, TOLERANCE, unit_rows
+from tests.support.embeddings import DEVICES, TOLERANCE, unit_rows
 from vilu import ViLUHead
 from vilu.kernels import fold
 

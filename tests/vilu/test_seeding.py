@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import unit_rows
+from tests.support.embeddings import unit_rows
 from vilu import load_clip
 from vilu.recipes import recipe_named
 from vilu.seeding import seeded

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.conftest import unit_rows
+from tests.support.embeddings import unit_rows
 from vilu import UserError, ViLUHead, load_checkpoint, train_head
 from vilu.embeddings import EmbeddedSet, Embeddings
 from vilu.evaluation import metrics

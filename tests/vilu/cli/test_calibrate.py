@@ -6,7 +6,7 @@ import torch
 from click.testing import CliRunner
 from torch.nn import functional as F
 
-from tests.conftest import unit_rows
+from tests.support.embeddings import unit_rows
 from vilu import Checkpoint, ClassSet, UserError, load_checkpoint, save_checkpoint, train_head
 from vilu.cli.calibrate import calibrate_command
 from vilu.recipes import Recipe

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vilu.evaluation.test_evaluate import captioned, closed, head
+from tests.support.evaluation import captioned, closed, head
 from vilu.checkpoint import Checkpoint, save_checkpoint
 from vilu.class_set import ClassSet
 from vilu.cli import run

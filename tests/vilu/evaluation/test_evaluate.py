@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.vilu.evaluation.examples import captioned, closed, head, quick
+from tests.support.evaluation import captioned, closed, head, quick
 from vilu.embeddings import EmbeddedSet, Embeddings
 from vilu.errors import UserError
 from vilu.evaluation import bootstrap

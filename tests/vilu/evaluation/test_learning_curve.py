@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vilu.evaluation.examples import captioned, closed, head
+from tests.support.evaluation import captioned, closed, head
 from vilu.errors import UserError
 from vilu.evaluation import bootstrap, metrics
 from vilu.evaluation.evaluate import confidences, correct

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from tests.vilu.evaluation.examples import captioned, closed, head, quick
+from tests.support.evaluation import captioned, closed, head, quick
 from vilu.cli.tables import MIDDLE, WIDE, print_tables
 from vilu.errors import UserError
 from vilu.evaluation.columns import COLUMNS

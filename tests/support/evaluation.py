@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from tests.conftest import unit_rows
+from tests.support.embeddings import unit_rows
 from vilu import ViLUHead
 from vilu.embeddings import EmbeddedSet, Embeddings
 from vilu.evaluation.evaluate import evaluate
