@@ -1,4 +1,4 @@
-"""Shared by all folders: seeded embeddings, and where the public test data lies."""
+"""Fixtures of all folders: the embedded CLIP, a checkpoint and one export."""
 
 from pathlib import Path
 
@@ -7,15 +7,6 @@ import torch
 
 from vilu import Checkpoint, ViLUHead, load_clip
 from vilu.tiny import data
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip(f"public test data is absent ({SHARED})")
-    return SHARED
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from open_clip import CLIP, CoCa, CustomTextCLIP
 
 from tests.support.embeddings import unit_rows
 from tests.support.graphs import write_tiny
+from tests.support.public_data import lvis_text_embeddings
 from vilu import ViLUHead
 from vilu.checkpoint import ClipSpec
 from vilu.clip import Clip
@@ -387,11 +388,8 @@ def test_candidates_may_be_an_inputs(classes, batch, open_head):
     check_open(open_head, unit_rows(batch, 512, 7).float(), unit_rows(classes, 512, 8).float())
 
 
-def test_candidates_may_be_real_text(open_head, shared_data):
-    path = shared_data / "clip_text" / "lvis_v1_vit_b32.npy"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    text = torch.nn.functional.normalize(torch.from_numpy(np.load(path)).float().reshape(-1, 512), dim=-1)
+def test_candidates_may_be_real_text(open_head):
+    text = torch.nn.functional.normalize(torch.from_numpy(lvis_text_embeddings()).float(), dim=-1)
     near = torch.nn.functional.normalize(text[:40] + 0.03 * torch.randn(40, 512), dim=-1)
     check_open(open_head, near, text)
 

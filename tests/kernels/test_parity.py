@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.reference import DEVICE, DTYPES, INTERPRETED, assert_equal, check, make_head, runs_kernels
 from tests.support.embeddings import unit_rows
+from tests.support.public_data import lvis_text_embeddings
 from vilu.kernels import fold, fused_head
 
 pytest.importorskip("triton")
@@ -146,10 +146,9 @@ def test_rows_that_are_not_finite_stay_alone(B, layout, projection):
 
 
 @pytest.mark.parametrize(("B", "layout"), [(3, "plain"), (9, "folded")])
-def test_real_text_embeddings(B, layout, shared_data):
+def test_real_text_embeddings(B, layout):
     """LVIS through CLIP ViT-B/32: near-synonyms, so that the top two are often close. Every GPU runs all 1,203."""
-    t = torch.from_numpy(np.load(shared_data / "clip_text" / "lvis_v1_vit_b32.npy")).double()
-    t = torch.nn.functional.normalize(t if t.shape[1] == 512 else t.T, dim=1).float()
+    t = torch.nn.functional.normalize(torch.from_numpy(lvis_text_embeddings()).double(), dim=1).float()
     t = t[:200] if INTERPRETED else t
     v = torch.nn.functional.normalize(t[:B] + 0.5 * t[100 : 100 + B], dim=1)
     check(make_head(512), v, t, dtype=torch.float32, layout=layout)

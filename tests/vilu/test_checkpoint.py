@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.authors import AuthorsHead
 from tests.support.embeddings import unit_rows
+from tests.support.public_data import DATA
 from vilu import Checkpoint, ClassSet, ClipSpec, UserError, ViLUHead, load_checkpoint, save_checkpoint
 
 
@@ -180,8 +181,8 @@ def test_official_layout_with_a_wrong_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "eurosat", "dtd"])
-def test_real_official_checkpoints(shared_data, name):
-    path = shared_data / "official" / f"lvu_{name}.ckpt"
+def test_real_official_checkpoints(name):
+    path = DATA / f"lvu_{name}.ckpt"
     scalar = np.float64(0).__reduce__()[0]
     allowed = [np.dtype, type(np.dtype("float64")), type(np.dtype("float32")), type(np.dtype("int64"))]
     with torch.serialization.safe_globals([*allowed, (scalar, "numpy._core.multiarray.scalar")]):

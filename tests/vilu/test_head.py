@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.support.embeddings import DEVICES, TOLERANCE, unit_rows
+from tests.support.public_data import lvis_text_embeddings
 from vilu import ViLUHead
 from vilu.kernels import fold
 
@@ -91,9 +92,8 @@ def test_a_bad_row_spoils_only_itself():
     torch.testing.assert_close(out[[0, 1, 3]], clean[[0, 1, 3]])
 
 
-def test_real_class_set_full_of_near_ties(shared_data):
-    rows = np.load(shared_data / "clip_text" / "lvis_v1_vit_b32.npy").astype(np.float64)
-    t = torch.nn.functional.normalize(torch.from_numpy(rows if rows.shape[1] == 512 else rows.T), dim=1)
+def test_real_class_set_full_of_near_ties():
+    t = torch.nn.functional.normalize(torch.from_numpy(lvis_text_embeddings()).double(), dim=1)
     v = torch.nn.functional.normalize(t[:64] + 0.02 * unit_rows(64, 512, 9), dim=1)
     head = make_head(512)
     expected = head.failure_probability(v, t).numpy()
