@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def ordered(
 
 def in_batches(
     work: Callable[[int], T], order: Sequence[int], batch_size: int, workers: int | None = None
-) -> Iterator[tuple[list[int], list[T]]]:
+) -> Generator[tuple[list[int], list[T]], None, None]:
     """(rows, results) of `work(row)`, batch by batch, some batches ahead of the caller."""
     spans = [
         (start, min(start + SLICE, last))
@@ -112,7 +112,7 @@ def batches(
     workers: int | None = None,
     *,
     skipped: list[str] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Pixels for training on images: decoded and transformed by threads, in the given order.
 
     Args:
