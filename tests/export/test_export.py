@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -180,7 +181,7 @@ def test_bad_requests_write_nothing(tmp_path, clip, checkpoint):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
-    cases = [
+    cases: list[tuple[Any, Path, dict[str, Any], str]] = [
         (checkpoint, mine, {}, "no export wrote"),
         (checkpoint, mine / "thesis.tex", {}, "not a folder"),
         (checkpoint, mine / "thesis.tex" / "x", {}, "cannot be written"),

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -118,6 +119,10 @@ SMALL = {
 }
 
 
+def no_tokenizer(texts: list[str]) -> torch.Tensor:
+    raise AssertionError("these towers are given token ids")
+
+
 @pytest.fixture(scope="module")
 def small():
     """name -> Clip, every weight and statistic random, so that none of them can be left out unseen."""
@@ -138,7 +143,7 @@ def small():
             size = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
             preprocess = {"size": size, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
             open_clip.set_model_preprocess_cfg(model, {**preprocess, "mean": (0.5, 0.4, 0.3), "std": (0.3, 0.25, 0.2)})
-            made[name] = Clip(model, ClipSpec(name, "random", 50.0, ""), lambda texts: texts)
+            made[name] = Clip(model, ClipSpec(name, "random", 50.0, ""), no_tokenizer)
         return made[name]
 
     return make
@@ -363,7 +368,7 @@ def test_a_graph_of_another_input_is_not_joined(fused_image, tmp_path):
         merge_full(fused_image("vit"), fused_image("siglip"), tmp_path / "c" / "1" / "model.onnx")
 
 
-OPEN = {
+OPEN: dict[str, dict[str, Any]] = {
     "identity": {"projection": "identity"},
     "separate": {"projection": "separate"},
     "prior": {"projection": "shared", "logit_scale": 50.0},

@@ -185,9 +185,9 @@ def test_towers_with_weights_in_files_of_their_own_are_exported_and_served(
     if LARGE[name].device == "cpu":
         asked = data.digits("test").images[:8]
         t = checkpoint.class_set.text_embeddings
-        graph = session.open_session(root / "clip_image" / "1" / "model.onnx", job.runtime.provider, name)
+        vision = session.open_session(root / "clip_image" / "1" / "model.onnx", job.runtime.provider, name)
         feed = np.stack([pixels(Image.fromarray(photo), clip.transform) for photo in asked])
-        v = torch.from_numpy(graph.run(["IMAGE_EMBEDDING"], {"PIXELS": feed})[0])
+        v = torch.from_numpy(vision.run(["IMAGE_EMBEDDING"], {"PIXELS": feed})[0])
         with Server(root, log=tmp_path / "log") as server, Client(server.grpc_url) as client:
             answers = client.ask(list(asked))
         assert [a.class_index for a in answers] == (v @ t.T).argmax(1).tolist()

@@ -90,5 +90,5 @@ def check(head: ViLUHead, v: torch.Tensor, t: torch.Tensor, *, dtype, layout, sc
 
 def operator_arguments(folded: FoldedHead, offsets: torch.Tensor | None = None) -> dict[str, object]:
     """What `fused_head` gives the operator besides the image embedding."""
-    scales = {"logit_scale": 100.0, "attention_scale": 100.0, "prior": 0.0}
+    scales: dict[str, object] = {"logit_scale": 100.0, "attention_scale": 100.0, "prior": 0.0}
     return folded.kernel_tensors() | {"offsets": offsets, "variant": folded.variant_json} | scales

@@ -15,7 +15,7 @@ def test_dlpack_both_ways_with_torch():
     ):
         tensor = torch.arange(6).reshape(2, 3).to(dtype)
         view = dlpack.view(torch.utils.dlpack.to_dlpack(tensor))
-        assert view == (tensor.data_ptr(), (2, 3), name, None)
+        assert view == dlpack.View(tensor.data_ptr(), (2, 3), name, None)
 
         class Owner:
             alive = True

@@ -26,7 +26,7 @@ def make_head(dim: int, **options) -> ViLUHead:
     head = ViLUHead(dim, **{"hidden": (48, 24)} | options)
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter += 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+            parameter.add_(0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
         head.mlp[0].weight *= dim**0.5
     return head
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,22 +202,20 @@ def server_stub():
     """triton_python_backend_utils, as far as the model uses it; outputs are consumed as the server consumes them."""
 
     class Tensor:
-        def __init__(self, name, array):
-            self.name, self.array = name, array
+        def __init__(self, name, array, capsule=None):
+            self.name, self.array, self.capsule = name, array, capsule
 
         @staticmethod
         def from_dlpack(name, capsule):
             view = dlpack.view(capsule)
             assert view.gpu == 0
-            number = {"fp32": ctypes.c_float, "i32": ctypes.c_int32}[view.dtype]
+            number: Any = {"fp32": ctypes.c_float, "i32": ctypes.c_int32}[view.dtype]
             flat = np.ctypeslib.as_array((number * int(np.prod(view.shape))).from_address(view.address))
-            tensor = Tensor(name, flat.reshape(view.shape))
-            tensor.capsule = capsule
-            return tensor
+            return Tensor(name, flat.reshape(view.shape), capsule)
 
     class Metric:
         def __init__(self, **_):
-            self.values = []
+            self.values: list[float] = []
             self.increment = self.observe = self.values.append
 
     class MetricFamily:
@@ -261,6 +260,7 @@ def model(root, monkeypatch, cuda_driver):
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server_stub())
     monkeypatch.syspath_prepend(folder / "1")
     spec = importlib.util.spec_from_file_location("vilu_head_model", folder / "1" / "model.py")
+    assert spec
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = {

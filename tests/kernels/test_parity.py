@@ -100,7 +100,7 @@ def test_prior_stays_exact_where_the_confidence_rounds_to_one(B, layout, parts):
     t = unit_rows(120, 64, 26)
     v = torch.nn.functional.normalize(unit_rows(B, 64, 25) + torch.linspace(0, 8, B)[:, None] * t[:B], dim=1)
     with torch.no_grad():
-        head.mlp[-1].bias += 12  # else every sure answer has P(failure) 0, however wrong the prior
+        head.mlp[-1].get_parameter("bias").add_(12)  # else every sure answer has P(failure) 0, however wrong the prior
     out = check(head, v, t, dtype=torch.float32, layout=layout)
     assert (out.confidence > 1 - 1e-6).any()
     check(head, v, t[:1], dtype=torch.float32, layout=layout)

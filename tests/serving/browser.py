@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SECONDS = 30  # for anything to come about
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -48,7 +49,9 @@ class Browser:
         complaints: what went wrong in it: errors of the console, of scripts, of its Content-Security-Policy.
     """
 
-    def __init__(self, path: str, width: int = 1200, height: int = 800, dark: bool = False) -> None:
+    def __init__(self, path: str | None, width: int = 1200, height: int = 800, dark: bool = False) -> None:
+        if path is None:
+            raise FileNotFoundError("no Chromium")
         self.path, self.size, self.dark = path, (width, height), dark
         self.requests: list[str] = []
         self.complaints: list[str] = []
@@ -63,7 +66,7 @@ class Browser:
         self.inward, its_out = os.pipe()
         # The browser reads its descriptor 3 and writes 4.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (its_in, its_out)]
-        actions = [(os.POSIX_SPAWN_DUP2, ends[0], 3), (os.POSIX_SPAWN_DUP2, ends[1], 4)]
+        actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, ends[0], 3), (os.POSIX_SPAWN_DUP2, ends[1], 4)]
         actions += [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_WRONLY, 0) for number in (1, 2)]
         self.process = os.posix_spawn(self.path, [self.path, *flags], os.environ, file_actions=actions, setpgroup=0)
         for end in (its_in, its_out, *ends):
@@ -175,4 +178,4 @@ def main(image: Path, picture: Path, server: str = "127.0.0.1:8001") -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]), *sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

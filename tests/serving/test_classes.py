@@ -18,7 +18,7 @@ from tests.serving.helpers import agree, vilu
 from tests.support.embeddings import unit_rows
 from vilu import UserError
 from vilu.preprocess.image import decode
-from vilu.serving import AccessDenied, Client, RequestRefused, Server
+from vilu.serving import AccessDenied, Answer, Client, RequestRefused, Server
 from vilu.serving.access import Access
 from vilu.serving.classes import _change, get_set, list_sets, put_set, read_set, remove_set
 
@@ -220,7 +220,9 @@ def test_every_answer_is_of_one_whole_set_while_it_is_replaced(steered, photos, 
     sizes = [1, 3, 12, 5]
     banks: dict[int, torch.Tensor] = {}
     thresholds: dict[int, float] = {}
-    found, errors, done = [], [], threading.Event()
+    found: list[tuple[bytes, Answer]] = []
+    errors: list[str] = []
+    done = threading.Event()
 
     def replace(version):
         banks[version] = unit_rows(sizes[version % 4], DIM, seed=version).float()
@@ -234,7 +236,10 @@ def test_every_answer_is_of_one_whole_set_while_it_is_replaced(steered, photos, 
             while not done.is_set():
                 photo = photos[(len(found) + number) % len(photos)]
                 for answer in client.ask([photo, photo], class_set="moving", details=number < 2):
-                    (errors if answer.error else found).append(answer.error or (photo, answer))
+                    if answer.error:
+                        errors.append(answer.error)
+                    else:
+                        found.append((photo, answer))
 
     replace(1)
     clients = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
@@ -321,6 +326,7 @@ def test_files_with_embeddings(set_files, name):
     folder, rows = set_files
     found = read_set(folder / name)
     assert (found.names, found.fingerprint) == (("cat", "dög"), "" if name == "c.npz" else "f")
+    assert found.text_embeddings is not None
     np.testing.assert_array_equal(found.text_embeddings, rows.astype(np.float32))
 
 

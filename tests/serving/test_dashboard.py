@@ -27,7 +27,7 @@ def exported(server, photos):
         assert client.ask(photos[:1], ["twice", "twice"])[0].error
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as reply:
         lines = reply.read().decode().splitlines()
-    found = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
     for line in lines:
         if match := re.match(r"([a-z_]+)(?:\{(.*)\})? ", line):
             found[match[1]] |= set(re.findall(r'(\w+)="', match[2] or ""))

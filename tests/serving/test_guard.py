@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import grpc
 import pytest
@@ -31,7 +32,9 @@ pytestmark = pytest.mark.server
 @contextlib.contextmanager
 def guarding(url, host="127.0.0.1", **options):
     """HOST:PORT of a guard in a thread of its own."""
-    ready, stop, found = threading.Event(), {}, {}
+    ready = threading.Event()
+    stop: dict[str, Any] = {}
+    found: dict[str, int] = {}
 
     async def run():
         stop["event"], stop["loop"] = asyncio.Event(), asyncio.get_running_loop()

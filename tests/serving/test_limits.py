@@ -5,7 +5,9 @@ import io
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +23,23 @@ from vilu.serving import AsyncClient, Client, Server, ServerUnavailable
 
 pytestmark = pytest.mark.server
 BYTES, SIDE = 3000, 40
-OPTIONS = ["--max-queue", "2", "--max-image-bytes", BYTES, "--max-image-pixels", SIDE * SIDE, "--max-labels", "3"]
+OPTIONS = [
+    "--max-queue",
+    "2",
+    "--max-image-bytes",
+    BYTES,
+    "--max-image-pixels",
+    SIDE * SIDE,
+    "--max-labels",
+    "3",
+]
 OPTIONS += ["--max-label-bytes", "5", "--queue-seconds", "20"]
 
 
 def export_with(checkpoint, folder: Path, *options) -> subprocess.CompletedProcess:
     save_checkpoint(checkpoint, folder / "head.safetensors")
     command = [sys.executable, "-m", "vilu", "export", "--ckpt", folder / "head.safetensors", "--output", folder / "r"]
-    return subprocess.run([*command, *map(str, options)], capture_output=True, text=True)
+    return subprocess.run([*map(str, [*command, *options])], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +86,7 @@ def burst(url: str, image: bytes, count: int = 96):
 
     async def ask():
         async with AsyncClient(url, timeout=60) as client:
-            client._retry = lambda once: _once(client, once)  # every refusal is to be seen
+            client._retry = partial(_once, client)  # type: ignore[method-assign]  # every refusal is to be seen
             found = await asyncio.gather(*(client.ask([image]) for _ in range(count)), return_exceptions=True)
             return found, (await client.ask([image]))[0]
 
@@ -160,8 +171,9 @@ def test_without_a_limit_nothing_is_refused(with_limits, tmp_path):
 )
 def test_limits_that_cannot_be_kept_are_refused(option, value, told):
     name = option.strip("-").replace("-", "_")
+    given: dict[str, Any] = {name: float(value) if name == "queue_seconds" else int(value)}
     with pytest.raises(UserError, match=told):
-        Limits(**{name: float(value) if name == "queue_seconds" else int(value)})
+        Limits(**given)
 
 
 def test_an_image_may_be_as_large_as_what_clip_reads(clip, checkpoint):

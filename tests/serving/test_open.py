@@ -110,6 +110,7 @@ def test_details_are_right(server, photos, clip, checkpoint, protocol, labels):
         np.testing.assert_allclose([value for _, value in answer.concepts], weights, atol=TOLERANCE)
         assert answer.entropy == pytest.approx(entropy, abs=TOLERANCE)
         assert answer.doctor == pytest.approx(doctor, abs=TOLERANCE, rel=TOLERANCE)
+        assert answer.embedding is not None
         np.testing.assert_allclose(answer.embedding, v.numpy(), atol=TOLERANCE)
         scores = {"entropy": Entropy(), "doctor": Doctor()}
         for name, score in scores.items():

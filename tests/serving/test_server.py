@@ -95,7 +95,7 @@ def test_wrong_requests_are_refused_and_the_server_keeps_answering(server, photo
     inputs = [] if case == "no input" else bad_request(api, "shape" if case == "model" else case)
     with pytest.raises(InferenceServerException) as caught:
         client.infer("absent" if case == "model" else "vilu", inputs)
-    expected = {"model": ("StatusCode.NOT_FOUND", "StatusCode.UNAVAILABLE", "404", "400")}.get(
+    expected: tuple[str, ...] = {"model": ("StatusCode.NOT_FOUND", "StatusCode.UNAVAILABLE", "404", "400")}.get(
         case, ("StatusCode.INVALID_ARGUMENT", "400")
     )
     if case in ("no input", "no images"):  # the server's own words for these are another class (tritonserver 2.51)

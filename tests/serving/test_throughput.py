@@ -103,12 +103,12 @@ def test_a_contender_that_disagrees_has_no_rank(clip, checkpoint, photos):
     images = [*photos, *photos][:16]
     run = throughput.Bench(throughput.Plan(1, 16, 0.01, 0.1, (), ()), images, "cpu")
 
-    def wrong() -> object:
+    def wrong() -> contenders.Way:
         way = next(peers())[2]()
         way.tower = lambda pixels, tower=way.tower: -tower(pixels)
         return way
 
-    def absent() -> object:
+    def absent() -> contenders.Way:
         raise RuntimeError("is not installed\nsecond line")
 
     def peers():

@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -105,7 +106,7 @@ def test_a_running_server_changes_version_there_and_back_again(copy, photos, tmp
     threshold = {1: 0.5, 2: 1.0}
     with Server(copy, log=tmp_path / "log", access=Access(control_token=CONTROL)) as server:
         url = server.grpc_url if scheme == "grpc" else server.http_url
-        asked = ({}, {"details": True}, {"labels": ["red circle", "blue star"]})
+        asked: tuple[dict[str, Any], ...] = ({}, {"details": True}, {"labels": ["red circle", "blue star"]})
         asking = [Asking(url, photos[:2], **options) for options in asked]
         with asking[0], asking[1], asking[2], Client(url) as client:
             for version in (1, 2, 1):

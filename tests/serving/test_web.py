@@ -205,9 +205,9 @@ def test_a_person_chooses_an_image_and_moves_the_threshold(browser, files, photo
             100 * failure, abs=0.01
         )
     failure = browser.run("answer.failure_probability")
-    for threshold, told in ((failure + 0.01, "✓ Accept"), (failure - 0.01, "✕ Reject")):
+    for threshold, badge in ((failure + 0.01, "✓ Accept"), (failure - 0.01, "✕ Reject")):
         browser.run(f"threshold.value = {threshold}; threshold.dispatchEvent(new Event('input'))")
-        assert browser.text("#badge") == told
+        assert browser.text("#badge") == badge
         assert browser.text("#threshold-value") == percent(threshold)
     requests = len(browser.requests)
     browser.run("document.querySelector('#threshold').focus()")

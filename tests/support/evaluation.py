@@ -38,8 +38,8 @@ def captioned(count=70, dim=8, noise=0.6, seed=0, distinct=None, projection=Fals
     text = unit_rows(distinct or count, dim, seed).float()[torch.arange(count) % (distinct or count)]
     generator = torch.Generator().manual_seed(seed)
     image = torch.nn.functional.normalize(text + noise * torch.randn(count, dim, generator=generator), dim=1)
-    sides = [Embeddings(rows, rows, rows) if projection else Embeddings(rows) for rows in (image, text)]
-    return EmbeddedSet("captions", *sides)
+    pictures, captions = (Embeddings(rows, rows, rows) if projection else Embeddings(rows) for rows in (image, text))
+    return EmbeddedSet("captions", pictures, captions)
 
 
 def head(dim, seed=0):

@@ -1,5 +1,6 @@
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,8 +184,8 @@ def test_official_layout_with_a_wrong_tensor(tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "eurosat", "dtd"])
 def test_real_official_checkpoints(name):
     path = DATA / f"lvu_{name}.ckpt"
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [np.dtype, type(np.dtype("float64")), type(np.dtype("float32")), type(np.dtype("int64"))]
+    scalar: Any = np.float64(0).__reduce__()[0]
+    allowed: list[Any] = [np.dtype, type(np.dtype("float64")), type(np.dtype("float32")), type(np.dtype("int64"))]
     with torch.serialization.safe_globals([*allowed, (scalar, "numpy._core.multiarray.scalar")]):
         state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
     v = unit_rows(64, 512, 5).float()

@@ -71,7 +71,7 @@ def slow_closed_form(name, p):
 
 def slow_rel_u(image, labels, text, scale, lam=0.5):
     k = len(text)
-    outer = {True: [], False: []}
+    outer: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for p, v, label in zip(slow_probabilities(image, text, scale), f64(image), labels.tolist(), strict=True):
         outer[int(np.argmax(f64(text) @ v)) != label].append(np.outer(p, p))
     mean = {wrong: np.mean(some, axis=0) if some else np.zeros((k, k)) for wrong, some in outer.items()}
@@ -267,7 +267,7 @@ def test_generalised_gaussian_gradient_is_finite_at_the_extremes():
     log_alpha = torch.tensor([-7.0, 7.0, -7.0, 7.0], requires_grad=True)
     beta = torch.tensor([0.1, 0.1, 50.0, 50.0], requires_grad=True)
     generalised_gaussian_nll(z, mu, log_alpha, beta).sum().backward()
-    assert all(torch.isfinite(x.grad).all() for x in (mu, log_alpha, beta))
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in (mu, log_alpha, beta))
 
 
 @pytest.mark.parametrize("sure", [False, True], ids=["aleatoric", "epistemic"])
@@ -327,8 +327,8 @@ def slow_bayes(image, labels, text, query, candidates, scale, tau, prior, group)
             slow_gauss_newton(f64(source.output)[i : i + group], f64(target.normalised)[i : i + group], scale)
             for i in range(0, n, group)
         ) / math.sqrt(n)
-        a = math.sqrt(tau) * a + math.sqrt(prior) * np.eye(len(a))
-        b = math.sqrt(tau) * b + math.sqrt(prior) * np.eye(len(b))
+        a = math.sqrt(tau) * a + math.sqrt(prior) * np.eye(source.activation.shape[1])
+        b = math.sqrt(tau) * b + math.sqrt(prior) * np.eye(source.output.shape[1])
         covariances.append((np.linalg.inv(a), np.linalg.inv(b)))
 
     def variance(side, activation):

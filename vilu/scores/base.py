@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from vilu.embeddings import BLOCK, Embeddings
 from vilu.errors import UserError
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11; the type checker runs as that
 
 
 class Score:
@@ -38,7 +43,7 @@ class Score:
         labels: Tensor | None,
         text_embeddings: Tensor | Embeddings,
         logit_scale: float = 100.0,
-    ) -> Score:
+    ) -> Self:
         """Learn from training data; a score that needs none learns nothing. The same seed gives the same score.
 
         Args:

@@ -161,12 +161,12 @@ def test_a_mistake_is_one_line(vilu, line, said):
     assert err.count("\n") == 1
 
 
-def test_an_error_of_several_lines_is_made_one(capsys):
+def test_an_error_of_several_lines_is_made_one(monkeypatch, capsys):
     @click.command("ask")
     def talkative():
         raise click.UsageError("Choose from:\n\ta,\n\tb")
 
-    talkative.main = lambda **options: click.Command.main(talkative, [], **options)
+    monkeypatch.setattr(talkative, "main", lambda **options: click.Command.main(talkative, [], **options))
     with pytest.raises(SystemExit):
         run(talkative, "vilu")
     assert capsys.readouterr().err == "vilu: Choose from: a, b\n"

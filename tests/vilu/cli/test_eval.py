@@ -92,6 +92,7 @@ def test_the_embedded_data_through_a_real_clip(vilu, tmp_path, monkeypatch):
 
     def small(dataset=None, *, root=None, split="train", **_):
         whole = open_source(dataset=dataset, split=split)
+        assert isinstance(whole, ArraySource)
         return ArraySource(
             name=dataset, images=whole.images[:60], labels=whole.labels[:60], class_names=whole.class_names
         )

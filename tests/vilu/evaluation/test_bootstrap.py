@@ -28,7 +28,8 @@ def slow(confidence, probability, correct, times):
 
 def counts(size, resamples, seed, correct):
     """The draws that vilu.evaluation.metrics.bootstrap makes, one-sided ones made again unless all are."""
-    rng, out = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    out: list[np.ndarray] = []
     while len(out) < resamples:
         times = np.bincount(rng.integers(size, size=size), minlength=size)
         right = times[correct].sum()
@@ -55,7 +56,7 @@ def test_the_intervals_are_those_of_the_metrics_bootstrap(tied):
     if tied:
         confidence = confidence.round(1)
     found = bootstrap.resampled_metrics({"a": confidence}, {"a": 1 - confidence}, correct, resamples=40, seed=3)["a"]
-    whole = bootstrap.metric_values(confidence, 1 - confidence, correct)
+    whole = bootstrap.metric_values(confidence, 1.0 - confidence, correct)
     for i, column in enumerate(COLUMNS):
         source = 1 - confidence if column.probability else confidence
         expected = bootstrap.bootstrap(column.function, source, correct, resamples=40, seed=3)
@@ -91,8 +92,8 @@ def test_equal_rankings_have_exactly_equal_draws():
 @pytest.mark.parametrize("side", [True, False])
 def test_a_one_sided_sample_keeps_what_is_defined(side):
     confidence, correct = np.array([0.1, 0.5, 0.5, 0.9]), np.full(4, side)
-    whole = bootstrap.metric_values(confidence, 1 - confidence, correct)
-    found = bootstrap.resampled_metrics({"a": confidence}, {"a": 1 - confidence}, correct, resamples=8)["a"]
+    whole = bootstrap.metric_values(confidence, 1.0 - confidence, correct)
+    found = bootstrap.resampled_metrics({"a": confidence}, {"a": 1.0 - confidence}, correct, resamples=8)["a"]
     for i, column in enumerate(COLUMNS):
         assert np.isnan(whole[i]) == column.two_sided
         assert np.isnan(found[:, i]).all() == column.two_sided

@@ -88,8 +88,9 @@ def test_the_guarantee_is_of_use():
 def slow_guaranteed_risk(probability, correct, target, delta):
     """The fallback procedure, threshold by threshold, with binomial sums written out."""
     chosen, carried = None, 0.0
+    rounded = np.asarray(probability, np.float32)
     for theta, start in zip(GRID, STARTS, strict=True):
-        accepted = [bool(right) for p, right in zip(np.float32(probability), correct, strict=True) if p < theta]
+        accepted = [bool(right) for p, right in zip(rounded, correct, strict=True) if p < theta]
         n, failed = len(accepted), accepted.count(False)
         p_value = sum(math.comb(n, k) * target**k * (1 - target) ** (n - k) for k in range(failed + 1))
         level = carried + (delta / STARTS.sum() if start else 0)
@@ -133,6 +134,7 @@ def test_what_cannot_be_met_says_what_can():
     with pytest.raises(TargetNotMetError, match=r"lowest that these 400 samples can promise is 0\.\d+") as caught:
         calibration.guaranteed_risk(probability, correct, 0.01)
     lowest = caught.value.attainable
+    assert lowest is not None
     assert calibration.guaranteed_risk(probability, correct, lowest).bound <= lowest
     with pytest.raises(TargetNotMetError):
         calibration.guaranteed_risk(probability, correct, lowest - 1e-4)

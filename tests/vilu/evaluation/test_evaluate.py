@@ -121,9 +121,9 @@ def test_every_method_side_by_side():
         )
     ours = 1 - head(12).failure_probability(test.image.normalised, test.text.normalised).detach().double().numpy()
     for key in ("auc", "fpr95"):
-        expected = bootstrap.paired_bootstrap(COLUMNS[INDEX[key]].function, ours, mcm, right, resamples=20)
+        difference = bootstrap.paired_bootstrap(COLUMNS[INDEX[key]].function, ours, mcm, right, resamples=20)
         pair = row(result, "MCM").against[key]
-        assert (pair.difference, pair.p_value) == pytest.approx((expected.difference, expected.p_value))
+        assert (pair.difference, pair.p_value) == pytest.approx((difference.difference, difference.p_value))
     assert not row(result, "ViLU").against
 
 

@@ -1,5 +1,6 @@
 """vilu.evaluation.metrics against values worked out by hand, slow definitions, and their properties."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from vilu.errors import UserError
 from vilu.evaluation import bootstrap, metrics
 from vilu.scores import MCM
 
-RANKING = [
+RANKING: list[Callable[..., float]] = [
     metrics.auroc,
     metrics.fpr_at_tpr,
     metrics.aupr_error,
@@ -20,7 +21,7 @@ RANKING = [
     partial(metrics.accuracy_at_coverage, coverage=0.8),
 ]
 TWO_SIDED = RANKING[:3]
-CALIBRATION = [metrics.ece, metrics.brier]
+CALIBRATION: list[Callable[..., float]] = [metrics.ece, metrics.brier]
 EVERY = [*RANKING, *CALIBRATION]
 
 

@@ -21,6 +21,7 @@ from vilu.evaluation.evaluate import Case, evaluate
 from vilu.evaluation.learning_curve import learning_curve
 from vilu.evaluation.report import tables as report
 from vilu.evaluation.report.figures import figures
+from vilu.evaluation.report.formatting import best
 from vilu.evaluation.report.html import summary
 
 HOSTILE = "<script>alert('x')</script> $a_{$ [bold] \"&amp; ../../etc"
@@ -53,7 +54,12 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.links, self.images, self.text, self.rows = [], set(), [], [], "", []
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str | None] = []
+        self.images: list[str | None] = []
+        self.text = ""
+        self.rows: list[list[str]] = []
         self.feed(text)
         self.close()
         assert not self.open, self.open
@@ -126,12 +132,12 @@ def test_the_html_holds_every_number_and_says_what_it_is(evaluation, written):
 
 
 def test_the_best_of_each_column_is_marked(evaluation):
-    page = report.best(evaluation.results[0])
+    page = best(evaluation.results[0])
     cells = [row.cells for row in evaluation.results[0].rows if row.cells]
     assert page["auc"] == max(cell["auc"].value for cell in cells)
     assert page["fpr95"] == min(cell["fpr95"].value for cell in cells)
     assert page["brier"] == min(cell["brier"].value for cell in cells if "brier" in cell)
-    assert "auc" not in report.best(evaluation.results[1])
+    assert "auc" not in best(evaluation.results[1])
 
 
 def test_the_json_is_complete_and_strict(evaluation, written):
@@ -188,7 +194,9 @@ def test_the_figures(evaluation):
         assert re.fullmatch(r"[A-Za-z0-9-]+\.png", name)
         image = Image.open(io.BytesIO(content)).convert("L")
         assert min(image.size) > 200
-        assert len(image.getcolors(256)) > 20
+        colors = image.getcolors(256)
+        assert colors is not None
+        assert len(colors) > 20
 
 
 def test_a_set_without_any_number_still_has_a_report(tmp_path):
@@ -200,9 +208,10 @@ def test_a_set_without_any_number_still_has_a_report(tmp_path):
 
 @pytest.mark.parametrize("width", [60, MIDDLE, WIDE])
 def test_the_tables_fit_the_terminal(evaluation, width):
-    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    shown_on = io.StringIO()
+    console = Console(file=shown_on, width=width, force_terminal=False)
     print_tables(evaluation, console)
-    shown = console.file.getvalue()
+    shown = shown_on.getvalue()
     assert max(map(len, shown.splitlines())) <= width
     assert "needs training data to be fitted on" in shown.replace("\n", " ")
     if width >= MIDDLE:
