@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import TOLERANCE, unit_rows
+from tests.support.embeddings import TOLERANCE, unit_rows
 from vilu import ViLUHead
 from vilu.embeddings import EmbeddedSet, Embeddings
 from vilu.evaluation.metrics import auroc
@@ -40,6 +40,7 @@ def start_of(data: EmbeddedSet, **settings) -> ViLUHead:
 
 def against_mcm(head: ViLUHead, data: EmbeddedSet) -> tuple[float, float]:
     """AUC of the head and of MCM."""
+    assert data.labels is not None
     similarity = data.image.normalised @ data.text.normalised.T
     right = (similarity.argmax(dim=1) == data.labels).numpy()
     with torch.no_grad():
