@@ -26,13 +26,23 @@ CANDIDATES: dict[str, dict[str, list[int]]] = {
     "attend_image": {
         "TILE": [2048, 4096, 8192, 16384], "STAGES": [1, 2, 3, 4], "num_warps": [4, 8, 16], "waves": [1, 2],
     },
+    "attend_few": {
+        "BLOCK_N": [16, 32, 64], "BLOCK_D": [64, 128], "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8],
+        "waves": [1, 2],
+    },
     "attend_tile": {
         "BLOCK_M": [32, 64], "BLOCK_N": [16, 32, 64], "BLOCK_D": [32, 64, 128], "BLOCK_W": [64, 128],
         "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
     },
-    "combine": {"BLOCK_M": [16, 32], "BLOCK_N": [32, 64], "BLOCK_D": [32, 64], "STAGES": [2, 3], "num_warps": [4, 8]},
+    "combine": {"CHUNK": [16, 32, 64], "BLOCK_S": [16, 32, 64], "STAGES": [2, 4], "num_warps": [1, 2, 4]},
+    "mlp_layer": {"BLOCK_M": [16, 32], "BLOCK_N": [16, 32, 64], "BLOCK_D": [32, 64], "STAGES": [2, 3]},
+    "mlp_layer_few": {"BLOCK_N": [1, 2, 4], "num_warps": [1, 2, 4]},
+    "mlp_output": {"BLOCK_M": [16, 32], "BLOCK_D": [32, 64], "STAGES": [2, 3], "num_warps": [4, 8]},
 }  # fmt: skip
-TUNED_IMAGES = {"attend_image": 1, "attend_tile": 512, "combine": 512}
+TUNED_IMAGES = {
+    "attend_image": 1, "attend_few": 1, "attend_tile": 512, "combine": 64, "mlp_layer": 64, "mlp_layer_few": 1,
+    "mlp_output": 64,
+}  # fmt: skip
 TUNED_CLASSES = {"folded": 1000, "plain": 65536}
 
 
@@ -43,13 +53,15 @@ def tune(device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Itera
     """
     from vilu.kernels import fused
 
-    arch, _ = fused._device(0)
+    arch, _ = fused.device_of(0)
     for name, dtype, dim, layout in itertools.product(kernels, dtypes, dims, TUNED_CLASSES):
         case = Case(TUNED_IMAGES[name], TUNED_CLASSES[layout], dim, dtype)
         head, v, t = case.data(device)
         folded = fold(head, t, logit_scale=SCALE, layout=layout)
         exact, variant = Exact.of(head, v, t), folded.variant
         settings = {kernel: dict(values) for kernel, values in tuned(arch, variant)}
+        if name not in settings or (name == "attend_image" and variant.itemsize == 2):
+            continue  # this type does not run that kernel
         best = cost(settings, folded, exact, v)
         for key, values in CANDIDATES[name].items():
             for value in values:

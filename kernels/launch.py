@@ -16,6 +16,7 @@ from typing import Any
 from .plan import Variant, plan_launches
 
 FORMAT = 2
+PDL_ARCH = 90  # programmatic dependent launch came with compute capability 9.0
 KINDS = {"i32": ctypes.c_int, "fp32": ctypes.c_float}
 
 
@@ -79,26 +80,46 @@ class Gpu:
     def synchronize(self) -> None:
         self._ask(self._driver.cuStreamSynchronize(self._stream))
 
-    def load(self, cubin: bytes, symbol: str, shared: int) -> Any:
-        """The kernel `symbol` of a cubin, allowed its shared memory (beyond 48 KiB a kernel has to ask)."""
-        module = self._ask(self._driver.cuModuleLoadData(cubin))
+    def load(self, code: bytes, symbol: str, shared: int) -> Any:
+        """The kernel `symbol` of a cubin or of PTX, allowed its shared memory (beyond 48 KiB a kernel has to ask)."""
+        module = self._ask(self._driver.cuModuleLoadData(code))
         function = self._ask(self._driver.cuModuleGetFunction(module, symbol.encode()))
         wish = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._ask(self._driver.cuFuncSetAttribute(function, wish, shared))
         return function
 
     def launch(
-        self, function: Any, grid: Sequence[int], warps: int, shared: int, values: Sequence[Any], kinds: Sequence[Any]
+        self,
+        function: Any,
+        grid: Sequence[int],
+        warps: int,
+        shared: int,
+        values: Sequence[Any],
+        kinds: Sequence[Any],
+        *,
+        dependent: bool = False,
     ) -> None:
-        """Launch on the stream, with arguments `values` of ctypes types `kinds`."""
-        grid = (*grid, 1, 1)[:3]
-        packed = (tuple(values), tuple(kinds))
-        self._ask(self._driver.cuLaunchKernel(function, *grid, 32 * warps, 1, 1, shared, self._stream, packed, 0))
+        """Launch on the stream, with arguments `values` of ctypes types `kinds`.
+
+        dependent: the kernel may start before the one ahead of it ends, and waits for it by itself.
+        """
+        driver, config = self._driver, self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * warps, 1, 1
+        config.sharedMemBytes, config.hStream = shared, self._stream
+        if dependent:
+            attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            value.programmaticStreamSerializationAllowed = 1
+            attribute.value = value
+            config.attrs, config.numAttrs = [attribute], 1
+        self._ask(driver.cuLaunchKernelEx(config, function, (tuple(values), tuple(kinds)), 0))
 
     def _ask(self, answer: tuple[Any, ...]) -> Any:
         code, *values = answer
         if int(code):
-            raise LaunchError(f"CUDA: {self._driver.cuGetErrorString(code)[1].decode()}")
+            text = self._driver.cuGetErrorString(code)[1]  # None for a code newer than this driver
+            raise LaunchError(f"CUDA: {text.decode() if text else f'error {int(code)}'}")
         return values[0] if values else None
 
 
@@ -118,17 +139,30 @@ class CubinHead:
         self.gpu = gpu
         self.manifest = read_manifest(folder)
         self.variant = Variant.from_json(json.dumps(self.manifest["variant"]))
-        chosen = self.manifest["archs"][str(pick_arch(self.manifest, gpu.arch, folder))]
+        built, portable = pick_build(self.manifest, gpu.arch, folder)
+        chosen = self.manifest["archs"][str(built)]
         self._settings = tuple((name, tuple(map(tuple, entries))) for name, entries in chosen["settings"])
-        self._kernels = {
-            name: (gpu.load(_read(folder, entry), entry["symbol"], entry["shared"]), entry)
-            for name, entry in chosen["kernels"].items()
-        }
+        self._pdl = built >= PDL_ARCH
+        self._kernels = {}
+        for name, entry in chosen["kernels"].items():
+            code = _read(folder, entry["ptx"] if portable else entry)
+            self._kernels[name] = (gpu.load(code, entry["symbol"], entry["shared"]), entry)
         data = _read(folder, self.manifest["weights"])
         base = gpu.allocate(len(data))
         gpu.write(base, data)
         self._weights = {name: base + at for name, at in self.manifest["weights"]["at"].items()}
-        self._scratch = self._arrived = self._scratch_size = self._arrived_size = 0
+        self._scratch = self._scratch_size = 0
+
+    def warm_up(self) -> None:
+        """Launch every plan once on zeros, so that no request waits for CUDA to load a kernel."""
+        gpu, most = self.gpu, 17  # more than the most images of each form of a kernel: 8 and 16
+        v, scores, index = (gpu.allocate(size) for size in (4 * most * self.variant.dim, 16 * most, 4 * most))
+        gpu.zero(v, most * self.variant.dim)
+        for images in (1, 9, most):
+            self(v, images, scores, index)
+        gpu.synchronize()
+        for address in (v, scores, index):
+            gpu.free(address)
 
     def __call__(
         self,
@@ -162,6 +196,7 @@ class CubinHead:
                 raise LaunchError(f"address {address:#x} is not a multiple of 16")
         if images < 1 or rows < 1:
             raise LaunchError(f"images and rows must be at least 1, got {images} and {rows}")
+        logit_scale, attention_scale = self.manifest["logit_scale"], self.manifest["attention_scale"]
         plan = plan_launches(
             self.variant,
             images,
@@ -169,25 +204,26 @@ class CubinHead:
             ragged=bool(offsets),
             settings=self._settings,
             multiprocessors=self.gpu.multiprocessors,
+            shared_softmax=self.variant.shares_softmax(logit_scale, attention_scale),
+            pdl=self._pdl,
         )
-        self._reserve(images, plan.scratch * 4)
-        values = self._weights | {
+        self._reserve(plan.scratch * 4)
+        values = self._weights | {name: self._scratch + 4 * start for name, start in plan.regions}
+        values |= {
             "v": image_embedding,
             "t": table,
             "offsets": offsets,
-            "scratch": self._scratch,
-            "arrived": self._arrived,
             "scores": scores,
             "index": index,
             "B": images,
             "K": rows,
             "n_s": plan.splits,
-            "logit_scale": self.manifest["logit_scale"],
-            "attention_scale": self.manifest["attention_scale"],
+            "logit_scale": logit_scale,
+            "attention_scale": attention_scale,
             "prior": self.manifest["prior"],
         }
-        for kernel in plan.kernels:
-            name = "-".join([kernel.name, image_type, *(["ragged"] if offsets else [])])
+        for place, kernel in enumerate(plan.kernels):
+            name = kernel.name if kernel.name in self._kernels else f"{kernel.name}-{image_type}"
             if name not in self._kernels:
                 raise LaunchError(f"no kernel {name!r}: built for {', '.join(self._kernels)}")
             function, entry = self._kernels[name]
@@ -195,20 +231,17 @@ class CubinHead:
             # Triton appends two pointers to every kernel's arguments: scratch it may ask for, never here.
             arguments = [values[argument] for argument, _ in entry["arguments"]] + [0, 0]
             kinds += [ctypes.c_void_p] * 2
-            self.gpu.launch(function, kernel.grid, entry["num_warps"], entry["shared"], arguments, kinds)
+            self.gpu.launch(
+                function, kernel.grid, entry["num_warps"], entry["shared"], arguments, kinds,
+                dependent=kernel.waits and place > 0,
+            )  # fmt: skip
 
-    def _reserve(self, images: int, scratch: int) -> None:
-        if scratch > self._scratch_size or images > self._arrived_size:
-            self.gpu.synchronize()  # an earlier launch may still use what is freed
+    def _reserve(self, scratch: int) -> None:
         if scratch > self._scratch_size:
+            self.gpu.synchronize()  # an earlier launch may still use what is freed
             if self._scratch:
                 self.gpu.free(self._scratch)
             self._scratch, self._scratch_size = self.gpu.allocate(scratch), scratch
-        if images > self._arrived_size:
-            if self._arrived:
-                self.gpu.free(self._arrived)
-            self._arrived, self._arrived_size = self.gpu.allocate(4 * images), images
-            self.gpu.zero(self._arrived, images)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -223,13 +256,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def pick_arch(manifest: dict[str, Any], have: int, folder: Path) -> int:
-    """The build to run on a GPU: its own, or within 8.x an older one (later ones are compiled for one chip alone)."""
+def pick_build(manifest: dict[str, Any], have: int, folder: Path) -> tuple[int, bool]:
+    """(compute capability, portable) of the build to run on a GPU.
+
+    Its own cubins, or within 8.x those of an older one (later cubins are compiled for one chip alone). Else the
+    portable PTX of an older build, which the driver compiles; it is slower than a cubin of the GPU's own.
+
+    Raises:
+        LaunchError: neither is there.
+    """
     built = sorted(map(int, manifest["archs"]))
     fits = [arch for arch in built if arch == have or (arch // 10 == have // 10 == 8 and arch < have)]
-    if not fits:
+    if fits:
+        return fits[-1], False
+    portable = [arch for arch in built if arch < have and manifest["archs"][str(arch)].get("portable")]
+    if not portable:
         raise LaunchError(f"{folder}: built for compute capability {', '.join(map(str, built))}, this GPU has {have}")
-    return fits[-1]
+    return portable[-1], True
 
 
 def _read(folder: Path, entry: dict[str, Any]) -> bytes:

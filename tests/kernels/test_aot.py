@@ -1,9 +1,8 @@
-"""Every kernel compiled for every architecture, no GPU needed: what it uses of the chip, and what is written."""
+"""Ahead-of-time builds: which kernels a build has, what it writes, and which build a GPU runs."""
 
 import itertools
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,59 +16,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from vilu.kernels import aot
-from vilu.kernels.launch import LaunchError, pick_arch
-from vilu.kernels.plan import all_kernels, plan_launches, tuned
+from vilu.kernels.launch import LaunchError, pick_build
+from vilu.kernels.plan import MAX_SPLITS, all_kernels, plan_launches, tuned
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+F32, BF16 = torch.float32, torch.bfloat16
 
 
-def folded_head(dim=512, dtype=F16, layout="folded", projection="shared"):
+def folded_head(dim=512, dtype=F32, layout="folded", projection="shared"):
     head = ViLUHead(dim, projection=projection)
     return fold(head, unit_rows(5, dim, 0).to(dtype), layout=layout)
-
-
-# (compute capability, D, type, layout, projections): all variants for the smallest shared memory and for Hopper, the
-# widths that are no power of two, and one head for each of the rest.
-HEADS = [
-    *itertools.product((86, 90), (768,), (F32, BF16), ("folded", "plain"), ("identity", "shared")),
-    *itertools.product((86,), (640, 1152), (F32,), ("folded",), ("shared",)),
-    *itertools.product((80, 89, 100, 120), (512,), (F16,), ("folded",), ("shared",)),
-]
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """(head, kernel's name) -> Compiled, by two processes."""
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = {}
-        for head in HEADS:
-            arch, dim, dtype, layout, projection = head
-            folded = folded_head(dim, dtype, layout, projection)
-            for name, make in aot.variants(folded, arch, [dtype]):
-                # The ragged kernel differs by two loads, `tail` not at all by the projections: once is enough.
-                usual = (layout, projection) == ("folded", "shared") and dim < 1152
-                if usual or not ("ragged" in name or (name.startswith("combine") and projection == "identity")):
-                    jobs[head, name] = pool.submit(make)
-    return {key: job.result() for key, job in jobs.items()}
-
-
-@pytest.mark.parametrize("arch", sorted(aot.SHARED_LIMIT))
-def test_kernels_fit_and_spill_only_in_half_precision_scans(arch, compiled):
-    mine = {key: done for key, done in compiled.items() if key[0][0] == arch}
-    assert {name.split("-")[0] for _, name in mine} == {"attend_image", "attend_tile", "combine"}
-    for key, done in mine.items():
-        assert done.shared <= aot.SHARED_LIMIT[arch], key
-        assert 16 < done.registers <= 255, f"{key}: a kernel this small is a trap, not a kernel"
-        # In 16 bits a tile of 64 images keeps (64, D) sums in registers, which at D = 768 is worth a few spills.
-        if not key[1].startswith("attend_tile") or key[0][2] == F32:
-            assert done.spilled == 0, key
-
-
-def test_tensor_cores_serve_16_bit_banks_and_float32_is_never_rounded(compiled):
-    for (head, name), done in compiled.items():
-        if name.startswith("attend_tile"):
-            assert "tf32" not in done.ptx, head
-            assert ("mma" in done.ptx) is (head[2] != F32), head
 
 
 def test_weights_lie_where_the_manifest_says(tmp_path):
@@ -92,28 +47,47 @@ def test_build_replaces_whole_or_not_at_all(tmp_path):
     assert [path.name for path in (tmp_path / "build").iterdir()] == ["old"]
 
 
-@pytest.mark.parametrize(("have", "want"), [(80, 80), (87, 86), (89, 86), (90, 90)])
-def test_pick_arch(have, want, tmp_path):
-    assert pick_arch({"archs": {"80": 0, "86": 0, "90": 0, "100": 0}}, have, tmp_path) == want
+@pytest.mark.parametrize(
+    ("have", "want"),
+    [(80, (80, False)), (87, (86, False)), (89, (86, False)), (90, (90, False)), (103, (80, True)), (121, (80, True))],
+)
+def test_pick_build(have, want, tmp_path):
+    """Cubins of the GPU's own or, within 8.x, of an older one; else the PTX that the oldest build keeps."""
+    archs = {"80": {"portable": True}, "86": {"portable": False}, "90": {"portable": False}, "100": {"portable": False}}
+    assert pick_build({"archs": archs}, have, tmp_path) == want
 
 
-@pytest.mark.parametrize("have", [75, 103, 120])
-def test_pick_arch_refuses_another_generation(have, tmp_path):
-    with pytest.raises(LaunchError, match=f"built for compute capability 80, 100, this GPU has {have}"):
-        pick_arch({"archs": {"80": 0, "100": 0}}, have, tmp_path)
+@pytest.mark.parametrize(("built", "have"), [((80, 100), 75), ((90, 100), 103), ((90,), 120)])
+def test_pick_build_refuses_what_it_cannot_run(built, have, tmp_path):
+    archs = {str(arch): {"portable": arch < 90} for arch in built}
+    names = ", ".join(map(str, built))
+    with pytest.raises(LaunchError, match=f"built for compute capability {names}, this GPU has {have}"):
+        pick_build({"archs": archs}, have, tmp_path)
 
 
 def test_plans_are_compiled_for():
-    """Whatever the shape, a launch uses a kernel as it was compiled, a grid within bounds, and scratch to match."""
-    variant = folded_head().variant
-    for arch in aot.SHARED_LIMIT:
-        settings = tuned(arch, variant)
-        made = {(kernel.name, kernel.settings) for kernel in all_kernels(settings)}
-        for B in (1, 8, 9, 64, 513):
-            for K in (1, 63, 1000, 1_048_576):
-                for ragged in (False, True):
-                    plan = plan_launches(variant, B, K, ragged=ragged, settings=settings, multiprocessors=132)
-                    assert {(kernel.name, kernel.settings) for kernel in plan.kernels} <= made
-                    assert 1 <= plan.splits <= 256
+    """A launch uses a kernel as it was compiled, a grid within bounds, and regions of scratch that do not overlap."""
+    for layout, projection in (("folded", "shared"), ("plain", "separate"), ("plain", "identity")):
+        for dtype in (F32, BF16):
+            variant = folded_head(dtype=dtype, layout=layout, projection=projection).variant
+            for arch in aot.SHARED_LIMIT:
+                settings = tuned(arch, variant)
+                same = {"settings": settings, "shared_softmax": False, "pdl": arch >= 90}
+                made = {replace(kernel, grid=()) for kernel in all_kernels(variant, **same)}
+                for B, K, ragged in itertools.product(
+                    (1, 8, 9, 16, 17, 64, 513), (1, 63, 1000, 1 << 20), (False, True)
+                ):
+                    plan = plan_launches(variant, B, K, ragged=ragged, multiprocessors=132, **same)
+                    assert {replace(kernel, grid=()) for kernel in plan.kernels} <= made
+                    assert all(1 <= n <= 1 << 31 for kernel in plan.kernels for n in kernel.grid)
+                    assert 1 <= plan.splits <= MAX_SPLITS
+                    starts = [start for _, start in plan.regions]
+                    assert starts == sorted(starts)
+                    assert all(start % 16 == 0 for start in starts)
+                    assert dict(plan.regions)["sums"] >= B * plan.splits * 8
                     assert plan.scratch >= B * plan.splits * (8 + variant.value_dim)
-                    assert [kernel.name for kernel in plan.kernels] in (["attend_image"], ["attend_tile", "combine"])
+                    functions = [kernel.function for kernel in plan.kernels]
+                    assert functions[0] == "project"
+                    assert functions[1].startswith("attend")
+                    assert functions[2] == "combine"
+                    assert functions[-1] == "mlp_output"

@@ -44,7 +44,7 @@ def test_tuning_takes_the_fastest_settings_that_pass_the_gate(name, chosen, tmp_
         return [20.0 - sum(current[key] == value for key, value in chosen.items())]
 
     monkeypatch.setattr(head_tuning, "gpu", clock)
-    arch = str(fused._device(0)[0])
+    arch = str(fused.device_of(0)[0])
     path = tmp_path / "tuning.json"
     path.write_text(json.dumps({arch: {name: old}}))
     head_tuning.tune(DEVICE, [name], [64], [torch.float32], path)

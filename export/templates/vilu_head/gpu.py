@@ -31,6 +31,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         here = Path(args["model_repository"]) / args["model_version"]
         self.head = CubinHead(here / "cubins", Gpu(int(args["model_instance_device_id"])))
+        self.head.warm_up()
         self.threshold = np.float32(config["parameters"]["threshold"]["string_value"])
         labels = (here / "labels.txt").read_text("utf-8").split("\n")[:-1]
         self.labels = np.array([label.encode() for label in labels], dtype=object)

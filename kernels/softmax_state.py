@@ -1,0 +1,155 @@
+"""Online softmax: the state that one pass over class-set rows keeps, and what all kernels share.
+
+Let s_j = v · t_j and x_j = logit_scale · s_j. CLIP's softmax p = softmax(x) has the state
+
+    m = max x,  index = argmax s (the lowest on ties),  best = max s
+    r = Σ e^{x-m} over all rows but one that reaches m, so Σ e^{x-m} = 1 + r, and r is exact where p rounds to 1
+    l2 = Σ e^{2(x-m)},  le = Σ e^{x-m} (x-m)
+
+When m rises by g: r ← e^{-g} (1 + r), l2 ← e^{-2g} l2, le ← e^{-g} (le - g (1 + r)). An empty state has m = LOWEST and
+r = 0, and e^{-g} = 0 removes it. The attention's softmax α keeps its own maximum, sum and weighted sum of values.
+States of disjoint rows merge by the same rule, so the rows may be split anywhere.
+
+The answer is max p = 1 / (1 + r), Σ p² = l2 / (1 + r)², Σ p log p = le / (1 + r) - log(1 + r) and
+log((1 - max p) / max p) = log r.
+"""
+
+# Triton reads these functions as its own language; l is the formula's letter.
+# ruff: noqa: E741
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import interpreter
+
+from vilu.head import LOWEST_LOG_ODDS
+from vilu.kernels import plan
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+if INTERPRETED:
+    # Triton 3.6 interprets a scalar as an array of one element, which NumPy 2.4 refuses as a loop bound.
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_with_index(tensor: Any, scope: Any) -> None:
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_with_index
+
+# Slots of a state in scratch, each an array (images, splits).
+MAX = tl.constexpr(plan.STATE_SLOTS.index("max"))
+REST = tl.constexpr(plan.STATE_SLOTS.index("rest"))
+SQUARES = tl.constexpr(plan.STATE_SLOTS.index("squares"))
+ENTROPY = tl.constexpr(plan.STATE_SLOTS.index("entropy"))
+BEST = tl.constexpr(plan.STATE_SLOTS.index("best"))
+INDEX = tl.constexpr(plan.STATE_SLOTS.index("index"))
+ATTENTION_MAX = tl.constexpr(plan.STATE_SLOTS.index("attention_max"))
+ATTENTION_SUM = tl.constexpr(plan.STATE_SLOTS.index("attention_sum"))
+
+LOWEST = tl.constexpr(-1e38)  # below any logit, and finite: a difference of two is never NaN
+FAR = tl.constexpr(0x7FFFFFFF)
+LEAST_ODDS = tl.constexpr(math.exp(LOWEST_LOG_ODDS))
+
+# The interpreter keeps bfloat16 as its bits, and multiplies them as integers in tl.dot.
+WIDEN = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def start_dependents(PDL: tl.constexpr) -> None:
+    """Programmatic dependent launch: the next kernel may start, and load what no kernel writes."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr) -> None:
+    """Wait until the kernels before this one are done and their stores can be read."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
+    """acc + a @ b in float32. Float32 factors are not rounded to tf32, whose error a logit scale of 100 would show."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_dot(
+    acc: tl.tensor, p_x: tl.tensor, m_x: tl.tensor, w: tl.tensor, o: tl.tensor, m_o: tl.tensor,
+    N_IN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LOW: tl.constexpr = False,
+) -> tl.tensor:  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] + x @ w[o].T, for rows of x at pointers p_x [BLOCK_M] and rows o [BLOCK_N] of w (., N_IN).
+
+    x is rounded to w's type; LOW: the remainder of that rounding is multiplied as well.
+    """
+    d = tl.arange(0, BLOCK_D)
+    for k in tl.range(0, N_IN, BLOCK_D, num_stages=STAGES):
+        m_d = k + d < N_IN
+        # [BLOCK_M, BLOCK_D], [BLOCK_D, BLOCK_N]
+        b_x = tl.load(p_x[:, None] + k + d[None, :], m_x[:, None] & m_d[None, :], 0.0)
+        b_w = tl.load(w + o[None, :] * N_IN + k + d[:, None], m_o[None, :] & m_d[:, None], 0.0)
+        b_high = b_x.to(w.dtype.element_ty)
+        acc = dot(b_high, b_w, acc)
+        if LOW:
+            acc = dot((b_x - b_high.to(tl.float32)).to(w.dtype.element_ty), b_w, acc)
+    return acc
+
+
+@triton.jit
+def relu(x: tl.tensor) -> tl.tensor:
+    # Not maximum(x, 0), which would turn NaN into 0.
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def update(x: tl.tensor, live: tl.tensor, m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor) -> tl.tensor:
+    """The states (m, r, l2, le), each [N], after one more logit x [N] in every slot that is live."""
+    top = tl.maximum(m, tl.where(live, x, LOWEST))
+    g = top - m
+    c = tl.exp(-g)
+    d = tl.where(live, x - top, 0.0)
+    e = tl.where(live, tl.exp(d), 0.0)
+    return top, tl.where(g > 0, c * (1 + r), r + e), c * c * l2 + e * e, c * (le - g * (1 + r)) + e * d
+
+
+@triton.jit
+def merge(m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor) -> tl.tensor:
+    """One state from many, each argument [N]."""
+    slot = tl.arange(0, m.shape[0])
+    top = tl.max(m, 0)
+    g = top - m
+    c = tl.exp(-g)
+    l = tl.where(m > LOWEST, 1 + r, 0.0)
+    holder = tl.min(tl.where(m == top, slot, FAR), 0)
+    others = tl.sum(tl.where(slot == holder, r, c * l), 0)
+    win = tl.max(best, 0)
+    first = tl.min(tl.where(best == win, index, FAR), 0)
+    return top, others, tl.sum(c * c * l2, 0), tl.sum(c * (le - g * l), 0), win, first
+
+
+@triton.jit
+def store_state(
+    state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor,
+    m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor,
+    ma: tl.tensor, la: tl.tensor, ATTENDED: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write states to slots of n numbers each, at `place`."""
+    tl.store(state + MAX * n + place, m, mask)
+    tl.store(state + REST * n + place, r, mask)
+    tl.store(state + SQUARES * n + place, l2, mask)
+    tl.store(state + ENTROPY * n + place, le, mask)
+    tl.store(state + BEST * n + place, best, mask)
+    tl.store(state + INDEX * n + place, index.to(tl.float32, bitcast=True), mask)
+    if ATTENDED:
+        tl.store(state + ATTENTION_MAX * n + place, ma, mask)
+        tl.store(state + ATTENTION_SUM * n + place, la, mask)

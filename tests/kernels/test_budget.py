@@ -1,0 +1,152 @@
+"""Every kernel compiled for every architecture, without a GPU: registers, spills, loads, instructions within bounds."""
+
+import itertools
+import multiprocessing
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import unit_rows
+from vilu import ViLUHead
+from vilu.kernels import fold
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.nvidia import compiler as nvidia
+
+from vilu.kernels import aot
+from vilu.kernels.machine_code import count, disassemble, loops, within
+
+F32, BF16 = torch.float32, torch.bfloat16
+# (compute capability, D, type, layout, projections). Hopper has them all, the smallest shared memory (8.6) the wide
+# ones; one head of each layout for the rest.
+HEADS = [
+    *itertools.product((90,), (512,), (F32, BF16), ("folded", "plain"), ("shared",)),
+    (90, 512, BF16, "plain", "identity"),
+    *itertools.product((86, 90), (768,), (F32, BF16), ("folded",), ("shared",)),
+    (86, 1152, BF16, "plain", "shared"),
+    *((arch, 512, F32, "folded", "shared") for arch in (80, 86, 89, 100, 120)),
+    *((arch, 512, BF16, "plain", "shared") for arch in (80, 86, 89, 100, 120)),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """(head, kernel's name) -> Compiled, by two processes."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = {}
+        for head in HEADS:
+            arch, dim, dtype, layout, projection = head
+            folded = fold(ViLUHead(dim, projection=projection), unit_rows(5, dim, 0).to(dtype), layout=layout)
+            for name, make in aot.variants(folded, arch, [dtype]):
+                # Ragged kernels differ by two loads; beyond D = 512 the attention alone has limits to reach.
+                if "ragged" not in name and (dim == 512 or "attend" in name):
+                    jobs[head, name] = pool.submit(make)
+    return {key: job.result() for key, job in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def code(compiled):
+    """(head, kernel's name) -> its instructions."""
+    return {key: disassemble(done.cubin) for key, done in compiled.items()}
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled):
+    made = {(head[0], name.split("-")[0].rstrip("0123456789")) for head, name in compiled}
+    functions = {"project", "project_few", "attend_image", "attend_few", "attend_tile", "combine", "mlp_output"}
+    for arch in aot.SHARED_LIMIT:
+        assert {name for have, name in made if have == arch} >= functions | {"mlp_layer", "mlp_output_few"}
+
+
+def test_kernels_fit_and_never_spill(compiled):
+    for key, done in compiled.items():
+        assert done.spilled == 0, key
+        assert done.shared <= aot.SHARED_LIMIT[key[0][0]], key
+        assert 16 < done.registers <= 255, f"{key}: a kernel this small is a trap, not a kernel"
+
+
+def test_tensor_cores_serve_16_bit_types_and_float32_is_never_rounded(compiled):
+    for (head, name), done in compiled.items():
+        if name.startswith(("attend_few", "attend_tile")):
+            assert "tf32" not in done.ptx, head
+            assert ("mma" in done.ptx) is (head[2] != F32), head
+
+
+def test_the_class_set_is_loaded_128_bits_at_a_time(code):
+    """In the loops of the attention, whose loads are the class set's rows (and a batch's own, from L1)."""
+    for key, instructions in code.items():
+        if key[1].startswith("attend"):
+            for span in loops(instructions):
+                widths = {one.load_width for one in within(instructions, span)} - {0}
+                assert widths <= {16}, key
+
+
+def test_weights_are_loaded_128_bits_at_a_time(compiled, code):
+    """But for biases and the image, which are few numbers."""
+    for key, instructions in code.items():
+        if key[1].startswith(("project", "mlp_layer")):
+            wide = sum(one.load_width for one in instructions if one.load_width == 16)
+            narrow = sum(one.load_width for one in instructions if one.load_width < 16)
+            assert narrow <= wide / 3, key
+
+
+# Warp instructions for every 16 KB of the class set that the main loop reads, at most. At 85% of an H100's 4.3 TB/s a
+# multiprocessor has 1,120 cycles for them, in which its four schedulers issue 4,480 at most.
+INSTRUCTIONS = {("attend_image", "folded"): 1600, ("attend_image", "plain"): 4200, ("attend_few", "plain"): 2000}
+
+
+def test_instructions_for_16_kb_of_the_class_set(compiled, code):
+    seen = set()
+    for (head, name), instructions in code.items():
+        key = (name.split("-")[0], head[3])
+        if key in INSTRUCTIONS and head[:2] == (90, 512):
+            body = within(instructions, loops(instructions)[0])
+            read = sum(one.load_width for one in body) * 32 * compiled[head, name].num_warps
+            cost = len(body) * compiled[head, name].num_warps * (16 << 10) / read
+            assert cost <= INSTRUCTIONS[key], (head, name, cost)
+            seen.add(key)
+    assert seen == INSTRUCTIONS.keys()
+
+
+def test_the_second_half_has_short_chains(compiled, code):
+    """`combine` and the layers of few images: weights are asked for before the wait, and no warp waits for others."""
+    for (head, name), done in compiled.items():
+        if name.startswith(("combine", "mlp_layer")) and (name.startswith("combine") or name.endswith("_few")):
+            assert done.num_warps == 1, name
+            assert count(code[head, name], "LDL", "STL") == 0
+        if name.startswith("mlp_layer") and name.endswith("_few") and head[0] >= 90:
+            before, after = done.ptx.split("griddepcontrol.wait")
+            # Two rows of weights before it, inputs after it, in loads of 16 bytes by 32 lanes.
+            width = 256 if name.startswith("mlp_layer3") else 512
+            assert before.count("ld.global.v4.b32") >= 2 * width * head[2].itemsize / (32 * 16), (head, name)
+            assert after.count("ld.global.v4.b32") <= 2 * width * 4 / (32 * 16), (head, name)
+
+
+def ptxas_output(ptx: str, arch: int, registers: int) -> str:
+    """What NVIDIA's assembler says of a kernel."""
+    tool = Path(nvidia.__file__).parent / "bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        suffix = "a" if arch >= 90 else ""
+        command = [tool, "-v", f"--gpu-name=sm_{arch}{suffix}", f"--maxrregcount={registers}", file.name]
+        run = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def test_the_assembler_serialises_no_matrix_product(compiled):
+    """Warnings C75xx: ptxas makes a warp group wait for each wgmma."""
+    seen = 0
+    for (head, name), done in compiled.items():
+        if "wgmma" in done.ptx:
+            text = ptxas_output(done.ptx, head[0], min(255, (1 << 16) // (32 * done.num_warps)))
+            assert "C75" not in text, (head, name, text)
+            seen += 1
+    assert seen
