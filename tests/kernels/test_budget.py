@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import unit_rows
+from tests.support.embeddings import unit_rows
 from vilu import ViLUHead
 from vilu.kernels import fold
 
@@ -136,7 +136,7 @@ def ptxas_output(ptx: str, arch: int, registers: int) -> str:
         file.write(ptx)
         file.flush()
         suffix = "a" if arch >= 90 else ""
-        command = [tool, "-v", f"--gpu-name=sm_{arch}{suffix}", f"--maxrregcount={registers}", file.name]
+        command = [str(tool), "-v", f"--gpu-name=sm_{arch}{suffix}", f"--maxrregcount={registers}", file.name]
         run = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=True)
     return run.stdout + run.stderr
 

@@ -7,13 +7,14 @@ compiled for 8.0 is.
 import functools
 import os
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import unit_rows
 from tests.kernels.reference import STORED, make_head
+from tests.support.embeddings import unit_rows
 from vilu.kernels import fold
 
 pytest.importorskip("triton")
@@ -54,7 +55,7 @@ def run_batch(arch, dtype, layout, projection, v, *, seed=0, multiprocessors=3, 
         shared_softmax=folded.variant.shares_softmax(folded.logit_scale, folded.attention_scale),
     )  # fmt: skip
     memory = Memory()
-    values = {name: memory.put(bits(x)) for name, x in folded.kernel_tensors().items() if x is not None}
+    values: dict[str, Any] = {name: memory.put(bits(x)) for name, x in folded.kernel_tensors().items() if x is not None}
     values["t"] = values.pop("text_embeddings")
     # Each region is a tensor of its own, so that a kernel which leaves its region is found.
     ends = [start for _, start in plan.regions[1:]] + [plan.scratch]
