@@ -31,7 +31,7 @@ from bench.loadtest.phases import FULL, QUICK, At, Plan
 from bench.loadtest.processes import Processes
 from bench.loadtest.questions import MIX, QuestionMaker
 from bench.loadtest.report import markdown
-from bench.loadtest.scene import Promise, Scene, guarding
+from bench.loadtest.scene import Promise, Scene, guarding, launched
 from bench.loadtest.world import World, digits_and_shapes, label_sets
 from vilu import Checkpoint, load_checkpoint, load_clip
 from vilu.cli.progress import progress_bar
@@ -116,6 +116,12 @@ def run(
                 report["guard"] = asyncio.run(phases.guard_cost(asking, at, guarded, plan.sets * 10))
         if server is not None:
             assert repository is not None
+            if plan.hostile:
+                tick("the front door")
+                with launched(repository, work / "door.log", "--startup-seconds=180", door=True) as door:
+                    asyncio.run(door.answering(180))
+                    there = At(door.url, door.http_url)
+                    report["door"] = asyncio.run(phases.door_cost(asking, at, there, plan.sets * 10))
             server.stop()
             if plan.hostile:
                 stuck = hostile.in_flight((work / "log").read_text(errors="replace"))

@@ -1,35 +1,39 @@
-"""Who may ask the server what: tokens, TLS, and the protocols that are closed to everybody.
+"""Who may ask tritonserver what: tokens, TLS, and the protocols that are closed to everybody.
 
-tritonserver can guard each of its protocols by one header. What runs or changes the server (loading models, trace and
-log settings, shared memory from other machines) is therefore always closed by a secret: the operator's, or a random
+tritonserver can restrict each of its protocols by one header. What runs or changes the server (loading models, trace
+and log settings, shared memory from other machines) is therefore always closed by a secret: the operator's, or a random
 one that nobody knows.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import secrets
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from vilu.errors import UserError
-from vilu.serving.client import CONTROL, TOKEN
-
-LOOPBACK = re.compile(r"127\.\d+\.\d+\.\d+|localhost|::1")
-_WORD = re.compile(r"[A-Za-z0-9._~-]{16,256}")  # no comma, = or space: it stands in a flag and in a header
+from vilu.serving.address import is_loopback
+from vilu.serving.tokens import CONTROL, TOKEN, check_secret
 
 
 @dataclass(frozen=True)
 class Access:
-    """token: asked of every inference. control_token: opens loading and unloading of models; none closes them.
-    tls_cert, tls_key: PEM files, gRPC then speaks TLS only and HTTP stays on loopback (tritonserver's HTTP has no TLS).
-    tls_ca: PEM file, clients must show a certificate that it signed.
+    """Who may ask a server.
+
+    Attributes:
+        token: every inference must carry it. None: everybody may ask.
+        control_token: opens loading and unloading of models. None: nobody may.
+        tls_cert, tls_key: PEM files; gRPC then speaks TLS only, and HTTP stays on loopback, as tritonserver's HTTP has
+            no TLS.
+        tls_ca: PEM file; clients must show a certificate that it signed.
 
     Raises:
         UserError: a token that is short, equal to the other or unfit for a header; half a pair of TLS files, or an
             unreadable one.
+
+    Example:
+        >>> Access(token="0123456789abcdef").flags("127.0.0.1")[1]
+        '--grpc-restricted-protocol=inference,shared-memory:vilu-token=0123456789abcdef'
     """
 
     token: str | None = None
@@ -41,8 +45,8 @@ class Access:
     def __post_init__(self) -> None:
         for name in ("token", "control_token"):
             value = getattr(self, name)
-            if value is not None and not _WORD.fullmatch(value):
-                raise UserError(f"{name.replace('_', ' ')}: 16 to 256 letters, digits or ._~- are needed")
+            if value is not None:
+                check_secret(value, name.replace("_", " "))
         if self.token is not None and self.token == self.control_token:
             raise UserError("control token: must not be the one for inference")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -68,7 +72,7 @@ class Access:
         asked = []
         if self.token is not None:
             asked += ["inference", "shared-memory"]
-        elif not LOOPBACK.fullmatch(host):
+        elif not is_loopback(host):
             closed.append("shared-memory")  # it names memory of this machine
         control = self.control_token or secrets.token_urlsafe(32)
         flags = []
@@ -84,26 +88,3 @@ class Access:
             if self.tls_ca:
                 flags.append(f"--grpc-root-cert={self.tls_ca}")
         return flags
-
-
-def token_from(option: str | None, variable: str) -> str | None:
-    """A token from an option's value, a file where it starts with @, else from the environment.
-
-    Raises:
-        UserError: an unreadable file.
-    """
-    value = os.environ.get(variable) if option is None else option
-    if value and value.startswith("@"):
-        try:
-            value = Path(value[1:]).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{value[1:]}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    return value or None
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises UserError where that cannot be."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})") from None

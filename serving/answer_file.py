@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vilu.errors import UserError
-from vilu.serving.client import Answer
+from vilu.serving.answers import Answer
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 FIELDS = ("source", "label", "class_index", "confidence", "failure_probability", "accept", "error")

@@ -19,7 +19,8 @@ import numpy as np
 
 from vilu.class_set import check_names, check_templates, prompts, read_names
 from vilu.errors import UserError
-from vilu.serving.client import AccessDenied, AsyncClient, RequestRefused
+from vilu.serving.answers import AccessDenied, RequestRefused
+from vilu.serving.async_client import AsyncClient
 
 MODEL, TEXT = "class_sets", "vilu_text"
 
@@ -47,12 +48,12 @@ class SetFile:
 
 async def list_sets(client: AsyncClient) -> list[ServedSet]:
     """Every class set of the server, the exported one ("default") first. Raises UserError as `AsyncClient.ask` does."""
-    return (await _told(client, ""))[0]
+    return (await _fetch(client, ""))[0]
 
 
 async def get_set(client: AsyncClient, name: str) -> ServedSet:
     """One class set with its class names. Raises RequestRefused where the server has none of that name."""
-    return (await _told(client, name))[0][0]
+    return (await _fetch(client, name))[0][0]
 
 
 async def put_set(
@@ -83,7 +84,7 @@ async def put_set(
         AccessDenied: a control token that is missing or wrong.
         ServerUnavailable: as `AsyncClient.ask` does.
     """
-    sets, fingerprint_served = await _told(client, "")
+    sets, fingerprint_served = await _fetch(client, "")
     chosen = tuple(sets[0].templates if templates is None else templates)
     # What would be refused after all the names had been embedded; the server checks it again.
     check_names(tuple(names), f"class set {name}")
@@ -103,7 +104,7 @@ async def remove_set(client: AsyncClient, name: str, *, control_token: str | Non
     await _change(client, {"remove": name}, control_token)
 
 
-async def _told(client: AsyncClient, name: str) -> tuple[list[ServedSet], str]:
+async def _fetch(client: AsyncClient, name: str) -> tuple[list[ServedSet], str]:
     """(sets, the CLIP's fingerprint)."""
     asked = np.array([[name.encode("utf-8", "replace")]], dtype=object)
     found = json.loads((await client.infer(MODEL, {"NAME": asked}, "CLASS_SETS"))[0, 0])
@@ -168,8 +169,8 @@ def read_set(path: Path) -> SetFile:
             names = json.loads(stored["class_names"]) if "class_names" in stored else None
             fingerprint = stored.get("fingerprint", "")
     except Exception as error:  # NumPy, zip and safetensors raise many types on damaged files
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read ({told})") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason})") from None
     if rows is None or rows.ndim != 2 or rows.dtype.kind != "f":
         raise UserError(f"{path}: holds no text_embeddings (classes, width) of numbers with a point")
     beside = path.with_suffix(".txt")

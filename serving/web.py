@@ -27,26 +27,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vilu.errors import UserError
 from vilu.preprocess.image import Transform
+from vilu.serving.answers import Answer, DeadlineExceeded, RequestRefused, ServerUnavailable
+from vilu.serving.async_client import AsyncClient
 from vilu.serving.classes import list_sets
-from vilu.serving.client import Answer, AsyncClient, DeadlineExceeded, RequestRefused, ServerUnavailable
 
 PAGE = Path(__file__).with_name("web.html")
 MAX_QUESTION = 1 << 20  # bytes of labels: the server takes 1000 of 256
 AT_ONCE = 16  # images held in memory; later requests wait before theirs is read
 UPLOAD_SECONDS = 30.0
+STATUS: dict[type[Exception], int] = {RequestRefused: 400, DeadlineExceeded: 504, ServerUnavailable: 503}
 EXAMPLES, EMBEDDED = 24, 7  # offered: of a folder, of each embedded source
 
 
 class PageError(UserError):
-    """What the page is told in place of an answer: an HTTP status and one line."""
+    """An error for the page to show: an HTTP status and one line."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Guard:
-    """Before anything else of a request is looked at: whose page sent it, and under what name it reached us.
+class OwnPagesOnly:
+    """Middleware that refuses a request from a foreign page, or to a name that is not ours, before anything else.
 
     A name that is not one of ours is how DNS rebinding gets a foreign page in; an address or `localhost` cannot be
     rebound. A foreign Origin is a foreign page. Every response carries the headers.
@@ -201,13 +203,12 @@ def application(
         answer.raise_for_error()
         return JSONResponse(_plain(answer))
 
-    def told(request: Request, error: Exception) -> Response:
+    def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             return _error(error.status_code, error.detail)
         if isinstance(error, PageError):
             return _error(error.status, str(error))
-        status = {RequestRefused: 400, DeadlineExceeded: 504, ServerUnavailable: 503}.get(type(error), 502)
-        return _error(status, str(error).removeprefix("image 0: "))
+        return _error(STATUS.get(type(error), 502), str(error).removeprefix("image 0: "))
 
     app = Starlette(
         routes=[
@@ -216,7 +217,7 @@ def application(
             Route("/api/ask", ask, methods=["POST"]),
             Route("/examples/{index:int}", example),
         ],
-        exception_handlers={UserError: told, HTTPException: told, ClientDisconnect: told},
+        exception_handlers={UserError: failed, HTTPException: failed, ClientDisconnect: failed},
         lifespan=lifespan,
     )
     headers = {
@@ -227,7 +228,7 @@ def application(
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cache-Control": "no-store",
     }
-    return Guard(app, names, headers)
+    return OwnPagesOnly(app, names, headers)
 
 
 def _plain(answer: Answer) -> dict[str, Any]:

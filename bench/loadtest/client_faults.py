@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from bench.common import percentiles
 from bench.loadtest import hostile
 from bench.loadtest.processes import Processes
 from bench.loadtest.questions import Question
-from bench.loadtest.scene import Promise, Scene, guarding, steady
+from bench.loadtest.scene import Promise, Scene, guarding, launched, steady
 from bench.loadtest.traffic import Ledger, asker, closed_loop, open_loop
 from bench.loadtest.wire import STREAM, post
 from vilu.serving import Server
@@ -50,6 +50,43 @@ async def poisoned(scene: Scene, server: Server, count: int = 40) -> list[Promis
                 promise.expect(not ledger.refused, problem, of_the_server=not behind)
                 found.append(promise)
     return found
+
+
+async def cancel_storm(scene: Scene, count: int = 5000, wide: int = 500) -> Promise:
+    """Questions `wide` at a time, most of them cancelled or given no time, to `vilu serve`; each answer is checked.
+
+    tritonserver 2.51 alone ends at that, with a full queue, after 1,000 to 2,000 of them.
+    """
+    promise = Promise(
+        f"{count} questions, {wide} at a time, cancelled or out of time (front door)",
+        "the server lives, nothing is restarted, whoever stays is answered right",
+    )
+    ledger, draw, room = Ledger(), np.random.default_rng(0), asyncio.Semaphore(wide)
+    questions = cycle([q for q in scene.asking.mixed(400, seed=11, mix={"vilu": 1}, http=0) if q.images == 1])
+    with launched(scene.repository, scene.folder("storm") / "log", door=True) as running:
+        await running.answering(180)
+        before = running.servers()
+
+        async def one(asked: Question) -> None:
+            async with room:
+                patience = float(draw.choice([0.0, 0.01, 0.2, 1.0, 60.0]))
+                asking = asyncio.create_task(by.ask(asked, ledger))
+                await asyncio.wait({asking}, timeout=patience)
+                asking.cancel()
+                await asyncio.wait({asking})
+
+        async with asker(running.url, running.http_url, 60) as by:
+            await asyncio.gather(*(one(next(questions)) for _ in range(count)))
+        promise.expect(running.servers() == before, "tritonserver ended")
+        promise.expect(ledger.right > 0, "nobody was answered")
+        promise.expect(not ledger.wrongs, f"wrong answers: {ledger.wrong}")
+        promise.expect(set(ledger.refused) <= {"UNAVAILABLE"}, f"refused with {dict(ledger.refused)}")
+        after = Ledger()
+        async with asker(running.url, running.http_url, 60) as by:
+            await closed_loop(by, list(islice(questions, 50)), 4, after)
+        promise.expect((after.right, after.wrongs) == (50, 0), f"afterwards {after.right} of 50 are right")
+        promise.seen |= {"answered": ledger.right, "refused": dict(ledger.refused), "left": count - ledger.right}
+    return promise
 
 
 async def mute_clients(scene: Scene, server: Server, *, clients: int = 20, each: int = 50) -> list[Promise]:

@@ -29,7 +29,8 @@ from bench.loadtest.traffic import Ledger, Steady, asker
 from bench.loadtest.wire import over_binary, over_tcp, pack_strings, unpack_strings
 from bench.loadtest.world import Answers
 from vilu.serving import AsyncClient, Server, classes
-from vilu.serving.access import CONTROL, Access
+from vilu.serving.access import Access
+from vilu.serving.tokens import CONTROL
 
 NOTICED = 10.0  # seconds, promised by `vilu serve --supervise`
 STUBS = ("preprocess", "clip_image", "vilu_head", "vilu_embeddings", "vilu_full", "clip_text")

@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from bench.loadtest.processes import Processes
 from bench.loadtest.wire import INFER, SERVICE, message, pack_strings
-from vilu.serving.client import OUTPUTS
+from vilu.serving.answers import OUTPUTS
 
 DRAIN_SECONDS = 30.0
 PATIENCE = 5.0

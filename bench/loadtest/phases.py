@@ -216,6 +216,32 @@ async def guard_cost(asking: QuestionMaker, at: At, guarded: str, count: int) ->
     return rows
 
 
+async def door_cost(asking: QuestionMaker, direct: At, door: At, count: int) -> list[dict[str, Any]]:
+    """Closed loops of `vilu` with one image, of tritonserver and of the front door with its own, in turn: medians of
+    five rounds, and how many questions were refused."""
+    questions = [q for q in asking.mixed(3 * count, seed=4, mix={"vilu": 1}, http=0) if q.images == 1][:count]
+    rows = []
+    for load in (1, 16, 200):
+        rates: dict[str, list[float]] = {"direct": [], "door": []}
+        middle: dict[str, list[float]] = {"direct": [], "door": []}
+        refused = dict.fromkeys(rates, 0)
+        for turn in range(5):
+            for name, at in (("direct", direct), ("door", door))[:: 1 if turn % 2 else -1]:
+                ledger = Ledger()
+                async with asker(at.grpc_url, at.http_url, 60) as by:
+                    start = time.perf_counter()
+                    await closed_loop(by, questions, load, ledger)
+                rates[name].append(ledger.right / (time.perf_counter() - start))
+                middle[name].append(1e3 * float(np.median(ledger.all())))
+                refused[name] += sum(ledger.refused.values())
+        row: dict[str, Any] = {"at_a_time": load}
+        for name in rates:
+            row |= {f"{name}_per_second": float(np.median(rates[name])), f"{name}_p50": float(np.median(middle[name]))}
+            row |= {f"{name}_refused": refused[name], f"{name}_rounds": rates[name]}
+        rows.append(row | {"ratio": row["door_per_second"] / row["direct_per_second"]})
+    return rows
+
+
 def all_faults(scene: Scene, tick: Tick) -> list[Promise]:
     """(d): every fault; the servers they are done to are their own."""
     found: list[Promise] = []
@@ -226,6 +252,7 @@ def all_faults(scene: Scene, tick: Tick) -> list[Promise]:
         ("SIGTERM, idle connections", lambda: asyncio.run(faults.sigterm(scene, keep_alive=True))),
         ("corrupt models", lambda: asyncio.run(faults.corrupt(scene))),
         ("a request that ends the server", lambda: asyncio.run(faults.ended_by_a_request(scene))),
+        ("a storm of cancels", lambda: asyncio.run(client_faults.cancel_storm(scene))),
         ("a class set replaced", lambda: asyncio.run(faults.replaced(scene))),
     ]
     if faults.can_unshare():

@@ -14,7 +14,7 @@ from tritonclient import http as http_api
 
 from bench.loadtest.wire import message, pack_strings, unpack_strings
 from bench.loadtest.world import Answers, World
-from vilu.serving.client import OUTPUTS
+from vilu.serving.answers import OUTPUTS
 
 BUDGET = 1e-4  # of a float32 export: probabilities and embeddings against the eager model's
 TYPES = {"f": "FP32", "u": "UINT8", "i": "INT64", "O": "BYTES"}

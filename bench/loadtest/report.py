@@ -55,6 +55,17 @@ def markdown(report: Mapping[str, Any]) -> str:
         rows = [(line["at_a_time"], line["straight_per_second"], line["guarded_per_second"], f"{line['ratio']:.2f}",
                  line["straight_p50"], line["guarded_p50"]) for line in report["guard"]]  # fmt: skip
         lines += table(("at a time", "straight/s", "guarded/s", "ratio", "straight p50", "guarded p50"), rows)
+    if "door" in report:
+        lines += [
+            "## The cost of the front door",
+            "",
+            "`vilu` with one image over gRPC, closed loop, medians of five.",
+            "",
+        ]
+        rows = [(line["at_a_time"], line["direct_per_second"], line["door_per_second"], f"{line['ratio']:.2f}",
+                 line["direct_p50"], line["door_p50"], line["door_refused"]) for line in report["door"]]  # fmt: skip
+        titles = ("at a time", "direct/s", "door/s", "ratio", "direct p50", "door p50", "refused by the door")
+        lines += table(titles, rows)
     if report.get("hostile", {}).get("known"):
         lines += ["## What tritonserver itself tells otherwise", ""]
         rows = [(line["request"], line["code"], line["number"], line["why"]) for line in report["hostile"]["known"]]

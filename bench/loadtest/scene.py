@@ -19,7 +19,8 @@ from bench.loadtest.processes import command_of, descendants
 from bench.loadtest.questions import Question, QuestionMaker
 from bench.loadtest.traffic import Ledger, Steady, asker
 from vilu.errors import UserError
-from vilu.serving.server import free_port, probe
+from vilu.serving.address import free_port
+from vilu.serving.server import probe
 
 
 @dataclass
@@ -86,16 +87,21 @@ async def steady(scene: Scene, grpc_url: str, http_url: str, timeout: float = 10
 
 
 class Launched:
-    """`vilu serve` as an operator starts it: url, HTTP url, the launcher's process, its log."""
+    """`vilu serve` as an operator starts it: url, HTTP url, the launcher's process, its log.
 
-    def __init__(self, repository: Path, log: Path, *flags: str, before: Sequence[str] = ()) -> None:
+    door: with the front door; without it the faults are done to tritonserver itself.
+    """
+
+    def __init__(
+        self, repository: Path, log: Path, *flags: str, before: Sequence[str] = (), door: bool = False
+    ) -> None:
         ports: dict[str, int] = {}
         while len(set(ports.values())) < 3:
             ports = {kind: free_port() for kind in ("grpc", "http", "metrics")}
         self.url, self.http_url = f"127.0.0.1:{ports['grpc']}", f"http://127.0.0.1:{ports['http']}"
         self.log = log
         command = [*before, sys.executable, "-m", "vilu", "serve", "--model-repository", str(repository)]
-        command += [*(f"--{kind}-port={port}" for kind, port in ports.items()), *flags]
+        command += [*(f"--{kind}-port={port}" for kind, port in ports.items()), *([] if door else ["--direct"]), *flags]
         with log.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)
 
@@ -130,8 +136,10 @@ class Launched:
 
 
 @contextmanager
-def launched(repository: Path, log: Path, *flags: str, before: Sequence[str] = ()) -> Iterator[Launched]:
-    running = Launched(repository, log, *flags, before=before)
+def launched(
+    repository: Path, log: Path, *flags: str, before: Sequence[str] = (), door: bool = False
+) -> Iterator[Launched]:
+    running = Launched(repository, log, *flags, before=before, door=door)
     try:
         yield running
     finally:

@@ -2,15 +2,19 @@
 
 import io
 
+import grpc
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tritonclient.grpc import service_pb2_grpc
 
 from bench.loadtest.questions import QuestionMaker
 from bench.loadtest.world import World, digits_and_shapes, label_sets
+from tests.serving.helpers import opened, options
 from vilu.preprocess.image import decode
 from vilu.serving import Server
+from vilu.serving.door import Door, own_server
 from vilu.tiny import data
 
 
@@ -18,6 +22,25 @@ from vilu.tiny import data
 def server(repository, tmp_path_factory):
     with Server(repository, log=tmp_path_factory.mktemp("server") / "tritonserver.log") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def front_server(repository, tmp_path_factory):
+    """The tritonserver behind `front`."""
+    return own_server(repository, log=tmp_path_factory.mktemp("front") / "tritonserver.log")
+
+
+@pytest.fixture(scope="session")
+def front(front_server):
+    """The ports of a door with a server of its own, as `vilu serve` makes it."""
+    with opened(Door(options(), front_server)) as ports:
+        yield ports
+
+
+@pytest.fixture(scope="session")
+def call(front):
+    with grpc.insecure_channel(front.grpc) as channel:
+        yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
 @pytest.fixture(scope="session")

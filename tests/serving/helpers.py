@@ -1,17 +1,24 @@
 """Shared by the tests of this folder: the command, answers against the eager model, ports, processes, certificates."""
 
+import asyncio
 import contextlib
 import csv
 import json
+import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2 as pb
 
-from vilu.serving.server import free_port
+from vilu.serving.address import free_port
+from vilu.serving.door import Options
 
 BIN = Path(sys.executable).parent
 ASK, STEER = "inference-token-0123", "control-token-4567"
@@ -68,8 +75,16 @@ def stub_of(pid: int, model: str) -> int:
     return 0
 
 
-def children(pid: int) -> set[int]:
-    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+def tritonserver_of(pid: int) -> int:
+    """The tritonserver that a launcher has started; 0 where there is none now."""
+    with contextlib.suppress(OSError):  # a process may end since it was listed
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in task.read_text().split():
+                with contextlib.suppress(OSError):
+                    name = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[0]
+                    if name.endswith(b"bin/tritonserver"):
+                        return int(child)
+    return 0
 
 
 def certificate(folder: Path, name: str, issuer: str | None = None) -> None:
@@ -98,3 +113,60 @@ def rows_of(path):
     import pyarrow.parquet as pq
 
     return pq.read_table(path).to_pylist()
+
+
+@contextlib.contextmanager
+def opened(door):
+    """The ports of a Door that runs on an event loop in a thread of its own."""
+    ready = threading.Event()
+    found: dict[str, Any] = {}
+
+    async def run():
+        found["stop"], found["loop"] = asyncio.Event(), asyncio.get_running_loop()
+        try:
+            async with door.serving() as ports:
+                found["ports"] = ports
+                ready.set()
+                await found["stop"].wait()
+        except BaseException as error:
+            found["error"] = error
+            raise
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    ready.wait(120)
+    try:
+        if "error" in found:
+            raise found["error"]
+        yield found["ports"]
+    finally:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            found["loop"].call_soon_threadsafe(found["stop"].set)
+        thread.join(60)
+
+
+def options(**given):
+    """Options of a door on free ports of loopback."""
+    return Options(**{"grpc_port": 0, "http_port": 0, "metrics_port": 0} | given)
+
+
+def strings(*words):
+    """Triton's layout of BYTES."""
+    return b"".join(struct.pack("<I", len(word)) + word for word in words)
+
+
+def question(image, model="vilu", **more):
+    """A ModelInferRequest about one image."""
+    request = pb.ModelInferRequest(model_name=model, **more)
+    request.inputs.add(name="IMAGE", datatype="BYTES", shape=[1, 1])
+    request.raw_input_contents.append(strings(image))
+    return request
+
+
+def code_of(ask, request):
+    """(name of the status code, message) of a gRPC call that is refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        ask(request, timeout=20)
+    return caught.value.code().name, caught.value.details()

@@ -3,19 +3,19 @@
 import os
 import signal
 import subprocess
+import sys
 import time
-from pathlib import Path
 
 import pytest
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
-from tests.serving.helpers import ASK, BIN, STEER, agree, certificate, children, ports, stub_of, vilu
+from tests.serving.helpers import ASK, BIN, STEER, agree, certificate, ports, stub_of, tritonserver_of, vilu
 from vilu import UserError
 from vilu.serving import AccessDenied, Client, Server, ServerUnavailable
-from vilu.serving.access import CONTROL, Access, token_from
-from vilu.serving.client import TOKEN
-from vilu.serving.server import free_port
+from vilu.serving.access import Access
+from vilu.serving.address import free_port
+from vilu.serving.tokens import CONTROL, TOKEN, token_from
 
 pytestmark = pytest.mark.server
 
@@ -134,6 +134,55 @@ def test_tokens_come_from_options_files_and_the_environment(tmp_path, monkeypatc
         token_from(f"@{tmp_path / 'absent'}", "VILU_TOKEN")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        (" \t\n", "is empty"),
+        ("\ufeff", "is empty"),
+        (f"\ufeff{ASK}", "byte order mark"),
+        (f"{ASK}\n{STEER}\n", "more than one line"),
+        ("a token with spaces", "a space or a character"),
+        ("schlüssel-schlüssel", "printable ASCII"),
+    ],
+)
+def test_an_empty_or_malformed_secret_is_refused(tmp_path, monkeypatch, content, message):
+    (tmp_path / "token").write_text(content, "utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        token_from(f"@{tmp_path / 'token'}", "VILU_TOKEN")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):
+        token_from(content, "VILU_TOKEN")
+    monkeypatch.setenv("VILU_TOKEN", content)
+    with pytest.raises(UserError, match=message):
+        token_from(None, "VILU_TOKEN")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "variable"),
+    [
+        (["serve"], "--token", "VILU_TOKEN"),
+        (["serve"], "--control-token", "VILU_CONTROL_TOKEN"),
+        (["serve", "--direct"], "--token", "VILU_TOKEN"),
+        (["ask", "photo.jpg"], "--token", "VILU_TOKEN"),
+        (["health"], "--token", "VILU_TOKEN"),
+        (["classes", "list"], "--token", "VILU_TOKEN"),
+        (["classes", "remove", "pets"], "--control-token", "VILU_CONTROL_TOKEN"),
+        (["web", "--port", "0"], "--token", "VILU_TOKEN"),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else given,
+)
+def test_every_command_refuses_an_empty_secret(repository, monkeypatch, command, option, variable):
+    """It never stands for none: a server would be open to everybody."""
+    given = [*command, "--model-repository", repository] if command[0] == "serve" else command
+    by_option = vilu(*given, option, "")
+    monkeypatch.setenv(variable, "")
+    by_environment = vilu(*given)
+    for done in (by_option, by_environment):
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert "is empty" in done.stderr
+
+
 def test_vilu_health(server):
     for url in (server.grpc_url, server.http_url):
         well = vilu("health", "--url", url)
@@ -142,6 +191,9 @@ def test_vilu_health(server):
     assert ill.returncode == 1
     assert len(ill.stderr.splitlines()) == 1
     assert vilu("health", "--url", server.grpc_url, "--model", "absent").returncode == 1
+
+
+WAYS = pytest.mark.parametrize("way", [[], ["--direct"]], ids=["door", "direct"])
 
 
 def health(url: str) -> int:
@@ -156,23 +208,22 @@ def wait_well(url: str, seconds: float) -> float:
     return time.monotonic() - start
 
 
-def test_a_dead_stub_is_noticed_and_the_server_comes_back(repository, photos, eager, tmp_path):
+@WAYS
+def test_a_dead_stub_is_noticed_and_the_server_comes_back(repository, photos, eager, tmp_path, way):
     """kill -9 of a stub, then of the server: the health probe sees it, and under --supervise both come back."""
     chosen = ports()
     url = f"127.0.0.1:{chosen['grpc']}"
     flags = [f"--{kind}-port={port}" for kind, port in chosen.items()]
     with (tmp_path / "log").open("wb") as log:
         launcher = subprocess.Popen(
-            [BIN / "vilu", "serve", "--supervise", "--model-repository", repository, *flags], stderr=log, stdout=log
+            [BIN / "vilu", "serve", *way, "--supervise", "--model-repository", repository, *flags],
+            stderr=log,
+            stdout=log,
         )
     try:
         wait_well(url, 120)
         for victim in ("preprocess", "clip_image", "server"):
-            pid = (
-                int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[0])
-                if victim == "server"
-                else stub_of(launcher.pid, victim)
-            )
+            pid = tritonserver_of(launcher.pid) if victim == "server" else stub_of(launcher.pid, victim)
             assert pid
             os.kill(pid, signal.SIGKILL)
             deadline = time.monotonic() + 60
@@ -194,13 +245,16 @@ def test_a_dead_stub_is_noticed_and_the_server_comes_back(repository, photos, ea
         launcher.wait()
 
 
-def test_a_stub_that_dies_before_the_first_answer_is_noticed(repository, tmp_path):
+@WAYS
+def test_a_stub_that_dies_before_the_first_answer_is_noticed(repository, tmp_path, way):
     """Then no answer would ever come; the launcher must not wait for it, nor take it for a mistake of its user's."""
     chosen = ports()
     flags = [f"--{kind}-port={port}" for kind, port in chosen.items()]
     with (tmp_path / "log").open("wb") as log:
         launcher = subprocess.Popen(
-            [BIN / "vilu", "serve", "--supervise", "--model-repository", repository, *flags], stderr=log, stdout=log
+            [BIN / "vilu", "serve", *way, "--supervise", "--model-repository", repository, *flags],
+            stderr=log,
+            stdout=log,
         )
     try:
         deadline = time.monotonic() + 60
@@ -215,13 +269,11 @@ def test_a_stub_that_dies_before_the_first_answer_is_noticed(repository, tmp_pat
             assert time.monotonic() < deadline + 60
             told = (tmp_path / "log").read_text()
         # And again, now as soon as it answers: what a supervisor has seen to work is started again, whatever happens.
-        server = int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[0])
+        server = tritonserver_of(launcher.pid)
         os.kill(server, signal.SIGKILL)
-        while not (started := children(launcher.pid) - {server}):
+        while (again := tritonserver_of(launcher.pid)) in (0, server):
             time.sleep(0.01)
-        for process in started:
-            if "tritonserver" in Path(f"/proc/{process}/cmdline").read_text():
-                os.kill(process, signal.SIGKILL)
+        os.kill(again, signal.SIGKILL)
         wait_well(f"127.0.0.1:{chosen['grpc']}", 60)
         assert (tmp_path / "log").read_text().count("restarting it") >= 2
         launcher.send_signal(signal.SIGTERM)
@@ -229,6 +281,33 @@ def test_a_stub_that_dies_before_the_first_answer_is_noticed(repository, tmp_pat
     finally:
         launcher.kill()
         launcher.wait()
+
+
+def test_a_process_that_is_dead_for_a_moment_is_no_dead_model(repository, monkeypatch):
+    """The backend starts each stub by `sh`, and a crash report by addr2line: their ends are not a model's."""
+    lines = "import os,sys,time; sys.stdout.flush()\n"
+    lines += "for name in sys.argv[1:]:\n  if not os.fork(): open('/proc/self/comm','w').write(name); os._exit(0)\n"
+    lines += "print('ready', flush=True); time.sleep(600)"
+    server = Server(repository)
+    server.process = subprocess.Popen(
+        [sys.executable, "-c", lines, "sh", "addr2line", "triton_python_b"], stdout=subprocess.PIPE
+    )
+    try:
+        assert server.process.stdout.readline() == b"ready\n"
+        now = [0.0]
+        monkeypatch.setattr("vilu.serving.server.time.monotonic", lambda: now[0])
+        for now[0], expected in (
+            (0.0, set()),  # a stub, too, may be reaped in a moment
+            (0.9, set()),
+            (1.1, {"triton_python_b"}),
+            (4.9, {"triton_python_b"}),
+            (5.1, {"triton_python_b", "sh", "addr2line"}),  # nobody reaps them: a model that died as it was started
+        ):
+            assert {name.split()[0] for name in server.dead_stubs()} == expected
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server.process.stdout.close()
 
 
 def test_without_supervision_a_dead_stub_is_seen_by_the_probe_alone(repository, tmp_path):

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from vilu.errors import UserError
+from vilu.serving import Answer, ServerUnavailable
 from vilu.serving.answer_file import DETAILS, FIELDS, FORMATS, ROWS, open_answer_file
-from vilu.serving.client import Answer, ServerUnavailable
 
 GOOD = Answer("a.jpg", "cat", 2, 0.75, 0.125, True, class_set="pets@3", top=(("cat", 0.75), ("dog", 0.25)), entropy=0.5)
 BAD = Answer("b.jpg", error="not an image")

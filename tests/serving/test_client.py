@@ -18,7 +18,7 @@ from tritonclient import http
 from tests.serving.helpers import BIN, agree, descendants, rows_of, vilu
 from vilu import UserError
 from vilu.serving import AsyncClient, Client, DeadlineExceeded, Server, ServerUnavailable
-from vilu.serving.server import free_port
+from vilu.serving.address import free_port
 
 pytestmark = pytest.mark.server
 
@@ -143,16 +143,118 @@ def test_large_requests_go_through_shared_memory_and_leave_none(server, protocol
     assert not {path.name for path in Path("/dev/shm").glob("vilu_client_*")} - before
 
 
-@pytest.mark.parametrize("where", ["vilu.serving.client.SharedMemory", "vilu.serving.client.os.posix_fallocate"])
+@pytest.mark.parametrize("where", ["SharedMemory", "os.posix_fallocate"])
 def test_where_shared_memory_cannot_be_had_requests_are_sent(server, monkeypatch, where):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = {path.name for path in Path("/dev/shm").iterdir()}
-    monkeypatch.setattr(where, full)
+    monkeypatch.setattr(f"vilu.serving.shared_memory.{where}", full)
     with Client(server.grpc_url) as client:
         assert all(answer.error is None for answer in client.ask(large()))
         assert not {path.name for path in Path("/dev/shm").glob("vilu_client_*")} - before
+
+
+def regions():
+    return {path.name for path in Path("/dev/shm").glob("vilu_client_*")}
+
+
+def test_one_failure_does_not_end_the_use_of_shared_memory(server, monkeypatch, caplog):
+    """A full /dev/shm is logged, the request is sent all the same, and shared memory is used again after a pause."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = regions()
+    with Client(server.grpc_url, shared_memory=True) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("vilu.serving.shared_memory.SharedMemory", full)
+            assert client.ask(large())[0].error is None
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "without shared memory" in caplog.text
+        assert os.strerror(errno.ENOSPC) in caplog.text
+        client.ask(large())
+        assert regions() == before  # within the pause
+        monkeypatch.setattr("vilu.serving.shared_memory.time.monotonic", lambda: time.time() + 1e9)
+        client.ask(large())
+        assert len(regions() - before) == 1
+    assert regions() <= before
+
+
+def test_a_registration_that_is_cut_off_leaves_no_memory():
+    before = regions()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        for url in (f"127.0.0.1:{port}", f"http://127.0.0.1:{port}"):
+            with Client(url, timeout=1) as client, pytest.raises(ServerUnavailable):
+                client.ask(large())
+            assert regions() <= before
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_close_ends_though_the_server_says_nothing(repository, tmp_path, protocol):
+    before = regions()
+    with Server(repository, log=tmp_path / "log", stop_seconds=2) as server:
+        client = Client(urls(server)[protocol], timeout=600)
+        client.ask(large())
+        assert regions() - before
+        pids = descendants(server.process.pid)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        closing = threading.Thread(target=client.close, daemon=True)
+        closing.start()
+        closing.join(60)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        assert not closing.is_alive()
+        assert regions() <= before
+
+
+def test_close_frees_a_thread_that_waits_for_an_answer():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = Client(f"127.0.0.1:{silent.getsockname()[1]}", timeout=600)
+        found = []
+
+        def ask():
+            with pytest.raises(UserError, match="closed before the answer"):
+                client.ask([b"x"])
+            found.append(True)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        silent.accept()  # the request is under way
+        client.close()
+        asking.join(30)
+        assert found
+        with pytest.raises(UserError, match="is closed"):
+            client.ask([b"x"])
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_a_fault_of_the_program_is_not_reported_as_the_servers(server, photos, protocol, monkeypatch):
+    with Client(urls(server)[protocol]) as client:
+        with pytest.raises(TypeError, match="labels must be strings, not 3"):
+            client.ask(photos[:1], [3])  # type: ignore[list-item]
+        with pytest.raises(TypeError, match="a list of strings"):
+            client.ask(photos[:1], "cat")
+        with pytest.raises(TypeError, match="class_set"):
+            client.ask(photos[:1], class_set=3)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="surrogate"):
+            client.ask(photos[:1], ["a cat", "\ud800"])
+        with monkeypatch.context() as patch:
+            patch.setattr("vilu.serving.answers.OUTPUTS", None)
+            with pytest.raises(TypeError):
+                client.ask(photos[:1])
+        # Bytes of a command line that are not UTF-8 are the server's to refuse.
+        assert "UTF-8" in client.ask(photos[:1], ["caf\udce9"])[0].error
+        assert client.ask(photos[:1])[0].error is None
+
+
+@pytest.mark.parametrize("token", ["", " ", "two words", "first-of-two\nsecond", "\ufeffa-token-with-a-mark"])
+def test_a_malformed_token_is_refused_at_once(token):
+    with pytest.raises(UserError, match="token: ") as caught:
+        Client("127.0.0.1:1", token=token)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

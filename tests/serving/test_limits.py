@@ -94,7 +94,7 @@ def burst(url: str, image: bytes, count: int = 96):
         try:
             return await once()
         except Exception as error:
-            raise client._told(error)[0] from None
+            raise client._user_error(error)[0] from None
 
     found, alone = asyncio.run(ask())
     refused = [str(one) for one in found if isinstance(one, ServerUnavailable)]

@@ -59,7 +59,7 @@ def test_refused_requests_are_errors_not_answers(server):
 
 
 def test_a_server_that_is_not_there_is_an_error():
-    from vilu.serving.server import free_port
+    from vilu.serving.address import free_port
 
     load = load_generator.Load(f"127.0.0.1:{free_port()}", [load_generator.request(b"x")], timeout=1.0)
     with pytest.raises(Exception, match="UNAVAILABLE"):

@@ -65,8 +65,8 @@ def ask_command(
     from standard input, one per line. The exit code is 0 when every image was answered, and 2 when one was not.
     """
     from vilu.serving import Client
-    from vilu.serving.access import token_from
     from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, row
+    from vilu.serving.tokens import token_from
 
     if output is not None and as_json:
         raise UserError("--json prints: give either it or --output")

@@ -75,8 +75,8 @@ def put_command(
     The server goes on answering, and every answer is from one whole set. FILE holds class names, one per line (UTF-8),
     or is a .npz or .safetensors file with their text_embeddings.
     """
-    from vilu.serving.access import token_from
     from vilu.serving.classes import put_set, read_set
+    from vilu.serving.tokens import token_from
 
     found = read_set(file)
     control = token_from(control_token, "VILU_CONTROL_TOKEN")
@@ -105,8 +105,8 @@ def put_command(
 @control_option
 def remove_command(name: str, url: str, token: str | None, control_token: str | None, **options: Any) -> None:
     """Remove the class set NAME. Later requests that name it are refused."""
-    from vilu.serving.access import token_from
     from vilu.serving.classes import remove_set
+    from vilu.serving.tokens import token_from
 
     control = token_from(control_token, "VILU_CONTROL_TOKEN")
     with_client(url, token, options, lambda client: remove_set(client, name, control_token=control))

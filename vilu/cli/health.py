@@ -21,8 +21,8 @@ def health_command(url: str, token: str | None, model: str, timeout: float, **tl
     stays true when the process of a model has died; this check does not.
     """
     from vilu.serving import RequestRefused, ServerUnavailable
-    from vilu.serving.access import token_from
     from vilu.serving.server import probe
+    from vilu.serving.tokens import token_from
 
     try:
         probe(url, model=model, timeout=timeout, token=token_from(token, "VILU_TOKEN"), **tls)

@@ -16,7 +16,7 @@ Decorated = TypeVar("Decorated", bound="Callable[..., Any] | click.Command")
 
 PATH = click.Path(path_type=Path)
 SECONDS = click.FloatRange(min=0, min_open=True)
-DEFAULT_URL = "127.0.0.1:8001"  # vilu.serving.client's own, which cannot be imported without the client's packages
+DEFAULT_URL = "127.0.0.1:8001"  # vilu.serving.address's own, which cannot be imported without the client's packages
 REPOSITORY = Path("serving/model_repository")
 
 
@@ -134,7 +134,7 @@ def with_client(url: str, token: str | None, options: dict[str, Any], work: Call
     import asyncio
 
     from vilu.serving import AsyncClient
-    from vilu.serving.access import token_from
+    from vilu.serving.tokens import token_from
 
     async def run() -> T:
         async with AsyncClient(url, token=token_from(token, "VILU_TOKEN"), batch_size=64, **options) as client:

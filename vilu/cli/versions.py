@@ -34,7 +34,7 @@ def versions_command(
     The list marks the served version. --use goes back, or forward, to another.
     """
     from vilu.export.versions import served, switch, use, versions
-    from vilu.serving.access import token_from
+    from vilu.serving.tokens import token_from
 
     if live and chosen is None:
         raise UserError("--live needs --use VERSION")

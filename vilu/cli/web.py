@@ -53,7 +53,8 @@ def web_command(
 
     from vilu.preprocess.image import Transform
     from vilu.serving import AsyncClient
-    from vilu.serving.access import listen, token_from
+    from vilu.serving.address import listen
+    from vilu.serving.tokens import token_from
     from vilu.serving.web import AT_ONCE, application, embedded_examples, folder_examples
 
     token = token_from(token, "VILU_TOKEN")

@@ -74,7 +74,7 @@ for arguments in ([], *([name] for name in COMMANDS), ["classes", "list"], ["cla
         ("demo", "open_clip", "export,server"),
         ("eval --ckpt head.safetensors", "torch", "train"),
         ("export --ckpt head.safetensors", "torch", "export"),
-        ("guard", "tritonclient", "client"),
+        ("guard", "tritonclient", "door"),
         ("health", "tritonclient", "client"),
         ("serve", "tritonclient", "server"),
         ("train --output head.safetensors", "torch", "train"),
@@ -107,7 +107,7 @@ def test_a_missing_module_of_our_own_is_a_fault():
 def test_serving_needs_no_torch_and_none_of_the_command_lines_packages():
     code = """
 import vilu.serving
-from vilu.serving import access, answer_file, classes, guard, server
+from vilu.serving import access, answer_file, classes, server, supervise
 from vilu.serving.classes import put_set
 found = {"click", "rich", "torch"} & set(sys.modules)
 assert not found, found
@@ -239,7 +239,7 @@ def test_data_options(tmp_path, monkeypatch):
 def test_defaults_are_those_of_the_library():
     """The command line states them without importing the library."""
     from vilu.preprocess.image import Transform
-    from vilu.serving.client import DEFAULT_URL as CLIENTS_URL
+    from vilu.serving.address import DEFAULT_URL as CLIENTS_URL
 
     assert DEFAULT_URL == CLIENTS_URL
     assert Transform.max_bytes == 20 << 20

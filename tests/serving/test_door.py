@@ -1,4 +1,4 @@
-"""`vilu guard` before the real server: what it lets through is answered as ever, what it refuses reaches nobody."""
+"""The door's gRPC before the real server: what it lets through is answered as ever, what it refuses reaches nobody."""
 
 import asyncio
 import contextlib
@@ -8,11 +8,15 @@ import struct
 import subprocess
 import sys
 import threading
-from typing import Any
+import time
 
 import grpc
 import pytest
 from google.protobuf import text_format
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
@@ -21,72 +25,17 @@ from tritonclient.grpc import service_pb2_grpc as stubs
 
 from bench.loadtest import hostile, traffic
 from bench.loadtest.hostile_requests import Generator
-from tests.serving.helpers import ASK, certificate
-from vilu.serving import AccessDenied, Client, Server, ServerUnavailable
-from vilu.serving.access import Access
-from vilu.serving.guard import MODELS, Guard, Refused, check, tensors
+from tests.serving.helpers import code_of, opened, options, question, strings
+from vilu.serving import Client, ServerUnavailable
+from vilu.serving.door import Door, Limits
+from vilu.serving.door.check import MODELS, check, parsed_question, tensors
+from vilu.serving.door.refused import Refused
 
 pytestmark = pytest.mark.server
 
 
-@contextlib.contextmanager
-def guarding(url, host="127.0.0.1", **options):
-    """HOST:PORT of a guard in a thread of its own."""
-    ready = threading.Event()
-    stop: dict[str, Any] = {}
-    found: dict[str, int] = {}
-
-    async def run():
-        stop["event"], stop["loop"] = asyncio.Event(), asyncio.get_running_loop()
-        try:
-            async with Guard(url, **options).serving(host, 0) as port:
-                found["port"] = port
-                ready.set()
-                await stop["event"].wait()
-        finally:
-            ready.set()
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    ready.wait(10)
-    try:
-        yield f"{host}:{found['port']}"
-    finally:
-        stop["loop"].call_soon_threadsafe(stop["event"].set)
-        thread.join(20)
-
-
-@pytest.fixture(scope="module")
-def guarded(server):
-    with guarding(server.grpc_url) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def call(guarded):
-    with grpc.insecure_channel(guarded) as channel:
-        yield stubs.GRPCInferenceServiceStub(channel)
-
-
-def code_of(ask, request):
-    with pytest.raises(grpc.RpcError) as caught:
-        ask(request, timeout=20)
-    return caught.value.code().name, caught.value.details()
-
-
-def strings(*words):
-    return b"".join(struct.pack("<I", len(word)) + word for word in words)
-
-
-def question(image, model="vilu", **more):
-    request = pb.ModelInferRequest(model_name=model, **more)
-    request.inputs.add(name="IMAGE", datatype="BYTES", shape=[1, 1])
-    request.raw_input_contents.append(strings(image))
-    return request
-
-
-def test_the_client_is_answered_as_by_the_server(server, guarded, photos):
-    with Client(server.grpc_url) as direct, Client(guarded) as through:
+def test_the_client_is_answered_as_by_the_server(server, front, photos):
+    with Client(server.grpc_url) as direct, Client(front.grpc) as through:
         for asked in ({}, {"labels": ["a red circle", "zero"]}, {"class_set": "default"}):
             assert through.ask(photos, **asked) == direct.ask(photos, **asked)
         # Large ones would go through shared memory, which is not offered: the client sends them instead.
@@ -113,8 +62,6 @@ def test_every_model_for_people_answers_and_no_other(call, repository, asking):
 @pytest.mark.parametrize(
     ("method", "request_"),
     [
-        ("RepositoryIndex", pb.RepositoryIndexRequest()),
-        ("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name="vilu")),
         ("SystemSharedMemoryRegister", pb.SystemSharedMemoryRegisterRequest(name="a", key="/a", byte_size=1)),
         ("SystemSharedMemoryStatus", pb.SystemSharedMemoryStatusRequest()),
         ("TraceSetting", pb.TraceSettingRequest()),
@@ -126,11 +73,23 @@ def test_nothing_else_is_offered(call, method, request_):
     assert code_of(getattr(call, method), request_)[0] == "UNIMPLEMENTED"
 
 
-def test_streams_and_compression_are_not_offered(call, guarded, photos):
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("RepositoryIndex", pb.RepositoryIndexRequest()),
+        ("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name="vilu")),
+        ("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name="vilu")),
+    ],
+)
+def test_changes_are_closed_without_a_control_token(call, method, request_):
+    assert code_of(getattr(call, method), request_)[0] == "UNAUTHENTICATED"
+
+
+def test_streams_and_compression_are_not_offered(call, front, photos):
     with pytest.raises(grpc.RpcError) as caught:
         next(call.ModelStreamInfer(iter([question(photos[0])])))
     assert caught.value.code().name == "UNIMPLEMENTED"
-    with grpc.insecure_channel(guarded, compression=grpc.Compression.Gzip) as channel:
+    with grpc.insecure_channel(front.grpc, compression=grpc.Compression.Gzip) as channel:
         ask = stubs.GRPCInferenceServiceStub(channel).ModelInfer
         assert code_of(ask, question(photos[0] + bytes(1 << 20)))[0] == "UNIMPLEMENTED"
 
@@ -153,7 +112,7 @@ def generator(asking, clip):
     return Generator(asking.world.images, clip.transform, asking.world.embedding.shape[1], 8, guarded=True)
 
 
-def test_hostile_requests_are_refused_and_hurt_nobody(server, guarded, asking, generator):
+def test_hostile_requests_are_refused_and_hurt_nobody(front, front_server, asking, generator):
     """Those of every sort over gRPC, those that spoil a batch and the one that would end the server: each gets an error
     of the 4xx class, and not one of the good requests in between is refused."""
     world = asking.world
@@ -163,9 +122,9 @@ def test_hostile_requests_are_refused_and_hurt_nobody(server, guarded, asking, g
     kinds = dict.fromkeys(("vilu", "vilu_open", "embeddings", "embeddings+LABELS", "vilu_text"), 1)
 
     async def both():
-        async with traffic.asker(guarded, server.http_url) as by:
+        async with traffic.asker(front.grpc, front.http) as by:
             steady = traffic.Steady(by, asking.mixed(100, mix=kinds, http=0), 2)
-            tally = await hostile.attack(guarded, server.http_url, iter(attacks), concurrency=8)
+            tally = await hostile.attack(front.grpc, front.http, iter(attacks), concurrency=8)
             return tally, await steady.stop()
 
     tally, good = asyncio.run(both())
@@ -174,8 +133,12 @@ def test_hostile_requests_are_refused_and_hurt_nobody(server, guarded, asking, g
     assert not tally.known
     assert (good.wrongs, good.lost, dict(good.refused)) == (0, 0, {}), good.wrong
     assert good.right > 20
-    assert server.process.poll() is None
-    assert server.dead_stubs() == []
+    assert front_server.process.poll() is None
+    assert front_server.dead_stubs() == []
+
+
+def checked(request, model):
+    check(*parsed_question(request.SerializeToString()), model)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +156,7 @@ def test_what_is_wrong_is_told_in_one_line(models):
         request = question(b"an image")
         change(request)
         with pytest.raises(Refused) as caught:
-            check(request, models["vilu"])
+            checked(request, models["vilu"])
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -215,7 +178,7 @@ def test_what_is_wrong_is_told_in_one_line(models):
 
         return change
 
-    check(question(b"an image"), models["vilu"])
+    checked(question(b"an image"), models["vilu"])
     assert "classes" in told(output)
     assert "shared memory" in told(shared)
     assert told(shape(0, 1)) == "input IMAGE: 1 to 8 rows are taken, not 0"
@@ -237,7 +200,7 @@ def test_what_is_wrong_is_told_in_one_line(models):
     request = pb.ModelInferRequest(model_name="vilu_full")
     request.parameters["class_set"].string_param = "default"
     with pytest.raises(Refused, match="exported classes alone"):
-        check(request, models["vilu_full"])
+        checked(request, models["vilu_full"])
     assert "NUL" in told(lambda r: setattr(r, "id", "a\0"))
 
 
@@ -252,10 +215,10 @@ def test_strings_pass_where_they_are_whole_and_only_there(models, data, images):
     while len(rest) >= 4 and len(rest) - 4 >= (length := struct.unpack("<I", rest[:4])[0]):
         found, rest = found + 1, rest[4 + length :]
     if not rest and found == images and images > 0:
-        check(request, models["vilu"])
+        checked(request, models["vilu"])
     else:
         with pytest.raises(Refused):
-            check(request, models["vilu"])
+            checked(request, models["vilu"])
 
 
 @settings(max_examples=200, deadline=None)
@@ -268,49 +231,131 @@ def test_no_attack_makes_it_raise_anything_else(models, generator, seed):
         return
     for model in models.values():
         with contextlib.suppress(Refused):
-            check(request, model)
+            checked(request, model)
 
 
-def test_too_many_and_too_large_are_told_so_at_once(photos):
-    """Before a server that takes questions and never answers."""
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        url = f"127.0.0.1:{silent.getsockname()[1]}"
-        limits = {"in_flight": 2, "timeout": 2, "max_request_bytes": 1 << 20}
-        with guarding(url, **limits) as guarded, grpc.insecure_channel(guarded) as channel:
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary(max_size=80), cut=st.integers(0, 60), flip=st.integers(0, 400))
+def test_a_message_is_read_as_protobuf_reads_it(data, cut, flip):
+    """The views of its tensors are protobuf's own fields, and what protobuf refuses is refused."""
+    request = question(data)
+    request.id = "an id"
+    request.raw_input_contents.append(data[:9])
+    whole = request.SerializeToString()
+    rest, raw = parsed_question(whole)
+    assert [bytes(view) for view in raw] == list(request.raw_input_contents)
+    request.ClearField("raw_input_contents")
+    assert rest == request
+    damaged = bytearray(whole[: max(0, len(whole) - cut)])
+    if damaged:
+        damaged[flip % len(damaged)] ^= 1 << flip % 8
+    try:
+        expected = pb.ModelInferRequest.FromString(bytes(damaged))
+    except DecodeError:
+        with pytest.raises(Refused):
+            parsed_question(bytes(damaged))
+        return
+    try:
+        rest, raw = parsed_question(bytes(damaged))
+    except Refused:
+        return  # stricter: groups, which nobody sends
+    assert [bytes(view) for view in raw] == list(expected.raw_input_contents)
+    expected.ClearField("raw_input_contents")
+    assert rest.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
+
+
+def test_health_and_reflection(front):
+    with grpc.insecure_channel(front.grpc) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "vilu", "inference.GRPCInferenceService"):
+            assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status == 1
+            assert next(health.Watch(health_pb2.HealthCheckRequest(service=service), timeout=10)).status == 1
+        assert code_of(health.Check, health_pb2.HealthCheckRequest(service="other"))[0] == "NOT_FOUND"
+        found = ProtoReflectionDescriptorDatabase(channel)
+        assert "inference.GRPCInferenceService" in found.get_services()
+        service = DescriptorPool(found).FindServiceByName("inference.GRPCInferenceService")
+        assert "ModelInfer" in service.methods_by_name
+
+
+@contextlib.contextmanager
+def silent():
+    """HOST:PORT of a server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_what_is_too_large_too_slow_or_too_much_is_refused(server, photos):
+    limits = Limits(in_flight=4, sent=1, body_bytes=1 << 20, body_seconds=1, per_connection=3, timeout=20)
+    with opened(Door(options(upstreams=[server.grpc_url], limits=limits))) as ports:
+        with grpc.insecure_channel(ports.grpc) as channel:
             ask = stubs.GRPCInferenceServiceStub(channel).ModelInfer
-            waiting = [ask.future(question(photos[0])) for _ in range(2)]
-            threading.Event().wait(0.5)
-            assert code_of(ask, question(photos[0])) == ("UNAVAILABLE", "2 requests are under way")
-            assert {one.exception().code().name for one in waiting} == {"DEADLINE_EXCEEDED"}
+            assert ask(question(photos[0]), timeout=20).outputs
             assert code_of(ask, question(bytes(2 << 20)))[0] == "RESOURCE_EXHAUSTED"
+            # Two minutes of headers and no message.
+            never = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+            stop = threading.Event()
+            with pytest.raises(grpc.RpcError) as caught:
+                never((b"" for _ in iter(stop.wait, True)), timeout=120)
+            stop.set()
+            assert caught.value.details() == "the request did not arrive in 1 s"
+            many = [ask.future(question(photos[i % 4]), timeout=60) for i in range(40)]
+            assert all(one.result().outputs for one in many)  # one connection has three at a time, and waits
+        channels = [
+            grpc.insecure_channel(ports.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(40)
+        ]
+        many = [stubs.GRPCInferenceServiceStub(one).ModelInfer.future(question(photos[0])) for one in channels]
+        ended = [one.exception() for one in many]
+        refused = [error for error in ended if error is not None]
+        assert 0 < len(refused) < 40
+        assert {error.code().name for error in refused} == {"UNAVAILABLE"}
+        assert {key for error in refused for key, _ in error.trailing_metadata()} >= {"retry-after"}
+        for one in channels:
+            one.close()
+        with Client(ports.grpc) as client:
+            assert client.ask(photos[:1])[0].label
+
+
+def test_connections_of_one_address_are_limited(server, photos):
+    limits = Limits(connections_per_address=5)
+    with opened(Door(options(upstreams=[server.grpc_url], limits=limits))) as ports:
+        host, _, port = ports.grpc.rpartition(":")
+        held = [socket.create_connection((host, int(port))) for _ in range(12)]
+        for one in held:
+            one.settimeout(0.2)
+        deadline = time.monotonic() + 60
+        while sum(map(closed, held)) < 7:
+            assert time.monotonic() < deadline
+        held.extend(socket.create_connection(tuple(ports.http.split(":"))) for _ in range(12))
+        while sum(map(closed, held[12:])) < 7:
+            assert time.monotonic() < deadline
+        assert sum(not closed(one) for one in held) == 10
+        for one in held:
+            one.close()
+        with Client(ports.grpc, timeout=30) as client:
+            assert client.ask(photos[:1])[0].label
+
+
+def closed(connection):
+    """Whether the other side has ended a connection; what it said before is read."""
+    connection.settimeout(0.05)
+    try:
+        while connection.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def test_a_server_that_is_not_there_is_unavailable(photos):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # bound and not listening
-        with guarding(f"127.0.0.1:{free.getsockname()[1]}") as guarded, grpc.insecure_channel(guarded) as channel:
-            assert code_of(stubs.GRPCInferenceServiceStub(channel).ModelInfer, question(photos[0]))[0] == "UNAVAILABLE"
-
-
-def test_tokens_are_handed_on_and_tls_is_the_guards(repository, tmp_path, photos):
-    certificate(tmp_path, "authority")
-    certificate(tmp_path, "server", "authority")
-    certificate(tmp_path, "client", "authority")
-    tls = Access(tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key", tls_ca=tmp_path / "authority.pem")
-    mine = {
-        "tls_ca": tmp_path / "authority.pem",
-        "tls_cert": tmp_path / "client.pem",
-        "tls_key": tmp_path / "client.key",
-    }
-    locked = Server(repository, access=Access(ASK), log=tmp_path / "log")
-    with locked as server, guarding(server.grpc_url, access=tls) as guarded:
-        with Client(f"grpcs://{guarded}", token=ASK, **mine) as client:
-            assert client.ask(photos[:1])[0].label
-        with Client(f"grpcs://{guarded}", **mine) as client, pytest.raises(AccessDenied):
-            client.ask(photos[:1])
-        with Client(guarded, token=ASK, timeout=2) as client, pytest.raises(ServerUnavailable):
+    with silent() as url, opened(Door(options(upstreams=[url], limits=Limits(timeout=2)))) as ports:
+        with grpc.insecure_channel(ports.grpc) as channel:
+            ask = stubs.GRPCInferenceServiceStub(channel).ModelInfer
+            assert code_of(ask, question(photos[0])) == ("UNAVAILABLE", "no server answers")
+            health = health_pb2_grpc.HealthStub(channel)
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == 2
+        with Client(ports.grpc, timeout=3) as client, pytest.raises(ServerUnavailable):
             client.ask(photos[:1])
 
 

@@ -1,0 +1,155 @@
+"""What a client asks and what it gets: `Question`, `Answer`, and the errors of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vilu.errors import UserError
+
+OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
+DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
+
+
+class ServerUnavailable(UserError):  # noqa: N818 - an answer of the server, not a fault of the program
+    """The server cannot be reached or is overloaded; the request was retried until its time was over."""
+
+
+class DeadlineExceeded(ServerUnavailable):
+    """No answer came within the client's timeout."""
+
+
+class RequestRefused(UserError):  # noqa: N818
+    """The server answered that this request is wrong: a damaged image, an unknown model."""
+
+
+class AccessDenied(RequestRefused):
+    """The server wants a token, or another one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer for one image.
+
+    Attributes:
+        source: the image's path, or "image N" for one that came as bytes or pixels.
+        label: the class that CLIP chose.
+        class_index: its place in the class set, from 0.
+        confidence: CLIP's softmax probability of that class, in [0, 1].
+        failure_probability: ViLU's probability that the label is wrong, in [0, 1].
+        accept: whether failure_probability is below the class set's threshold.
+        error: why there is no answer; the other fields then hold nothing. None where there is one.
+        class_set: "NAME@VERSION" of the class set; "" for labels that came with the request. None unless asked for.
+        top: the labels with the largest probabilities, at most 5, each with its probability. Empty unless asked for.
+        entropy: the confidence Σ p log p / log K, in [-1, 0]. None unless asked for.
+        doctor: the confidence -(1 - g) / g with g = Σ p², in [1 - K, 0]. None unless asked for.
+        concepts: the labels that the head attended to most, each with its weight. Empty unless asked for.
+        embedding: (D,) float32 image embedding of unit length. None unless asked for.
+
+    Example:
+        >>> answer = Answer("cat.jpg", "cat", 3, 0.91, 0.07, accept=True)
+        >>> answer.raise_for_error().label
+        'cat'
+    """
+
+    source: str
+    label: str = ""
+    class_index: int = -1
+    confidence: float = float("nan")
+    failure_probability: float = float("nan")
+    accept: bool = False
+    error: str | None = None
+    class_set: str | None = None
+    top: tuple[tuple[str, float], ...] = ()
+    entropy: float | None = None
+    doctor: float | None = None
+    concepts: tuple[tuple[str, float], ...] = ()
+    embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def raise_for_error(self) -> Answer:
+        """Return this answer. Raises RequestRefused where it has an error."""
+        if self.error is not None:
+            raise RequestRefused(f"{self.source}: {self.error}")
+        return self
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about images.
+
+    Attributes:
+        labels: candidate labels, answered by the ensemble `vilu_open`. None: the class set's.
+        class_set: the name of a class set that the server has. None: the model's own.
+        details: whether every Answer has class_set, top, entropy, doctor and concepts.
+        embedding: whether every Answer has its image embedding.
+
+    Raises:
+        TypeError: labels that are no sequence of strings, or a class set's name that is no string.
+        UserError: a label that UTF-8 cannot hold.
+    """
+
+    labels: Sequence[str] | None = None
+    class_set: str | None = None
+    details: bool = False
+    embedding: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.labels, (str, bytes)):
+            raise TypeError(f"labels must be a list of strings, not one string: {self.labels!r}")
+        for label in self.labels or ():
+            if not isinstance(label, str):
+                raise TypeError(f"labels must be strings, not {label!r}")
+        if not isinstance(self.class_set, str | None):
+            raise TypeError(f"class_set must be a string, not {self.class_set!r}")
+        self.encoded_labels()
+
+    def encoded_labels(self) -> list[bytes]:
+        """The labels in UTF-8. Bytes that a command line could not decode go to the server as they were."""
+        try:
+            return [label.encode("utf-8", "surrogateescape") for label in self.labels or ()]
+        except UnicodeEncodeError as error:
+            raise UserError(f"label {error.object!r}: half a surrogate pair is not text") from None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the output tensors to request."""
+        class_set = ("CLASS_SET",) if self.class_set is not None or self.details else ()
+        embedding = ("IMAGE_EMBEDDING",) if self.embedding else ()
+        return (*OUTPUTS, *class_set, *(DETAILS if self.details else ()), *embedding)
+
+
+def read_answers(result: Any, sources: Sequence[str], question: Question) -> list[Answer]:
+    """The answers in an inference's result, one a source.
+
+    Raises:
+        RequestRefused: the result lacks an output.
+    """
+    found = {name: result.as_numpy(name) for name in question.outputs}
+    missing = [name for name, column in found.items() if column is None]
+    if missing:
+        raise RequestRefused(f"the server did not answer {', '.join(missing)}")
+    columns = [found[name].reshape(-1) for name in OUTPUTS]
+    answers = []
+    for row, (source, label, i, c, f, a) in enumerate(zip(sources, *columns, strict=True)):
+        more: dict[str, Any] = {}
+        if "CLASS_SET" in found:
+            more["class_set"] = _text(found["CLASS_SET"][row, 0])
+        if question.details:
+            more["top"] = _pairs(found["TOP_LABELS"][row], found["TOP_PROBABILITIES"][row])
+            more["concepts"] = _pairs(found["CONCEPTS"][row], found["CONCEPT_WEIGHTS"][row])
+            more |= {name.lower(): float(found[name][row, 0]) for name in ("ENTROPY", "DOCTOR")}
+        if question.embedding:
+            more["embedding"] = found["IMAGE_EMBEDDING"][row]
+        answers.append(Answer(source, _text(label), int(i), float(c), float(f), bool(a), **more))
+    return answers
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _pairs(labels: np.ndarray, weights: np.ndarray) -> tuple[tuple[str, float], ...]:
+    return tuple((_text(label), float(weight)) for label, weight in zip(labels, weights, strict=True))

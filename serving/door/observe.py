@@ -1,0 +1,115 @@
+"""What an operator sees: Prometheus metrics, and an access log of JSON lines without images or tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from vilu.errors import UserError
+
+SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+class Metrics:
+    """The door's metrics, each in a registry of its own so that several doors may live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "vilu_door_requests", "Requests by outcome.", ("protocol", "model", "outcome"), registry=registry
+        )
+        self.refusals = Counter("vilu_door_refusals", "Requests not let through.", ("reason",), registry=registry)
+        self.seconds = Histogram(
+            "vilu_door_seconds", "From headers to answer.", ("protocol",), buckets=SECONDS, registry=registry
+        )
+        self.in_flight = Gauge("vilu_door_in_flight", "Questions waiting and under way.", ("model",), registry=registry)
+        self.connections = Gauge("vilu_door_connections", "Open connections.", ("protocol",), registry=registry)
+        self.restarts = Counter("vilu_door_upstream_restarts", "Restarts of tritonserver.", registry=registry)
+        self.retries = Counter("vilu_door_retries", "Questions asked again after a server failed.", registry=registry)
+        self.upstreams = Gauge("vilu_door_upstream_well", "1 where a server answers.", ("url",), registry=registry)
+        self.reloads = Counter("vilu_door_reloads", "Readings of secrets anew.", ("result",), registry=registry)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+@dataclass
+class Seen:
+    """One request, as the access log and the metrics tell it."""
+
+    protocol: str
+    peer: str
+    what: str  # gRPC's method, or HTTP's method and path
+    model: str = ""
+    token: str = ""  # its name, never the token
+    trace: str = ""
+    bytes_in: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+
+_TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def trace_id(traceparent: str) -> str:
+    """The trace's id in a W3C traceparent header; "" where there is none.
+
+    Example:
+        >>> trace_id("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+        '0af7651916cd43dd8448eb211c80319c'
+    """
+    found = _TRACE.fullmatch(traceparent)
+    return found[1] if found else ""
+
+
+class Observer:
+    """Counts every request and, where there is a log, writes a line about it.
+
+    Args:
+        log: a file that lines are appended to, "-" for standard output, None for no access log.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def __init__(self, metrics: Metrics, log: str | None = None) -> None:
+        self.metrics = metrics
+        self.file: IO[str] | None = None
+        if log == "-":
+            self.file = sys.stdout
+        elif log is not None:
+            try:
+                self.file = Path(log).open("a", encoding="utf-8", buffering=1)
+            except OSError as error:
+                raise UserError(f"{log}: cannot be written ({error.strerror})") from None
+
+    def done(self, seen: Seen, outcome: str, reason: str = "", message: str = "") -> None:
+        """One request has ended. outcome: "ok", or gRPC's code or HTTP's status. reason: why it was not let through."""
+        seconds = time.monotonic() - seen.started
+        self.metrics.requests.labels(seen.protocol, seen.model, outcome).inc()
+        self.metrics.seconds.labels(seen.protocol).observe(seconds)
+        if reason:
+            self.metrics.refusals.labels(reason).inc()
+        if self.file is None:
+            return
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "protocol": seen.protocol,
+            "peer": seen.peer,
+            "request": seen.what,
+            "model": seen.model,
+            "outcome": outcome,
+            "reason": reason,
+            "message": message[:200],
+            "seconds": round(seconds, 6),
+            "bytes": seen.bytes_in,
+            "token": seen.token,
+            "trace": seen.trace,
+        }
+        self.file.write(json.dumps({key: value for key, value in line.items() if value != ""}) + "\n")

@@ -1,0 +1,70 @@
+"""Images as a user has them, made into the encoded bytes that a request carries."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+import numpy as np
+
+from vilu.serving.answers import Answer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageLike = Union[str, "os.PathLike[str]", bytes, np.ndarray, "Image.Image"]
+Item = tuple[str, "bytes | Answer"]  # an image's name and its encoded bytes, or an answer that says why there are none
+REQUEST_BYTES = 32 << 20  # a batch of large images ends here, whatever its number
+
+
+def encoded(image: ImageLike, index: int) -> Item:
+    """The name and the encoded bytes of one image.
+
+    Args:
+        image: a path, encoded bytes, a Pillow image or a (H, W, 3) uint8 array.
+        index: the image's place in the stream, from 0; it names an image without a path.
+
+    Returns:
+        (name, bytes); in place of the bytes an Answer with the error, where the file cannot be read.
+
+    Example:
+        >>> name, data = encoded(np.zeros((4, 5, 3), np.uint8), 0)
+        >>> name, data[:4]
+        ('image 0', b'\\x89PNG')
+    """
+    if isinstance(image, bytes):
+        return f"image {index}", image
+    if isinstance(image, str | os.PathLike):
+        name = os.fspath(image)
+        try:
+            return name, Path(name).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            return name, Answer(name, error=f"cannot be read ({getattr(error, 'strerror', None) or error})")
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            reason = f"arrays must be (H, W, 3) uint8, got {image.shape} {image.dtype}"
+            return f"image {index}", Answer(f"image {index}", error=reason)
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")  # lossless: the server sees these very pixels
+    return f"image {index}", buffer.getvalue()
+
+
+def batches(images: Iterable[ImageLike], size: int) -> Iterator[list[Item]]:
+    """The images in lists of at most `size` and about REQUEST_BYTES, each read when it is needed."""
+    batch: list[Item] = []
+    held = 0
+    for index, image in enumerate(images):
+        batch.append(encoded(image, index))
+        data = batch[-1][1]
+        held += len(data) if isinstance(data, bytes) else 0
+        if len(batch) == size or held >= REQUEST_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

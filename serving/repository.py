@@ -1,0 +1,55 @@
+"""A model repository before the start: what would hang or fail a load later is found here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vilu.errors import UserError
+
+_FILES = {"python": "model.py", "onnxruntime": "model.onnx"}  # a backend's model file, where the config names none
+
+
+def check_repository(root: Path) -> None:
+    """Refuse what would hang or fail a load later.
+
+    Raises:
+        UserError: one line for the first problem found.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such model repository")
+    models = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not models:
+        raise UserError(f"{root}: holds no models; write them with `vilu export`")
+    names = {model.name for model in models}
+    for model in models:
+        config = model / "config.pbtxt"
+        try:
+            text = config.read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise UserError(f"{config}: missing or not text") from None
+        _check_syntax(config, text)
+        versions = [path for path in model.iterdir() if path.is_dir() and path.name.isdigit()]
+        if not versions:
+            raise UserError(f"{model}: has no version folder")
+        backend = re.search(r'^\s*backend:\s*"(\w+)"', text, re.MULTILINE)
+        default = re.search(r'^\s*default_model_filename:\s*"([^"]+)"', text, re.MULTILINE)
+        file = default[1] if default else _FILES.get(backend[1] if backend else "")
+        for folder in versions:
+            if file and not (folder / file).is_file():
+                raise UserError(f"{folder / file}: missing")
+        for step in re.findall(r'^\s*model_name:\s*"([^"]+)"', text, re.MULTILINE):
+            if step not in names:
+                raise UserError(f"{config}: names the model {step!r}, which the repository lacks")
+
+
+def _check_syntax(path: Path, text: str) -> None:
+    try:
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError:
+        return
+    try:
+        text_format.Parse(text, model_config_pb2.ModelConfig())
+    except text_format.ParseError as error:
+        raise UserError(f"{path}: not a Triton model configuration ({error})") from None

@@ -1,0 +1,143 @@
+"""Starting on an unusual machine: proxies, spaces in paths, IPv6, taken ports, a small /dev/shm, mistyped options."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.serving.helpers import BIN, agree, opened, options, ports, vilu, wait_for
+from vilu import UserError
+from vilu.serving import Client, Server
+from vilu.serving.address import free_port, is_loopback, is_this_machine, parse_url
+from vilu.serving.door import Door
+
+pytestmark = pytest.mark.server
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_proxy_is_not_asked_about_this_machine(repository, photos, tmp_path):
+    """http_proxy is set in every company network; nothing listens at this one."""
+    dead = f"http://127.0.0.1:{free_port()}"
+    names = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+    env = os.environ | {case: dead for name in names for case in (name, name.upper())}
+    env = {name: value for name, value in env.items() if name.lower() not in ("no_proxy", "no_grpc_proxy")}
+    (tmp_path / "photo.png").write_bytes(photos[1])
+    chosen = ports()
+    flags = [f"--{kind}-port={port}" for kind, port in chosen.items()]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [BIN / "vilu", "serve", "--direct", "--model-repository", repository, *flags],
+            stderr=log,
+            stdout=log,
+            env=env,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{chosen['http']}", process)
+        for url in (f"127.0.0.1:{chosen['grpc']}", f"http://127.0.0.1:{chosen['http']}"):
+            assert vilu("health", "--url", url, env=env).returncode == 0
+            found = vilu("ask", tmp_path / "photo.png", "--json", "--url", url, env=env)
+            assert json.loads(found.stdout)[0]["label"], found.stderr
+            assert "default" in vilu("classes", "list", "--url", url, env=env).stdout
+        while "serving" not in (tmp_path / "log").read_text():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_paths_may_hold_spaces_and_brackets(repository, photos, eager, tmp_path, monkeypatch):
+    root = tmp_path / "my models (new) [2]'s"
+    shutil.copytree(repository, root / "model repository")
+    (root / "temporary files").mkdir()
+    monkeypatch.setenv("TMPDIR", str(root / "temporary files"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with Server(root / "model repository", log=tmp_path / "log") as server, Client(server.grpc_url) as client:
+        agree(client.ask(photos[:2]), photos[:2], eager)
+    assert not list((root / "temporary files").glob("vilu*"))
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_ipv6(repository, photos, eager, tmp_path):
+    with Server(repository, host="::1", log=tmp_path / "log") as server:
+        assert server.grpc_url == f"[::1]:{server.grpc_port}"
+        for url in (server.grpc_url, server.http_url):
+            with Client(url) as client:
+                agree(client.ask(photos[:2]), photos[:2], eager)
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_the_door_over_ipv6(server, photos, eager):
+    with opened(Door(options(host="::1", upstreams=[server.grpc_url]))) as at:
+        for url in (at.grpc, f"http://{at.http}"):
+            with Client(url) as client:
+                agree(client.ask(photos[:2]), photos[:2], eager)
+
+
+@pytest.mark.parametrize("way", [[], ["--direct"]], ids=["door", "direct"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--http-port", "99999"], "99999"),
+        (["--grpc-port", "-1"], "-1"),
+        (["--modle-repository", "x"], "has an option --modle-repository; did you mean --model-repository?"),
+        (["--log-verbsoe=1"], "did you mean --log-verbose?"),
+        (["--no-such-flag"], "has an option --no-such-flag"),
+        (["--host", "no such host"], "cannot listen on no such host"),
+    ],
+)
+def test_a_mistake_is_one_line(repository, arguments, message, way):
+    free = [f"--{kind}-port={port}" for kind, port in ports().items()]
+    done = vilu("serve", *way, "--model-repository", repository, *free, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_taken_port_is_one_line(repository):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = vilu("serve", "--direct", "--model-repository", repository, "--http-port", str(port))
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"vilu: cannot listen on 127.0.0.1:{port} (Address already in use)"]
+
+
+def test_a_small_shared_memory_is_named(repository):
+    """In a mount namespace whose /dev/shm has 1 MiB, as in a container with too little."""
+    serve = f"{BIN / 'vilu'} serve --direct --model-repository {repository} " + " ".join(
+        f"--{kind}-port={port}" for kind, port in ports().items()
+    )
+    command = ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o size=1m none /dev/shm && exec {serve}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("no mount namespace to be had")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "/dev/shm has 1 MiB free" in done.stderr
+    assert "--shm-size" in done.stderr
+
+
+@pytest.mark.parametrize("url", ["::1:8001", "[::1:8001", "127.0.0.1:99999", "grpc://", "127.0.0.1:port", "host:1/x"])
+def test_a_bad_address_is_refused(url):
+    with pytest.raises(UserError, match="HOST:PORT"):
+        parse_url(url)
+
+
+def test_what_is_this_machine():
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.3.2.1", "::1")))
+    assert not any(map(is_loopback, ("128.0.0.1", "example.org", "127.0.0.1.example.org", "")))
+    assert not is_this_machine("192.0.2.7")
+    assert Path("/proc/net/fib_trie").exists() is False or is_this_machine("127.0.0.1")
