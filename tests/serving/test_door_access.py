@@ -48,8 +48,8 @@ def test_tokens_with_names_are_asked_for_and_read_again(server, photos, tmp_path
     )
     with opened(door) as at:
         for url in (at.grpc, f"http://{at.http}"):
-            for token in ("shop-token-0123456789", "lab-token-0123456789"):
-                with Client(url, token=token) as client:
+            for known in ("shop-token-0123456789", "lab-token-0123456789"):
+                with Client(url, token=known) as client:
                     assert client.ask(photos[:1])[0].label
             for token in (None, "another-token-0123456789", "shop"):
                 with Client(url, token=token, timeout=10) as client, pytest.raises(AccessDenied):
