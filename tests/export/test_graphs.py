@@ -413,6 +413,7 @@ def check_open(open_head, v, t):
     assert np.array_equal(accept[:, 0], failure[:, 0] < 0.5)
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_bytes_in_any_process(tmp_path):
     here = write_tiny(tmp_path / "here")
     assert write_tiny(tmp_path / "again") == here

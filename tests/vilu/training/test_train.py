@@ -173,6 +173,7 @@ def test_the_start_ranks_as_mcm_does(data):
     assert torch.equal(logit.argsort(), odds.argsort())
 
 
+@pytest.mark.slow
 def test_a_small_set_is_never_much_worse_than_no_head():
     """Failures that nothing in the embedding explains: the head must not invent a reason."""
     for seed in range(2):
@@ -328,6 +329,7 @@ def prepared(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_killed_command_continues_to_the_same_file(prepared, tmp_path):
     arguments = ["train", "--embeddings", prepared, "--recipe", "plain", "--epochs", 4000]
     process = subprocess.Popen(
