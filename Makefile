@@ -1,7 +1,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo table export-zoo load docs matrix lint test test-all clean
+.PHONY: demo table export-zoo load gpu docs matrix lint test test-all clean
 
 # With the Python of `make demo PYTHON=python3.12`, else the first one found that serves.
 $(READY): pyproject.toml constraints.txt .ci/install
@@ -21,6 +21,10 @@ load: $(READY)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# On a machine with a GPU: tests, goals and tuning, into one folder. PYTHON may be any that has torch and triton.
+gpu:
+	PYTHON=$(or $(PYTHON),python3) bench/gpu.sh $(or $(OUTPUT),bench/results/gpu)
 
 matrix: $(READY)
 	.ci/matrix

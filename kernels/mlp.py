@@ -8,7 +8,7 @@ Weights do not depend on the kernels before, so the kernels of few images load t
 """
 
 # Triton reads these functions as its own language; l is the formula's letter.
-# ruff: noqa: E741, RUF059
+# ruff: noqa: E741
 # mypy: disable-error-code="assignment"
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def combine(
     RAGGED: tl.constexpr, MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Merge an image's splits: grid (images, chunks of CHUNK columns). The first chunk also writes the image's scores.
+    """Merge an image's splits: grid (images, chunks of CHUNK columns and one more program, for the image's scores).
 
     state (slots, B, n_s) and sums (B, n_s, W) of `attend_*`; hidden (B, H) of `project`; out scores (4, B), index (B,),
     odds (B,) = prior · log((1 - max p) / max p), NaN where the image is not finite or has no class.
@@ -88,51 +88,54 @@ def combine(
     m_s = split < n_s
     p_state = state + i_b * n_s + split
     n = n_b * n_s
-    l_index = tl.load(p_state + INDEX * n, m_s, 0.0).to(tl.int32, bitcast=True)
-    m, r, l2, le, best, first = merge(
-        tl.load(p_state + MAX * n, m_s, LOWEST),
-        tl.load(p_state + REST * n, m_s, 0.0),
-        tl.load(p_state + SQUARES * n, m_s, 0.0),
-        tl.load(p_state + ENTROPY * n, m_s, 0.0),
-        tl.load(p_state + BEST * n, m_s, float("-inf")),
-        tl.where(m_s, l_index, FAR),
-    )
-    # A row of NaN never beats the first: keep the address inside the class set, the answer is NaN anyway.
-    first = tl.where(first == FAR, 0, first)
-    pred = tl.maximum(tl.minimum(begin + first, K - 1), 0)
-
-    b_z = tl.zeros((CHUNK,), tl.float32)
-    if ATTENDED:
-        p_max = state + ATTENTION_MAX * n + i_b * n_s
-        l_ma = tl.load(p_max + split, m_s, LOWEST)
-        ma = tl.max(l_ma, 0)
-        la = tl.sum(tl.exp(l_ma - ma) * tl.load(p_state + ATTENTION_SUM * n, m_s, 0.0), 0)
-        b_zs = tl.zeros((BLOCK_S, CHUNK), tl.float32)
-        for s in tl.range(0, n_s, BLOCK_S, num_stages=STAGES):
-            k = s + tl.arange(0, BLOCK_S)
-            m_k = k < n_s
-            # [BLOCK_S, CHUNK]
-            b_x = tl.load(sums + (i_b * n_s + k)[:, None] * WS + o[None, :], m_k[:, None] & m_o[None, :], 0.0)
-            b_zs += b_x * tl.exp(tl.load(p_max + k, m_k, LOWEST) - ma)[:, None]
-        b_z = tl.sum(b_zs, 0) / la
-    if FIRST_LAYER:
-        if IMAGE:
-            b_h = tl.load(hidden + i_b * WS + o, m_o, 0.0)
-        else:
-            b_h = tl.load(packed + OFFSETS[3] + o, m_o, 0.0).to(tl.float32)
-        if PREDICTED:
-            b_h += tl.load(predicted + pred * H + o, m_o, 0.0).to(tl.float32)
-        tl.store(y + i_b * WS + o, relu(b_h + b_z), m_o)
-    else:
-        if PREDICTED:
-            tl.store(t_pred + i_b * WS + o, tl.load(t + pred * D + o, m_o, 0.0).to(tl.float32), m_o)
-        if ATTENDED:
-            tl.store(z + i_b * WS + o, b_z, m_o)
-    if tl.program_id(1) == 0:
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        _, r, l2, le, _, first = merge(
+            tl.load(p_state + MAX * n, m_s, LOWEST),
+            tl.load(p_state + REST * n, m_s, 0.0),
+            tl.load(p_state + SQUARES * n, m_s, 0.0),
+            tl.load(p_state + ENTROPY * n, m_s, 0.0),
+            tl.load(p_state + BEST * n, m_s, float("-inf")),
+            tl.where(m_s, tl.load(p_state + INDEX * n, m_s, 0.0).to(tl.int32, bitcast=True), FAR),
+        )
         d = tl.arange(0, triton.next_power_of_2(D))
         b_v = tl.load(v + i_b * D + d, d < D, 0.0).to(t.dtype.element_ty).to(tl.float32)
         good = (tl.min((tl.abs(b_v) < float("inf")).to(tl.int32), 0) > 0) & (end > begin)
         _store_scores(scores, index, odds, i_b, n_b, end - begin, good, prior, r, l2, le, first)
+    else:
+        if PREDICTED:
+            l_best = tl.load(p_state + BEST * n, m_s, float("-inf"))
+            l_index = tl.load(p_state + INDEX * n, m_s, 0.0).to(tl.int32, bitcast=True)
+            first = tl.min(tl.where(m_s & (l_best == tl.max(l_best, 0)), l_index, FAR), 0)
+            # A row of NaN never beats the first: keep the address inside the class set, the answer is NaN anyway.
+            first = tl.where(first == FAR, 0, first)
+            pred = tl.maximum(tl.minimum(begin + first, K - 1), 0)
+        b_z = tl.zeros((CHUNK,), tl.float32)
+        if ATTENDED:
+            p_max = state + ATTENTION_MAX * n + i_b * n_s
+            l_ma = tl.load(p_max + split, m_s, LOWEST)
+            ma = tl.max(l_ma, 0)
+            la = tl.sum(tl.exp(l_ma - ma) * tl.load(p_state + ATTENTION_SUM * n, m_s, 0.0), 0)
+            b_zs = tl.zeros((BLOCK_S, CHUNK), tl.float32)
+            for s in tl.range(0, n_s, BLOCK_S, num_stages=STAGES):
+                k = s + tl.arange(0, BLOCK_S)
+                m_k = k < n_s
+                # [BLOCK_S, CHUNK]
+                b_x = tl.load(sums + (i_b * n_s + k)[:, None] * WS + o[None, :], m_k[:, None] & m_o[None, :], 0.0)
+                b_zs += b_x * tl.exp(tl.load(p_max + k, m_k, LOWEST) - ma)[:, None]
+            b_z = tl.sum(b_zs, 0) / la
+        if FIRST_LAYER:
+            if IMAGE:
+                b_h = tl.load(hidden + i_b * WS + o, m_o, 0.0)
+            else:
+                b_h = tl.load(packed + OFFSETS[3] + o, m_o, 0.0).to(tl.float32)
+            if PREDICTED:
+                b_h += tl.load(predicted + pred * H + o, m_o, 0.0).to(tl.float32)
+            tl.store(y + i_b * WS + o, relu(b_h + b_z), m_o)
+        else:
+            if PREDICTED:
+                tl.store(t_pred + i_b * WS + o, tl.load(t + pred * D + o, m_o, 0.0).to(tl.float32), m_o)
+            if ATTENDED:
+                tl.store(z + i_b * WS + o, b_z, m_o)
 
 
 @triton.jit(do_not_specialize=["B"])

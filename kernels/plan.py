@@ -2,13 +2,13 @@
 
     project        u and the image's share of the first layer (attention.py)
     attend_image   one image a program; float32 with few images, and class sets per image
-    attend_few     a tile of 16 images, 16-bit types, up to 16 images
+    attend_few     a tile of 16 images; up to 16 images, in float32 more than MAX_FEW
     attend_tile    larger tiles of images
     combine        merge the splits, write CLIP's scores (mlp.py)
     mlp_layer      a hidden layer
-    mlp_output     P(failure); for more than MAX_FEW images the last hidden layer too
+    mlp_output     P(failure); in 16 bits and for more than MAX_FEW images the last hidden layer too
 
-`project`, `mlp_layer` and `mlp_output` have a second form each, `..._few`, for up to MAX_FEW images.
+All but the attention have a second form, `..._few`, for up to MAX_FEW images.
 
 tuning.json holds a list of settings for each compute capability and role; the first entry whose conditions hold is
 taken, else one of "default". `python bench/head.py --tune` measures them on a GPU; nothing is tuned while serving.
@@ -24,6 +24,7 @@ taken, else one of "default". `python bench/head.py --tune` measures them on a G
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,11 +33,11 @@ from typing import Any
 # Numbers of a softmax state in scratch (softmax_state.py).
 STATE_SLOTS = ("max", "rest", "squares", "entropy", "best", "index", "attention_max", "attention_sum")
 ROLES = (
-    "project", "project_few", "attend_image", "attend_few", "attend_tile", "combine",
+    "project", "project_few", "attend_image", "attend_few", "attend_tile", "combine", "combine_few",
     "mlp_layer", "mlp_layer_few", "mlp_output", "mlp_output_few",
 )  # fmt: skip
 MAX_FEW = 8
-# Up to this many weights, `mlp_output` computes the last hidden layer of a batch too, which saves a launch.
+# Up to this many weights in 16 bits, `mlp_output` computes the last hidden layer of a batch too: it saves a launch.
 MAX_OUTPUT_WEIGHTS = 1 << 15
 MAX_SPLITS = 256
 
@@ -189,7 +190,7 @@ def plan_launches(
     few = "_few" if B <= MAX_FEW else ""
     made = {kernel.name: kernel for kernel in all_kernels(variant, settings, shared_softmax=shared_softmax, pdl=pdl)}
     suffix = "_ragged" if ragged else ""
-    names = [f"project{few}", role + ("_ragged" if role == "attend_image" and ragged else ""), f"combine{suffix}"]
+    names = [f"project{few}", role + ("_ragged" if role == "attend_image" and ragged else ""), f"combine{few}{suffix}"]
     names += [name for name in made if name.startswith("mlp") and name.endswith("_few") == bool(few)]
     kernels = []
     for name in names:
@@ -201,7 +202,7 @@ def plan_launches(
             outputs = variant.dim * constants["QUERY"], variant.widths[0] * constants["IMAGE"]
             grid: tuple[int, ...] = (images, sum(-(-n // constants["BLOCK_N"]) for n in outputs))
         elif kernel.function == "combine":
-            grid = (B, -(-_combined(variant) // constants["CHUNK"]))
+            grid = (B, -(-_combined(variant) // constants["CHUNK"]) + 1)
         elif kernel.function == "mlp_layer":
             grid = (images, -(-constants["N_OUT"] // constants["BLOCK_N"]))
         elif kernel.function == "mlp_output":
@@ -228,9 +229,9 @@ def plan_launches(
 def _attention_role(variant: Variant, B: int, K: int, ragged: bool) -> str:
     if ragged:
         return "attend_image"
-    if variant.itemsize == 2:
-        return "attend_few" if B <= 16 else "attend_tile"
-    return "attend_image" if B <= MAX_FEW else "attend_tile"
+    if variant.itemsize == 4 and B <= MAX_FEW:
+        return "attend_image"
+    return "attend_few" if B <= 16 else "attend_tile"
 
 
 def _combined(variant: Variant) -> int:
@@ -266,11 +267,11 @@ def all_kernels(variant: Variant, settings: Settings, *, shared_softmax: bool, p
         add(f"attend_image{suffix}", "attend_image", "attend_image", {}, RAGGED=bool(suffix), **shape)
     for role in ("attend_few", "attend_tile"):
         add(role, "attend_tile", role, {}, SHARED_SOFTMAX=shared_softmax, **shape)
-    for suffix in ("", "_ragged"):
+    for few, suffix in itertools.product(both, ("", "_ragged")):
         add(
-            f"combine{suffix}", "combine", "combine", {"y": "h1"}, D=dim, H=widths[0], OFFSETS=at, IMAGE=image,
-            PREDICTED=predicted, ATTENDED=attended, FIRST_LAYER=variant.first_layer_in_combine, RAGGED=bool(suffix),
-            MAX_SPLITS=MAX_SPLITS,
+            f"combine{few}{suffix}", "combine", f"combine{few}", {"y": "h1"}, D=dim, H=widths[0], OFFSETS=at,
+            IMAGE=image, PREDICTED=predicted, ATTENDED=attended, FIRST_LAYER=variant.first_layer_in_combine,
+            RAGGED=bool(suffix), MAX_SPLITS=MAX_SPLITS,
         )  # fmt: skip
     for few in both:
         if not variant.first_layer_in_combine:
@@ -282,7 +283,12 @@ def all_kernels(variant: Variant, settings: Settings, *, shared_softmax: bool, p
                 BIAS=None if image else at[3],
             )  # fmt: skip
         hidden = len(widths) - 1
-        last = not few and hidden > 1 and _power(widths[-2]) * _power(widths[-3]) <= MAX_OUTPUT_WEIGHTS
+        last = (
+            not few
+            and variant.itemsize == 2
+            and hidden > 1
+            and _power(widths[-2]) * _power(widths[-3]) <= MAX_OUTPUT_WEIGHTS
+        )
         for i in range(2, hidden + (not last)):
             values = {"x": f"h{i - 1}", "x2": f"h{i - 1}", "y": f"h{i}"}
             add(

@@ -5,18 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from vilu import Checkpoint, ViLUHead, load_clip
-from vilu.tiny import data
-
 
 @pytest.fixture(scope="session")
 def clip():
+    from vilu import load_clip  # here, so that the tests of the kernels run where open_clip is not installed
+
     return load_clip()
 
 
 @pytest.fixture(scope="session")
 def checkpoint(clip):
     """An untrained head over the digits; its threshold splits the answers."""
+    from vilu import Checkpoint, ViLUHead
+    from vilu.tiny import data
+
     torch.manual_seed(0)
     class_set = clip.class_set(data.digits("clip_val").names)
     head = ViLUHead(class_set.text_embeddings.shape[1], attention_scale=clip.spec.logit_scale)

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Everything that a GPU is wanted for, in steps of under ten minutes each, from a checkout that need not be installed.
+#
+#     bench/gpu.sh OUTPUT [STEP ...]        steps: tests sanitize goals tune rest; all of them by default
+#
+# Each step writes its log and results into OUTPUT and goes on where another failed. PYTHON names the interpreter.
+set -uo pipefail
+[ $# -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+output=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
+shift
+cd "$(dirname "$0")/.." || exit 2
+export PYTHONPATH="$PWD" OMP_NUM_THREADS=8
+python=${PYTHON:-python3}
+results="$output/head-cuda.json"
+[ $# -gt 0 ] || set -- tests sanitize goals tune rest
+
+step() {
+    local name=$1
+    shift
+    echo "== $name: $*"
+    timeout 590 "$@" >"$output/$name.log" 2>&1
+    echo "$? $name" | tee -a "$output/steps.txt"
+}
+
+bench() {
+    "$python" bench/head.py --output "$results" "$@"
+}
+
+for what in "$@"; do
+    case $what in
+    tests)
+        step tests "$python" -m pytest -q -m gpu -p no:cacheprovider tests/kernels
+        ;;
+    sanitize)
+        if tool=$(command -v compute-sanitizer); then
+            for check in memcheck racecheck; do
+                step "$check" "$tool" --tool "$check" --error-exitcode 1 "$python" -m pytest -q -m gpu \
+                    -p no:cacheprovider tests/kernels/test_parity.py -k "test_parity and not real_sizes"
+            done
+        else
+            echo "compute-sanitizer is not installed" | tee "$output/sanitize.log"
+        fi
+        ;;
+    goals)
+        for shape in "1 1000 float32" "1 1048576 bfloat16" "512 65536 bfloat16"; do
+            set -- $shape
+            export -f bench && export python results
+            step "goal-$1-$2" bash -c "bench --images $1 --classes $2 --dims 512 --dtypes $3"
+        done
+        ;;
+    tune)
+        export -f bench && export python results
+        for kernel in attend_image attend_few attend_tile combine,combine_few,mlp_layer,mlp_layer_few,mlp_output; do
+            step "tune-${kernel%%,*}" bash -c "bench --tune --kernels $kernel --dims 512 --shapes none"
+        done
+        cp kernels/tuning.json "$output/"
+        ;;
+    rest)
+        export -f bench && export python results
+        for dtype in float32 bfloat16; do
+            for classes in 10,1000 65536 1048576; do
+                step "rest-$dtype-${classes%%,*}" bash -c "bench --dims 512 --dtypes $dtype --classes $classes"
+            done
+        done
+        ;;
+    *)
+        echo "$what: no such step" >&2
+        exit 2
+        ;;
+    esac
+done

@@ -1,0 +1,197 @@
+"""Estimate the fused head's time on an H100 from its compiled machine code. No GPU is needed, and nothing is measured.
+
+    python bench/head_model.py [--output FILE]
+
+For every launch of a plan the estimate is
+
+    gap + max(round trips · trip + barriers · barrier + max(instructions / issue rate, products / matrix rate),
+              bytes / bandwidth)
+
+(with the bytes' time added instead, where a loop is too short to overlap it). Instructions and barriers are counted in
+the SASS, loops times their iterations. The constants are below: data-sheet numbers and assumptions, none fitted to a
+run. Where bench/results/head-cuda.json has the measured time of a shape (`python bench/head.py` on a GPU), it stands
+beside the estimate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
+
+from bench.common import ROOT
+from vilu import ViLUHead
+from vilu.kernels import FoldedHead, aot, fold
+from vilu.kernels.machine_code import Instruction, count, disassemble, loops, within
+from vilu.kernels.plan import Kernel, Plan, plan_launches, tuned
+
+ARCH, MULTIPROCESSORS, CLOCK = 90, 132, 1.9e9
+MEMORY, L2, L2_BYTES = 4.3e12, 5.5e12, 30 << 20  # bytes/s and the part of L2 that a class set may fill
+MMA, WGMMA = 600e12, 660e12  # operations/s that 16-bit mma.sync and wgmma are taken to reach, of a peak of 989e12
+TRIP = 0.24e-6  # a load's way to L2 and back when nothing overlaps it
+BARRIER = 40 / CLOCK
+FIRST, GAP = 2.0e-6, 0.7e-6  # from a graph's start to the first kernel; between kernels, with dependent launch
+# Loads that wait for each other: its inputs, and what their values point to.
+ROUND_TRIPS = {"project": 1, "attend_image": 2, "attend_tile": 2, "combine": 2, "mlp_layer": 1, "mlp_output": 1}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of the goals. goal: microseconds."""
+
+    images: int
+    classes: int
+    dtype: torch.dtype
+    layout: str
+    projection: str
+    goal: float
+
+
+GOALS = (
+    Shape(1, 1000, torch.float32, "folded", "shared", 10),
+    Shape(1, 1000, torch.bfloat16, "folded", "shared", 10),
+    Shape(1, 1000, torch.float32, "plain", "shared", 20),
+    Shape(9, 1000, torch.float32, "folded", "shared", 15),
+    Shape(64, 1000, torch.float32, "folded", "shared", 15),
+    Shape(64, 1000, torch.bfloat16, "folded", "shared", 15),
+    Shape(1, 1 << 20, torch.bfloat16, "plain", "shared", 294),
+    Shape(512, 65536, torch.bfloat16, "plain", "shared", 261),
+)
+
+
+def executed(code: Sequence[Instruction], outer: int, inner: int, *opcodes: str) -> int:
+    """Instructions (of these opcodes) that a warp executes: the longest loop `outer` times, loops in it `inner` times.
+
+    Loops beside the longest run `inner` times as well.
+    """
+
+    def number(part: Sequence[Instruction]) -> int:
+        return count(part, *opcodes) if opcodes else len(part)
+
+    spans = loops(code)
+    if not spans:
+        return number(code)
+    main, others = spans[0], spans[1:]
+    nested = [span for span in others if main[0] <= span[0] and span[1] <= main[1]]
+    beside = [span for span in others if span[1] < main[0] or span[0] > main[1]]
+    body = number(within(code, main))
+    inside = sum(number(within(code, span)) for span in nested)
+    outside = sum(number(within(code, span)) for span in beside)
+    once = number(code) - body - outside
+    return once + outer * (body - inside + inner * inside) + inner * outside
+
+
+def iterations(kernel: Kernel, plan: Plan, classes: int) -> tuple[int, int]:
+    """(outer, inner) iterations of a kernel's loops."""
+    constants = dict(kernel.constants)
+    if kernel.function.startswith("attend"):
+        block = constants.get("BLOCK_N") or max(
+            constants["TILE"] // max(_power(constants["D"]), _power(constants["W"])), 1
+        )
+        return -(-classes // (plan.splits * block)), -(-constants["D"] // constants.get("BLOCK_D", constants["D"]))
+    if kernel.function == "combine":
+        return -(-plan.splits // constants["BLOCK_S"]), 1
+    width = constants.get("N_IN", constants.get("D", 0))
+    return -(-width // constants["BLOCK_D"]), -(-width // constants["BLOCK_D"])
+
+
+def seconds(kernel: Kernel, plan: Plan, folded: FoldedHead, shape: Shape) -> float:
+    """The estimate for one launch, without the gap before it."""
+    dtype = folded.text_embeddings.dtype
+    done = aot.compile_kernel(kernel, folded.variant, ARCH, stored=dtype, image=dtype)
+    code = disassemble(done.cubin)
+    outer, inner = iterations(kernel, plan, shape.classes)
+    programs = 1
+    for size in kernel.grid:
+        programs *= size
+    busiest = -(-programs // MULTIPROCESSORS)  # programs of the busiest multiprocessor
+    schedulers = min(4, done.num_warps * busiest)
+    issue = executed(code, outer, inner) * done.num_warps * busiest / schedulers / CLOCK
+    chain = executed(code, outer, inner, "BAR") * BARRIER + ROUND_TRIPS[kernel.function] * TRIP
+    if not kernel.function.startswith("attend"):
+        return chain + issue
+    constants, size = dict(kernel.constants), dtype.itemsize
+    columns = constants["D"] + (constants["D"] if constants["FOLDED"] and constants["PROJECTED"] else 0)
+    columns += constants["W"] if constants["FOLDED"] else 0
+    tiles = kernel.grid[0]
+    bank = shape.classes * columns * size
+    memory = bank / MEMORY if bank > L2_BYTES else 0.0
+    memory = max(memory, tiles * bank / L2)
+    products = 0.0
+    if size == 2:
+        rows = tiles * constants.get("BLOCK_M", 1)
+        products = 2 * rows * shape.classes * (2 * constants["D"] + constants["W"])
+        products *= 5 / 3 if constants.get("LOW") else 1
+        products /= WGMMA if "wgmma" in done.ptx else MMA
+    if outer <= 2:  # nothing to overlap: the rows arrive, then they are used
+        return chain + memory + max(issue, products)
+    return max(chain + max(issue, products), memory)
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def estimate(shape: Shape, dim: int = 512) -> list[tuple[str, float]]:
+    """(kernel, microseconds) of every launch, the gap before it included."""
+    head = ViLUHead(dim, projection=shape.projection)
+    rows = torch.nn.functional.normalize(torch.randn(4, dim), dim=1).to(shape.dtype)
+    folded = fold(head, rows, layout=shape.layout)
+    plan = plan_launches(
+        folded.variant, shape.images, shape.classes, ragged=False, settings=tuned(ARCH, folded.variant),
+        multiprocessors=MULTIPROCESSORS, pdl=True,
+        shared_softmax=folded.variant.shares_softmax(folded.logit_scale, folded.attention_scale),
+    )  # fmt: skip
+    found = []
+    for place, kernel in enumerate(plan.kernels):
+        took = seconds(kernel, plan, folded, shape)
+        if place == 0 and shape.layout == "folded":
+            took = 0.0  # `attend_*` does not read it, and runs beside it
+        found.append((kernel.name, 1e6 * (took + (GAP if place else FIRST))))
+    return found
+
+
+def measured(path: Path, shape: Shape, dim: int = 512) -> float | None:
+    """Microseconds of the fused head replayed as a CUDA graph, where bench/head.py has them."""
+    if not path.exists():
+        return None
+    for row in json.loads(path.read_text("utf-8"))["rows"]:
+        key = (row["contender"], row["B"], row["K"], row["D"], row["dtype"])
+        if key == ("fused", shape.images, shape.classes, dim, str(shape.dtype)[6:]) and "graph_warm" in row:
+            return float(row["graph_warm"]["median_us"])
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, help="write the table here too")
+    given = parser.parse_args()
+    lines = [
+        f"Estimates for sm_{ARCH}, D = 512, from machine code; not measured.",
+        "",
+        "| B | K | type | layout | projections | estimate, us | goal, us | measured, us | by launch, us |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for shape in GOALS:
+        parts = estimate(shape)
+        seen = measured(ROOT / "bench/results/head-cuda.json", shape)
+        lines.append(
+            f"| {shape.images} | {shape.classes:,} | {str(shape.dtype)[6:]} | {shape.layout} | {shape.projection} | "
+            f"{sum(took for _, took in parts):.1f} | {shape.goal} | {'-' if seen is None else f'{seen:.1f}'} | "
+            + ", ".join(f"{name} {took:.1f}" for name, took in parts)
+            + " |"
+        )
+        print(lines[-1], flush=True)
+    if given.output:
+        given.output.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

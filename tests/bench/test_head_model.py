@@ -1,0 +1,44 @@
+"""The estimate from machine code, and the script for a GPU."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench.head_model import executed
+from vilu.kernels.machine_code import Instruction
+
+ROOT = Path(__file__).parents[2]
+
+
+def code(*names):
+    """Instructions at 0, 16, 32 ...; "BRA 0x10" branches to the second."""
+    return [Instruction(16 * i, *[*name.split(" "), ""][:2]) for i, name in enumerate(names)]
+
+
+def test_executed_counts_loops_times_their_iterations():
+    straight = code("LDG.E.128", "FADD", "EXIT")
+    assert executed(straight, 7, 9) == 3
+    loop = code("MOV", "LDG.E.128", "BAR.SYNC", "BRA 0x10", "EXIT")
+    assert executed(loop, 5, 9) == 2 + 5 * 3
+    assert executed(loop, 5, 9, "BAR") == 5
+    nested = code("MOV", "MOV", "FFMA", "BRA 0x20", "BAR.SYNC", "BRA 0x10", "EXIT")
+    assert executed(nested, 2, 4) == 2 + 2 * (3 + 4 * 2)
+    assert executed(nested, 2, 4, "FFMA") == 8
+
+
+def test_the_gpu_script_goes_on_and_writes_into_one_folder(tmp_path):
+    script = [str(ROOT / "bench" / "gpu.sh"), str(tmp_path / "out")]
+    fails = tmp_path / "python"
+    fails.write_text("#!/bin/sh\necho $*\nexit 3\n")
+    fails.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(fails)}
+    run = subprocess.run([*script, "tests", "goals"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    steps = (tmp_path / "out" / "steps.txt").read_text().splitlines()
+    assert steps == ["3 tests", "3 goal-1-1000", "3 goal-1-1048576", "3 goal-512-65536"]
+    assert "--classes 65536 --dims 512 --dtypes bfloat16" in (tmp_path / "out" / "goal-512-65536.log").read_text()
+    assert subprocess.run([*script, "nonsense"], env=environment, capture_output=True).returncode == 2
