@@ -136,6 +136,8 @@ class GrpcSide:
         except Exception as error:
             raise Refused(f"the request could not be read ({error})", FAILED) from None
         if data is grpc.aio.EOF:
+            if context.cancelled():  # its client has left before the message was there
+                raise asyncio.CancelledError
             raise Refused("the request has no message", MALFORMED)
         return data
 

@@ -30,7 +30,7 @@ TWO = "# who asks\nshop shop-token-0123456789\n\nlab lab-token-0123456789\n"
 
 
 def status(url, token: Any = None, header="authorization", context=None):
-    value = f"Bearer {token}" if header == "authorization" else token
+    value: Any = f"Bearer {token}" if header == "authorization" else token
     request = urllib.request.Request(f"{url}/ask", b"x", {} if token is None else {header: value})
     try:
         opener = urllib.request.build_opener(
@@ -51,8 +51,8 @@ def test_tokens_with_names_are_asked_for_and_read_again(server, photos, tmp_path
             for known in ("shop-token-0123456789", "lab-token-0123456789"):
                 with Client(url, token=known) as client:
                     assert client.ask(photos[:1])[0].label
-            for token in (None, "another-token-0123456789", "shop"):
-                with Client(url, token=token, timeout=10) as client, pytest.raises(AccessDenied):
+            for wrong in (None, "another-token-0123456789", "shop"):
+                with Client(url, token=wrong, timeout=10) as client, pytest.raises(AccessDenied):
                     client.ask(photos[:1])
         http = f"http://{at.http}"
         assert status(http) == status(http, "x" * 20) == 401
