@@ -26,7 +26,7 @@ def read_tokens(path: Path) -> dict[str, str]:
         UserError: not such a file, no token in it, or one that is malformed or there twice.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     found: dict[str, str] = {}
