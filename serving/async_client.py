@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from tritonclient.utils import InferenceServerException
@@ -49,6 +49,21 @@ REFUSED = frozenset(
 REFUSED |= frozenset(["400", "404", "405", "409", "411", "413", "415", "422", "500", "501"])
 BUSY = ("UNAVAILABLE", "429", "503")
 logger = logging.getLogger(__name__)
+
+
+class ClientOptions(TypedDict, total=False):
+    """The keyword arguments of `AsyncClient` and `Client`, for type checkers."""
+
+    model: str
+    timeout: float
+    batch_size: int
+    in_flight: int
+    token: str | None
+    tls_ca: str | os.PathLike[str] | None
+    tls_cert: str | os.PathLike[str] | None
+    tls_key: str | os.PathLike[str] | None
+    shared_memory: bool | None
+
 
 
 class AsyncClient:

@@ -12,13 +12,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vilu.errors import UserError
 from vilu.serving.address import DEFAULT_URL
 from vilu.serving.answers import Answer, Question
-from vilu.serving.async_client import CLOSE_SECONDS, AsyncClient
+from vilu.serving.async_client import CLOSE_SECONDS, AsyncClient, ClientOptions
 from vilu.serving.image_input import ImageLike, batches
+
+if TYPE_CHECKING:
+    from typing import Unpack  # of Python 3.11
 
 T = TypeVar("T")
 
@@ -33,7 +36,7 @@ class Client:
                 print(answer.source, answer.label, answer.failure_probability)
     """
 
-    def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
+    def __init__(self, url: str = DEFAULT_URL, **options: Unpack[ClientOptions]) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vilu client", daemon=True)
         self._thread.start()
