@@ -65,7 +65,6 @@ class ClientOptions(TypedDict, total=False):
     shared_memory: bool | None
 
 
-
 class AsyncClient:
     """Ask a server.
 

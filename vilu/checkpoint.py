@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vilu import atomic
 from vilu.class_set import ClassSet
+from vilu.embeddings import EmbeddedSet
 from vilu.errors import UserError
 from vilu.head import PARTS, ViLUHead
 
@@ -33,6 +34,7 @@ DEFAULT_THRESHOLD = 0.5
 MAX_WIDTH = 1 << 16
 MAX_OFFICIAL_BYTES = 1 << 30
 TEXT = "class_set.text_embeddings"
+ANOTHER_CLIP = 0.7  # cosine of class embeddings below which no choice of prompts explains the difference
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,51 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
             save_file(tensors, part, metadata=metadata)
         except SafetensorError as error:
             raise UserError(f"{path}: cannot be written ({error})") from None
+
+
+def check_fits(
+    path: Path, checkpoint: Checkpoint, data: EmbeddedSet, *, same_classes: bool = True, hint: str = ""
+) -> None:
+    """Check that a checkpoint can be used on embedded data.
+
+    Args:
+        path: what messages call the checkpoint.
+        checkpoint: the checkpoint.
+        data: the data; captions have no classes to compare.
+        same_classes: whether the data's classes must be those of the checkpoint.
+        hint: what a message about other classes ends with.
+
+    Raises:
+        UserError: embeddings of another width, other classes, or class embeddings of another CLIP.
+    """
+    width = data.image.normalised.shape[1]
+    if checkpoint.head.dim != width:
+        raise UserError(
+            f"{path}: its head reads embeddings {checkpoint.head.dim} wide, those of {data.name} are {width}"
+        )
+    known = checkpoint.class_set
+    if known is None or data.captions:
+        return
+    if same_classes and data.class_names:
+        other = sorted(set(known.names) ^ set(data.class_names))
+        if other:
+            side = "only in the checkpoint" if other[0] in known.names else f"only in {data.name}"
+            raise UserError(
+                f"{path}: class names do not match those of {data.name}: {len(other)} differ, "
+                f"e.g. {other[0]!r} {side}{hint}"
+            )
+    elif same_classes and len(known) != len(data.text):
+        raise UserError(f"{path}: was trained on {len(known)} classes, {data.name} has {len(data.text)}{hint}")
+    place = {name: i for i, name in enumerate(data.class_names)}
+    shared = [(i, place[name]) for i, name in enumerate(known.names) if name in place]
+    if shared:
+        ours, theirs = (list(side) for side in zip(*shared, strict=True))
+        cosine = (known.text_embeddings[ours] * data.text.normalised[theirs].float()).sum(dim=1).median()
+        if float(cosine) < ANOTHER_CLIP:
+            raise UserError(
+                f"{data.name}: its class embeddings are not those of the CLIP that {path} was trained on "
+                f"(median cosine {float(cosine):.2f})"
+            )
 
 
 def load_checkpoint(

@@ -77,7 +77,7 @@ def calibrate_command(
     import numpy as np
     import torch
 
-    from vilu.checkpoint import load_checkpoint, save_checkpoint
+    from vilu.checkpoint import check_fits, load_checkpoint, save_checkpoint
     from vilu.evaluation.calibration import for_coverage, for_tpr, guaranteed_risk, platt, temperature
 
     wanted = [t for t in (target_risk, target_coverage, target_tpr) if t is not None]
@@ -85,7 +85,7 @@ def calibrate_command(
         raise UserError("give one of --target-risk, --target-coverage and --target-tpr, or --probability-calibration")
     checkpoint = load_checkpoint(ckpt)
     held = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype)
-    _check_fits(ckpt, checkpoint, held)
+    check_fits(ckpt, checkpoint, held)
     for line in held.skipped:
         click.echo(f"skipped {line}", err=True)
     order = np.random.default_rng(seed).permutation(len(held))
@@ -157,20 +157,6 @@ def _held_out(
     templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
     with progress_bar() as bar:
         return embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
-
-
-def _check_fits(ckpt: Path, checkpoint: Any, held: EmbeddedSet) -> None:
-    width = held.image.normalised.shape[1]
-    if checkpoint.head.dim != width:
-        raise UserError(
-            f"{ckpt}: its head reads embeddings {checkpoint.head.dim} wide, those of {held.name} are {width}"
-        )
-    known = checkpoint.class_set
-    if known is not None and held.class_names and set(known.names) != set(held.class_names):
-        other = sorted(set(known.names) ^ set(held.class_names))
-        raise UserError(
-            f"{ckpt}: class names do not match those of {held.name}: {len(other)} differ, e.g. {other[0]!r}"
-        )
 
 
 CAPTION_GROUP = 1024  # candidates of a caption set without classes: the published tables' number

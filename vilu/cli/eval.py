@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Named = tuple[str, "str | Path"]  # "data", "dataset" or "embeddings", and which
-ANOTHER_CLIP = 0.7  # cosine of class embeddings below which no choice of prompts explains the difference
 SMALLEST, GROWTH = 200, 2  # sizes of a learning curve: 200, 400, ... and all
 CURVE_RESAMPLES = 400  # at most: a curve draws for every size and seed
 
@@ -130,7 +129,7 @@ def eval_command(
     their rows say so. Several test sets are taken in the order --data, --dataset, --embeddings, and so are several
     train sets.
     """
-    from vilu.checkpoint import load_checkpoint
+    from vilu.checkpoint import check_fits, load_checkpoint
     from vilu.evaluation.evaluate import CANDIDATES, Case, evaluate, unique_names
     from vilu.evaluation.report import tables as report
     from vilu.recipes import recipe_named
@@ -165,7 +164,13 @@ def eval_command(
             test = reader.read(*test_of, "test", checkpoint, path)
             train = None if train_of is None else reader.read(*train_of, "train", checkpoint, path)
             other = not own_train and train is not None and train.class_names != test.class_names
-            check_classes(path, checkpoint, test, allowed=cross_dataset or other)
+            check_fits(
+                path,
+                checkpoint,
+                test,
+                same_classes=not (cross_dataset or other),
+                hint="; give --cross-dataset if that is meant",
+            )
             cases.append(Case(test, train, checkpoint.head))
         evaluation = evaluate(cases, chosen, candidates=groups, resamples=resamples, seed=seed, progress=bar)
         if curve:
@@ -331,40 +336,6 @@ def one_each(given: list[T], sets: int, what: str) -> list[T]:
     if len(given) not in (1, sets):
         raise UserError(f"{what}: {len(given)} given for {sets} test sets; give one for all, or one each")
     return given * sets if len(given) == 1 else given
-
-
-def check_classes(path: Path, checkpoint: Checkpoint, test: EmbeddedSet, *, allowed: bool) -> None:
-    """Raise UserError where the checkpoint was made for other classes (unless allowed), or for another CLIP."""
-    width = test.image.normalised.shape[1]
-    if checkpoint.head.dim != width:
-        raise UserError(
-            f"{path}: its head reads embeddings {checkpoint.head.dim} wide, those of {test.name} are {width}"
-        )
-    known = checkpoint.class_set
-    if known is None or test.captions:
-        return
-    if not allowed:
-        hint = "; give --cross-dataset if that is meant"
-        if test.class_names:
-            other = sorted(set(known.names) ^ set(test.class_names))
-            if other:
-                side = "only in the checkpoint" if other[0] in known.names else f"only in {test.name}"
-                raise UserError(
-                    f"{path}: class names do not match those of {test.name}: {len(other)} differ, "
-                    f"e.g. {other[0]!r} {side}{hint}"
-                )
-        elif len(known) != len(test.text):
-            raise UserError(f"{path}: was trained on {len(known)} classes, {test.name} has {len(test.text)}{hint}")
-    place = {name: i for i, name in enumerate(test.class_names)}
-    shared = [(i, place[name]) for i, name in enumerate(known.names) if name in place]
-    if shared:
-        ours, theirs = (list(side) for side in zip(*shared, strict=True))
-        cosine = (known.text_embeddings[ours] * test.text.normalised[theirs].float()).sum(dim=1).median()
-        if float(cosine) < ANOTHER_CLIP:
-            raise UserError(
-                f"{test.name}: its class embeddings are not those of the CLIP that {path} was trained on "
-                f"(median cosine {float(cosine):.2f})"
-            )
 
 
 def draw_curve(
