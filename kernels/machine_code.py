@@ -53,7 +53,8 @@ def disassemble(cubin: bytes) -> list[Instruction]:
             address = int(found[1], 16)
             labels |= dict.fromkeys(waiting, address)
             waiting.clear()
-            code.append(Instruction(address, found[3], found[4].strip()))
+            operands = re.split(r"\s+[&?]", found[4].strip())[0]  # newer chips' text ends with scheduling hints
+            code.append(Instruction(address, found[3], operands))
     return [
         Instruction(one.address, one.name, re.sub(r"`\((\.L\w+)\)", lambda m: hex(labels.get(m[1], 0)), one.operands))
         for one in code
