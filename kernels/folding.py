@@ -1,20 +1,19 @@
-"""Folding: combine a head and a class set, so that one pass over the class set answers an image.
+"""Folding combines a head with a class set, so that one pass over the class set answers an image.
 
-With u = scale · W_Kᵀ W_Q v the attention logits are u · t_j: no projected key is ever formed. z = W_V Σ α_j t_j,
-and the MLP's first layer is linear in each of its parts, so
+With u = scale · W_Kᵀ W_Q v the attention logits are u · t_j, so projected keys are never needed. The attention gives
+z = W_V Σ α_j t_j, and the MLP's first layer is linear in each of its parts. Therefore
 
     h_1 = relu(W_1v v + W_1p t_pred + (W_1a W_V) Σ α_j t_j + b_1)
 
-and one pass over the text embeddings gives CLIP's own softmax (argmax, max p, Σ p², Σ p log p) and the
-attention's weighted sum together. Two layouts of a class set:
+and one pass over the text embeddings gives both CLIP's softmax (argmax, max p, Σ p², Σ p log p) and the attention's
+weighted sum. A class set has one of two layouts:
 
-    plain    rows t_j (K, D); the sum is taken in embedding space and sent through (W_1a W_V) once per query
-    folded   T W_1pᵀ and T (W_1a W_V)ᵀ (K, H) are precomputed as well, so that the sum is taken in the first hidden
-             layer. The attention keys scale · T W_Kᵀ W_Q (K, D) are precomputed too: u · t_j = v · key_j, and no
-             kernel has to form u
+    plain    holds the rows t_j (K, D). The sum is taken over them and multiplied by (W_1a W_V) once per image.
+    folded   also holds T W_1pᵀ and T (W_1a W_V)ᵀ, both (K, H), so the sum is taken in the first hidden layer. It also
+             holds the attention keys scale · T W_Kᵀ W_Q (K, D). As u · t_j = v · key_j, no kernel computes u.
 
-This file is plain PyTorch: the reference of the Triton kernels, the CPU path, and what the ONNX graph is traced
-from. Logits, softmax and sums are float32 for every storage type (float64 for a float64 head).
+This file is plain PyTorch. It is the reference for the Triton kernels, it runs on a CPU, and the ONNX graph is traced
+from it. Logits, softmax and sums are float32 for every storage type, and float64 for a float64 head.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ from vilu.head import LOWEST_LOG_ODDS, ViLUHead, log_odds
 from vilu.kernels.plan import Variant
 
 BLOCK_ROWS = 2048  # 4 MB of float32 rows at D = 512
-FAR = -1e4  # e^FAR is 0 in every type, and 0 · FAR too
+FAR = -1e4  # stands for -infinity: e^FAR is 0 in every type, and 0 · FAR is 0, not NaN
 
 
 class HeadOutput(NamedTuple):
-    """The answer for a batch, each field (B,). p = softmax(logit_scale · v · t_j) over the K classes.
+    """The answers for a batch. Each field is (B,), and p = softmax(logit_scale · v · t_j) over the K classes.
 
-    failure_probability: P(CLIP's prediction is wrong), by the ViLU head.
-    class_index: CLIP's prediction, argmax_j v · t_j, int64; the lowest index on ties.
-    confidence: max p (MCM). Higher means more likely right, here and below.
-    entropy: Σ p log p / log K, and 0 where K = 1.
-    doctor: -(1 - g) / g with g = Σ p².
+    failure_probability: probability that CLIP's prediction is wrong, from the ViLU head.
+    class_index: CLIP's prediction argmax_j v · t_j, int64; the lowest index on ties.
+    confidence: maximum softmax probability max p (MCM); higher means more likely right.
+    entropy: negative entropy Σ p log p / log K, and 0 where K = 1; higher means more likely right.
+    doctor: Doctor's score -(1 - g) / g with g = Σ p²; higher means more likely right.
     """
 
     failure_probability: Tensor
@@ -54,15 +53,15 @@ class HeadOutput(NamedTuple):
 class FoldedHead(nn.Module):
     """A head combined with one class set: `forward(image_embedding (B, D)) -> HeadOutput`. Use `fold` to make one.
 
-    text_embeddings: (K, D), the class set.
-    query_map: (D, D) scale · W_Kᵀ W_Q in the plain layout; None without projections.
-    keys: (K, D) scale · T W_Kᵀ W_Q in the folded layout; None without projections.
-    image_weight: (H, D) W_1v, or None where the MLP does not see the image.
+    text_embeddings: class set T (K, D).
+    query_map: scale · W_Kᵀ W_Q (D, D) in the plain layout; None in the folded one and without projections.
+    keys: scale · T W_Kᵀ W_Q (K, D) in the folded layout; None in the plain one and without projections.
+    image_weight: W_1v (H, D); None where the MLP does not read the image embedding.
     predicted: W_1p (H, D) in the plain layout, T W_1pᵀ (K, H) in the folded one; None without that part.
     attended: W_1a W_V (H, D) in the plain layout, T (W_1a W_V)ᵀ (K, H) in the folded one; None without that part.
-    bias: (H,) b_1.
+    bias: b_1 (H,).
     tail: the MLP from its first activation on.
-    packed: every weight that the kernels read besides the (K, ...) tensors, in one row (see `packed_offsets`).
+    packed: one row with every weight that the kernels read besides the (K, ...) tensors (see `packed_offsets`).
     """
 
     text_embeddings: Tensor
@@ -91,7 +90,7 @@ class FoldedHead(nn.Module):
         dtype = text_embeddings.dtype
         first = head.mlp[0]
         assert isinstance(first, nn.Linear)
-        # Products of weights are formed in float64 and rounded once, so folding adds no error of its own.
+        # Weights are multiplied in float64 and rounded once, so folding adds no other error.
         w_q, w_k, w_v = (w.detach().double() for w in head.projections())
         columns = dict(zip(head.parts, first.weight.detach().double().split(head.dim, dim=1), strict=True))
         w_v1, w_p1, w_a1 = (columns.get(part) for part in ("image", "predicted", "attended"))
@@ -114,7 +113,7 @@ class FoldedHead(nn.Module):
         self.register_buffer("bias", first.bias.detach().clone().to(dtype))
         self.tail = copy.deepcopy(nn.Sequential(*list(head.mlp)[1:])).to(dtype).requires_grad_(False)
         self.register_buffer("packed", self._pack(), persistent=False)
-        # Made here, because torch.compile cannot trace through JSON.
+        # The JSON text is made here, because torch.compile cannot trace through JSON.
         self.variant_json = Variant(
             dim=head.dim,
             widths=self.widths,
@@ -132,14 +131,17 @@ class FoldedHead(nn.Module):
 
     @property
     def variant(self) -> Variant:
-        """What the kernels are compiled for: shapes, parts, layout and the bytes of an element."""
+        """The case that the kernels are compiled for: shapes, parts, layout and bytes per element."""
         return replace(Variant.from_json(self.variant_json), itemsize=self.text_embeddings.element_size())
 
     def kernel_tensors(self) -> dict[str, Tensor | None]:
-        """The tensors that the kernels read, by the kernels' names.
+        """Return the tensors that the kernels read, by the kernels' names for them.
 
-        text_embeddings (K, D); query: keys (K, D) when folded, else query_map (D, D), or None; predicted and
-        attended (K, H) when folded, else None, as `packed` then has their weights; packed.
+        text_embeddings: (K, D).
+        query: keys (K, D) when folded, else query_map (D, D); None without projections.
+        predicted: (K, H) when folded; else None, because `packed` holds its weights.
+        attended: (K, H) when folded; else None, because `packed` holds its weights.
+        packed: one row of weights.
         """
         folded = self.layout == "folded"
         return {
@@ -151,10 +153,10 @@ class FoldedHead(nn.Module):
         }
 
     def packed_offsets(self) -> tuple[int, ...]:
-        """Where each weight starts in `packed`, in elements.
+        """Return where each weight starts in `packed`, counted in elements.
 
-        The order is W_1v, W_1p, W_1a W_V, b_1, then weight and bias of every later layer. Each starts at a multiple of
-        16 elements, which lets the kernels load 128 bits at once; an absent one takes no room.
+        The order is W_1v, W_1p, W_1a W_V, b_1, then weight and bias of every later layer. Each weight starts at a
+        multiple of 16 elements, so that the kernels can load 128 bits at once. An absent weight takes no room.
         """
         sizes = [0 if m is None else -(-m.numel() // 16) * 16 for m in self._matrices()]
         return tuple(sum(sizes[:i]) for i in range(len(sizes)))
@@ -164,10 +166,13 @@ class FoldedHead(nn.Module):
         return torch.cat([nn.functional.pad(m, (0, -len(m) % 16)) for m in present])
 
     def with_text(self, text_embeddings: Tensor) -> FoldedHead:
-        """The same head over another class set (K, D), weights shared: for an open vocabulary, once a request.
+        """Return this head over another class set. It shares the weights, so each request can have its own class set.
+
+        Args:
+            text_embeddings: the class set (K, D).
 
         Raises:
-            ValueError: a folded layout, which belongs to one class set, or rows of another width.
+            ValueError: the layout is folded, which belongs to one class set, or the rows have another width.
         """
         if self.layout != "plain":
             raise ValueError("with_text needs layout='plain': a folded bank belongs to one class set")
@@ -179,15 +184,16 @@ class FoldedHead(nn.Module):
         return other
 
     def forward(self, image_embedding: Tensor) -> HeadOutput:
-        """HeadOutput of image_embedding (B, D), with each softmax over all classes at once, as the ONNX graph has it.
+        """Return the HeadOutput of image_embedding (B, D).
 
-        A row with NaN or infinity gets NaN scores and class 0. (A ReLU alone would turn -inf into a number.)
+        Each softmax is over all classes at once, as in the ONNX graph. A row with NaN or infinity gets NaN scores and
+        class 0, because a ReLU would turn -inf into a plausible number.
         """
         t, v = _wide(self.text_embeddings), self._read(image_embedding)
         if self.query_map is None:
             similarity = v @ t.T  # (B, K)
             logits = self.attention_scale * similarity if self.keys is None else v @ _wide(self.keys).T
-        else:  # both products in one pass over the rows
+        else:  # both products are made in one pass over the rows
             similarity, logits = (torch.stack([v, v @ _wide(self.query_map).T]) @ t.T).unbind(0)
         log_p = torch.log_softmax(self.logit_scale * similarity, dim=-1)
         p = log_p.exp()
@@ -199,16 +205,16 @@ class FoldedHead(nn.Module):
         return self._finish(v, similarity.argmax(dim=-1), z, odds, p.amax(dim=-1), (p * log_p).sum(dim=-1), g)
 
     def answer(self, image_embedding: Tensor, rows: slice = slice(None)) -> HeadOutput:
-        """HeadOutput of image_embedding (B, D) over these rows of the class set, for speed on a CPU.
+        """Return the HeadOutput of image_embedding (B, D) over these rows of the class set, quickly on a CPU.
 
-        It reads blocks of rows once and merges their softmax states by the rule in softmax.py. So it makes no (B, K)
-        tensor and no float32 copy of a 16-bit class set.
+        The method reads each block of rows once and merges the softmax states by the rule in softmax.py. So it makes
+        no (B, K) tensor and no float32 copy of a 16-bit class set.
         """
         v = self._read(image_embedding)
         t = self.text_embeddings[rows]
         keys = None if self.keys is None else self.keys[rows]
         values = self.attended[rows] if self.attended is not None and self.layout == "folded" else t
-        # (rows, D) @ (D, B) takes MKL half the time of its transpose where B is small.
+        # For a small B, MKL multiplies (rows, D) @ (D, B) in half the time of the transposed product.
         factors = v if self.query_map is None else torch.cat([v, v @ _wide(self.query_map).T])
         factors = factors.T.contiguous()
         state: tuple[Tensor, ...] = ()
@@ -219,7 +225,7 @@ class FoldedHead(nn.Module):
             similarity, logits = products[: len(v)], products[len(v) :]
             best, index = similarity.max(dim=-1)
             x = self.logit_scale * (similarity - best[:, None])
-            x.scatter_(1, index[:, None], FAR)  # e^x = 0: the sums are over all rows but this one
+            x.scatter_(1, index[:, None], FAR)  # e^x = 0 there, so the sums leave out the best row
             e = x.exp()
             new = [best, index + k, e.sum(dim=-1), 1 + torch.linalg.vecdot(e, e), torch.linalg.vecdot(e, x)]
             if self.attended is not None:
@@ -238,7 +244,10 @@ class FoldedHead(nn.Module):
         return self._finish(v, index, z, odds, top, top * le - r.log1p(), top.square() * l2, rows)
 
     def _merge(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The state of two sets of rows, b's after a's: (best, index, r, l2, le[, attention's max, sum and sums])."""
+        """Merge the softmax states of rows a and of the rows b that follow them.
+
+        A state is (best, index, r, l2, le), and with attention also its maximum, its sum and its weighted sums.
+        """
         rises = b[0] > a[0]
         best = torch.where(rises, b[0], a[0])
         g_a, g_b = (self.logit_scale * (best - x[0]) for x in (a, b))
@@ -258,14 +267,25 @@ class FoldedHead(nn.Module):
         return (*merged, top, c_a * a[6] + c_b * b[6], c_a[:, None] * a[7] + c_b[:, None] * b[7])
 
     def _read(self, image_embedding: Tensor) -> Tensor:
-        """Rounded to the class set's type, as the kernels read it, then at least float32."""
+        """Round to the class set's type, as the kernels do, then widen to at least float32."""
         return _wide(image_embedding.to(self.text_embeddings.dtype))
 
     def _finish(
         self, v: Tensor, index: Tensor, z: Tensor | None, odds: Tensor | None, top: Tensor, entropy: Tensor, g: Tensor,
         rows: slice = slice(None),
     ) -> HeadOutput:  # fmt: skip
-        """HeadOutput from max p (top), Σ p log p (entropy), Σ p² (g) and z, the attention's sum of values."""
+        """Make the HeadOutput.
+
+        Args:
+            v: image embeddings (B, D).
+            index: CLIP's predictions (B,), within `rows`.
+            z: the attention's weighted sums (B, D), or (B, H) when folded; None without attention.
+            odds: CLIP's log-odds of being right (B,); None without a prior.
+            top: max p (B,).
+            entropy: Σ p log p (B,).
+            g: Σ p² (B,).
+            rows: the rows of the class set that were read.
+        """
         finite = torch.isfinite(v).all(dim=-1)
         index = torch.where(finite, index, 0)
         t = self.text_embeddings[rows]
@@ -287,7 +307,8 @@ class FoldedHead(nn.Module):
         logit = h.squeeze(-1)
         if self.prior is not None and odds is not None:
             logit = logit + self.prior * odds
-        # A tensor, as K is symbolic where the class set is a graph's input; at K = 1 the entropy is 0 over anything.
+        # log K is a tensor, because K is symbolic where the class set is a graph's input. At K = 1 the entropy is 0, so
+        # any positive divisor will do.
         spread = torch.full((), t.shape[0], dtype=top.dtype, device=top.device).log().clamp(min=math.log(2))
         scores = (torch.sigmoid(logit), top, entropy / spread, -(1 - g) / g)
         failure, confidence, entropy, doctor = (torch.where(finite, score, math.nan) for score in scores)
@@ -298,7 +319,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-# Above this many classes the (K, 2H) precomputed rows cost more memory traffic than the one (H, D) product they save.
+# Above this many classes, reading the (K, 2H) precomputed rows costs more than the one (H, D) product that they save.
 FOLDED_MAX_CLASSES = 4096
 
 
@@ -309,12 +330,13 @@ def fold(
 
     Args:
         head: the eager head.
-        text_embeddings: (K, D), L2-normalised, float64, float32, float16 or bfloat16: the type of every stored tensor.
-        logit_scale: CLIP's factor on v · t (100 for OpenAI's models).
-        layout: "folded" or "plain"; by default "folded" up to `FOLDED_MAX_CLASSES` classes.
+        text_embeddings: the L2-normalised class set (K, D). Its type (float64, float32, float16 or bfloat16) becomes
+            the type of every stored tensor.
+        logit_scale: factor that CLIP puts on the cosine v · t (100 for OpenAI's models).
+        layout: "folded" or "plain"; None stands for "folded" up to `FOLDED_MAX_CLASSES` classes and "plain" above.
 
     Raises:
-        ValueError: an unknown layout, text embeddings that do not fit the head, or a logit scale that differs from
+        ValueError: the layout is unknown, the text embeddings do not fit the head, or the logit scale differs from
             the one that the head's prior was trained at.
 
     Example:

@@ -1,7 +1,7 @@
 """ViLU, deployed: CLIP zero-shot answers with the probability that each is wrong.
 
-Names are resolved on first use, so that `import vilu` costs nothing and the serving
-side, which has no torch, can import its own folder.
+Python imports each name's module when the name is first used. So `import vilu` costs nothing, and the serving side,
+which has no torch, can import its own folder.
 """
 
 from importlib import import_module

@@ -1,9 +1,11 @@
 """Checkpoints: this project's safetensors format, and a safe reader of the authors' `.ckpt` files.
 
-Format "vilu" 1: a safetensors file whose tensors are the head's (`head.*`) and the class set's
-text_embeddings, and whose metadata holds one JSON document under the key "vilu": head configuration, CLIP,
-class names, templates, threshold, meta. Nothing is unpickled openly: the authors' files go through torch's
-weights-only reader with exactly the NumPy globals they need.
+A file of format "vilu", version 1, is a safetensors file. Its tensors are the head's (`head.*`) and the class set's
+text_embeddings. Its metadata holds one JSON document under the key "vilu", with the head's configuration, the CLIP, the
+class names, the templates, the threshold and meta.
+
+Pickle can run any code. So the authors' files are read with torch's weights-only reader, which allows only the NumPy
+globals that these files need.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ ANOTHER_CLIP = 0.7  # cosine of class embeddings below which no choice of prompt
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """Which CLIP a head belongs to.
+    """The CLIP that a head was trained on.
 
-    name: open_clip's model name, "vilu-tiny", or "local-dir:FOLDER".
-    pretrained: open_clip's tag or a weights file; None where the name brings its weights.
-    logit_scale: CLIP's factor on v · t.
-    fingerprint: SHA-256 over the weights; "" where it is not known.
+    name: open_clip model name, "vilu-tiny", or "local-dir:FOLDER".
+    pretrained: open_clip tag or weights file; None where the name already determines the weights.
+    logit_scale: factor that CLIP puts on the cosine v · t before the softmax.
+    fingerprint: SHA-256 of the weights in hexadecimal; "" where it is not known.
     """
 
     name: str
@@ -55,13 +57,13 @@ class ClipSpec:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A head and all that is needed to serve it.
+    """A head and everything that serving it needs.
 
-    head: the failure predictor.
-    clip: the CLIP that it was trained on; None where it is not known, as in the authors' files.
-    class_set: the classes that it was trained on; None for captions, and in the authors' files.
-    threshold: an answer is accepted when failure_probability < threshold.
-    meta: what else was written about it, as JSON: data, recipe, calibration.
+    head: failure predictor.
+    clip: CLIP that the head was trained on; None where it is not known, as in the authors' files.
+    class_set: classes that the head was trained on; None for captions and for the authors' files.
+    threshold: failure probability below which an answer is accepted.
+    meta: notes that JSON can hold, such as the data, the recipe and the calibration.
     """
 
     head: ViLUHead
@@ -72,10 +74,16 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint, whole or not at all; an earlier one at `path` is replaced. See `load_checkpoint`.
+    """Write a checkpoint as a safetensors file that `load_checkpoint` reads.
+
+    A failed write leaves no part of a file, and an earlier file at `path` is replaced only by a whole one.
+
+    Args:
+        checkpoint: what to write. Tensors are stored as float32.
+        path: the file to write.
 
     Raises:
-        UserError: a tensor that is not finite, or a path that cannot be written.
+        UserError: a tensor holds a value that is not finite, or the path cannot be written.
     """
     path = Path(path)
     tensors = {
@@ -156,18 +164,23 @@ def load_checkpoint(
     n_iter_freeze_proj: int = 1000,
     logit_scale: float = 100.0,
 ) -> Checkpoint:
-    """Read a checkpoint of this project, or one of the authors' (github.com/ykrmm/ViLU) `.ckpt` files.
+    """Read a checkpoint of this project, or a `.ckpt` file of the authors (github.com/ykrmm/ViLU).
 
-    The options speak of the authors' files alone, which do not hold them: their projections count only once
-    `iteration_count` has passed `n_iter_freeze_proj` (their CIFAR-10 script: 1000) and not `keep_frozen`; until
-    then the projections are the identity. `logit_scale` is the attention's scale.
+    The options apply only to the authors' files, which do not store these settings.
+
+    Args:
+        path: the file to read.
+        keep_frozen: whether the authors' training kept the projections frozen. A frozen projection is the identity.
+        n_iter_freeze_proj: number of training steps with frozen projections (1000 in the authors' CIFAR-10 script).
+            The projections count only if the file's `iteration_count` is larger.
+        logit_scale: scale of the head's attention logits.
 
     Returns:
-        A Checkpoint with the head in evaluation mode, float32, on the CPU.
+        A Checkpoint whose head is float32, on the CPU and in evaluation mode.
 
     Raises:
-        UserError: the file is missing, no checkpoint, cut short, of a newer version, or has a missing, extra,
-            mis-shaped or non-finite tensor: one line that names the file and the tensor.
+        UserError: the file is missing, is not a checkpoint, is cut short or has another version, or a tensor is
+            missing, unexpected, of the wrong shape or not finite. The message names the file and the tensor.
 
     Examples:
         >>> import tempfile
@@ -224,7 +237,7 @@ def _load_vilu(path: Path) -> Checkpoint:
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:
-    """The JSON header with every field's type checked: nothing later meets a surprise."""
+    """Return the JSON header. The type of every field is checked here, so later code can rely on it."""
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
@@ -260,7 +273,7 @@ def _header(path: Path, text: str) -> dict[str, Any]:
 
 
 def _empty_head(path: Path, config: Any) -> ViLUHead:
-    """A head with the header's shapes and no memory behind them."""
+    """Return a head on torch's meta device: it has the header's shapes but takes no memory."""
     try:
         widths = [config["dim"], *config["hidden"]]
         if not all(isinstance(w, int) and not isinstance(w, bool) and 0 < w <= MAX_WIDTH for w in widths):
@@ -290,7 +303,7 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _numpy_globals() -> list[Any]:
-    """The globals that the authors' training meters pickle to: NumPy scalars of the common dtypes."""
+    """Return the globals that the authors' files need, because their training meters pickle NumPy scalars."""
     scalar = np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
     return [
@@ -311,7 +324,7 @@ def _load_official(path: Path, keep_frozen: bool, n_iter_freeze_proj: int, logit
             document = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch raises many types on hostile files; all mean the same to the user
+    except Exception as error:  # torch raises many types on hostile files; the user gets one message for all
         reason = (
             "it holds objects other than tensors and numbers" if "Unsupported" in str(error) else "damaged or cut short"
         )
@@ -329,10 +342,10 @@ def _load_official(path: Path, keep_frozen: bool, n_iter_freeze_proj: int, logit
 def _convert_official(
     path: Path, state: dict[str, Tensor], keep_frozen: bool, n_iter_freeze_proj: int, logit_scale: float
 ) -> ViLUHead:
-    """The authors' state_dict as a ViLUHead with the same answers.
+    """Convert the authors' state_dict to a ViLUHead that gives the same failure probabilities.
 
-    Their logit is high for a *correct* answer, so the last layer changes sign; their columns are
-    [v, z_attn, t_pred], ours [v, t_pred, z_attn].
+    The authors' logit is high for a *correct* answer, so the last layer changes its sign. Their MLP reads the columns
+    in the order [v, z_attn, t_pred], ours reads [v, t_pred, z_attn].
     """
     depths = sorted(
         int(n.split(".")[1])
@@ -363,7 +376,7 @@ def _convert_official(
             )
         parts = by_width[width]
     else:
-        # Without attention their files do not say whether t_pred is read; the released ones are visual-only.
+        # Without attention, the authors' files do not say whether the MLP reads t_pred. It does not in released files.
         dim, parts = width, ("image",)
     iterations = state.get("iteration_count")
     if "attended" in parts and (iterations is None or iterations.numel() != 1):

@@ -1,6 +1,6 @@
-"""Class sets: the names that an image can be given, the prompts they are read through, their embeddings.
+"""Class sets: the class names that CLIP chooses from, their prompt templates and their text embeddings.
 
-Importing this needs no torch: clients and servers read class names by the same rules.
+This module imports no torch, so clients and servers can use its rules for class names.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The candidates of a closed set. `len` is the number of classes K.
+    """The K classes that CLIP chooses from. `len` gives K.
 
     names: K distinct class names.
-    templates: prompts with one `{}` each, in which a name is put.
-    text_embeddings: (K, D) float32, row k the unit vector of class k: the mean over its prompts, normalised.
+    templates: prompts with exactly one `{}` each, which the class name replaces.
+    text_embeddings: (K, D) float32; row k is the normalised mean of the prompt embeddings of class k.
 
     Raises:
-        UserError: no names, an empty or repeated name, a template without exactly one `{}`,
-            or embeddings that are not one finite unit row a name.
+        UserError: there is no name, a name is empty or repeated, a template does not hold exactly one `{}`, or
+            text_embeddings does not have one finite row of norm 1 for each name.
 
     Examples:
         >>> import torch
@@ -68,25 +68,38 @@ class ClassSet:
 
 
 def check_names(names: Sequence[str], where: str = "class set") -> None:
-    """Raise UserError unless there are names and all are non-empty, distinct strings of UTF-8.
+    """Check class names.
 
-    where: what the message names first: a file, a data set.
+    Args:
+        names: the class names.
+        where: what the message names first, such as a file or a data set.
+
+    Raises:
+        UserError: there is no name, or a name is empty, repeated or not UTF-8.
     """
     if problem := names_problem(names):
         raise UserError(f"{where}: {problem}")
 
 
 def check_templates(templates: Sequence[str], where: str = "class set") -> None:
-    """Raise UserError unless there is a template and each holds exactly one `{}`."""
+    """Check prompt templates.
+
+    Args:
+        templates: the prompts.
+        where: what the message names first, such as a file or a data set.
+
+    Raises:
+        UserError: there is no template, or one does not hold exactly one `{}`.
+    """
     if problem := templates_problem(templates):
         raise UserError(f"{where}: {problem}")
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Class names from a text file, one a line (UTF-8); blank lines at its end do not count.
+    """Read class names from a UTF-8 text file with one name per line. Blank lines at the end do not count.
 
     Raises:
-        UserError: a file that cannot be read, or as `check_names` does.
+        UserError: the file cannot be read, or `check_names` refuses its names.
     """
     try:
         lines = path.read_text("utf-8").splitlines()

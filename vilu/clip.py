@@ -1,8 +1,8 @@
 """CLIP towers through open_clip: any of its models, a local folder, or the embedded default.
 
-Models trained with the sigmoid loss (SigLIP) are served as all others: one answer among K candidates, with confidence
-max softmax(logit_scale · v · t). Their logit_bias is added to every candidate alike, so it cancels in a softmax and is
-not kept; the sigmoid of one pair, which it does move, is no probability among candidates.
+Models trained with the sigmoid loss (SigLIP) are served like all others: they choose one of K candidates, and the
+confidence is max softmax(logit_scale · v · t). Their logit_bias is the same for every candidate and cancels in the
+softmax, so it is not kept. Their sigmoid scores one pair of image and text; it is no probability among K candidates.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ from vilu.preprocess.image import RESIZE_MODES, Transform
 from vilu.seeding import seeded
 
 LOCAL = "local-dir:"
-MAX_REASON = 300  # characters of what a library said
+MAX_REASON = 300  # characters of a library's error message that our own message repeats
 
 
 class Projected(NamedTuple):
-    """What a tower's last projection saw and gave: unit rows (N, D), its input (N, P), its output (N, D)."""
+    """A tower's last projection: its input and its output.
+
+    normalised: output with rows of norm 1, (N, D).
+    activation: input of the projection, (N, P).
+    output: output of the projection, (N, D).
+    """
 
     normalised: Tensor
     activation: Tensor
@@ -44,14 +49,15 @@ class Projected(NamedTuple):
 
 
 class Clip(nn.Module):
-    """A CLIP in evaluation mode, float32, with what its inputs must go through.
+    """A CLIP model in float32 and evaluation mode, with the preprocessing of its inputs.
 
     Attributes:
         model: open_clip's model.
-        spec: its name, weights, logit scale and fingerprint.
-        transform: image bytes to (S, S, 3) uint8 pixels.
-        mean, std: (3,) normalisation of pixels in [0, 1].
-        tokenize: open_clip's tokenizer: list of strings to (N, L) int64 token ids.
+        spec: name, weights, logit scale and fingerprint of the model.
+        transform: settings that turn image bytes into (S, S, 3) uint8 pixels.
+        mean: mean (3,) that is subtracted from pixels in [0, 1].
+        std: standard deviation (3,) that the difference is divided by.
+        tokenize: open_clip's tokenizer, which turns N strings into (N, L) int64 token ids.
     """
 
     mean: Tensor
@@ -76,23 +82,28 @@ class Clip(nn.Module):
         self.register_buffer("std", torch.tensor(config["std"]), persistent=False)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """image_embedding (B, D), L2-normalised, of uint8 pixels (B, S, S, 3)."""
+        """Return the L2-normalised image_embedding (B, D) of uint8 pixels (B, S, S, 3)."""
         return F.normalize(self.model.encode_image(self._normalise(pixels)), dim=-1)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Text embeddings (N, D), L2-normalised, of token ids (N, L)."""
+        """Return the L2-normalised text embeddings (N, D) of token ids (N, L)."""
         return F.normalize(self.model.encode_text(tokens), dim=-1)
 
     def project_pixels(self, pixels: Tensor) -> Projected:
-        """As `encode_pixels`, with what the image tower's projection saw and gave.
+        """Embed pixels (B, S, S, 3) uint8, and also return the input and output of the image tower's projection.
 
-        Raises UserError for a tower that does not end in one linear projection (SigLIP's).
+        Raises:
+            UserError: the tower does not end in one linear projection, as SigLIP's does not.
         """
         headless, layer = _without(self.model, *_projection(self, "image"))
         return _project(headless.encode_image(self._normalise(pixels), normalize=False), layer)
 
     def project_tokens(self, tokens: Tensor) -> Projected:
-        """As `encode_tokens`, with what the text tower's projection saw and gave; see `project_pixels`."""
+        """Embed token ids (N, L), and also return the input and output of the text tower's projection.
+
+        Raises:
+            UserError: the tower does not end in one linear projection.
+        """
         headless, layer = _without(self.model, *_projection(self, "text"))
         return _project(headless.encode_text(tokens, normalize=False), layer)
 
@@ -102,12 +113,20 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, batches: Iterable[np.ndarray]) -> Tensor:
-        """image_embedding (N, D) of batches of uint8 pixels (B, S, S, 3)."""
+        """Return the image_embedding (N, D) of all images in batches of uint8 pixels (B, S, S, 3)."""
         return torch.cat([self.encode_pixels(torch.from_numpy(np.array(batch))) for batch in batches])
 
     @torch.no_grad()
     def class_set(self, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> ClassSet:
-        """A class set: each row the mean of a name's normalised prompt embeddings, normalised again."""
+        """Make a class set. Each row is the normalised mean of a class's normalised prompt embeddings.
+
+        Args:
+            names: K class names.
+            templates: prompts with exactly one `{}` each.
+
+        Raises:
+            UserError: the names or the templates break a rule of `ClassSet`.
+        """
         texts = prompts(names, templates)
         rows = [self.encode_tokens(self.tokenize(texts[i : i + 256])) for i in range(0, len(texts), 256)]
         grouped = torch.cat(rows).view(len(names), len(templates), -1)
@@ -115,12 +134,16 @@ class Clip(nn.Module):
 
 
 def _projection(clip: Clip, side: str) -> tuple[tuple[str, ...], str]:
-    """Where a tower's last projection is, a matrix (P, D) or a linear layer: modules from the model on, attribute."""
+    """Find a tower's last projection, which is a matrix (P, D) or a linear layer.
+
+    Returns:
+        The names of the modules that lead to it from the model, and the name of the attribute that holds it.
+    """
     if side == "text":
         tower: tuple[str, ...] = ("text",) if hasattr(clip.model, "text") else ()
         places: list[tuple[tuple[str, ...], str]] = [(tower, "text_projection"), (tower, "proj")]
     else:
-        # A ViT's matrix; a ResNet's attention pool; open_clip's layer on a timm trunk.
+        # A ViT has a matrix, a ResNet an attention pool, and a timm trunk a layer that open_clip adds.
         places = [(("visual",), "proj"), (("visual", "attnpool"), "c_proj"), (("visual", "head"), "proj")]
         if hasattr(clip.model.visual, "trunk") and not len(clip.model.visual.head):  # the trunk's own classifier
             trunk = ("visual", "trunk")
@@ -136,7 +159,10 @@ def _projection(clip: Clip, side: str) -> tuple[tuple[str, ...], str]:
 
 
 def _without(model: Any, path: tuple[str, ...], name: str) -> tuple[Any, Any]:
-    """The model ending before that projection, and the projection. Weights are shared; the model is untouched."""
+    """Return a copy of the model that ends before its projection, and the projection.
+
+    The copy shares the weights. The model itself is not changed.
+    """
     clone = copy.copy(model)
     clone._parameters, clone._modules = dict(model._parameters), dict(model._modules)
     if path:
@@ -147,14 +173,14 @@ def _without(model: Any, path: tuple[str, ...], name: str) -> tuple[Any, Any]:
     if name == "c_proj":
         # The attention pool reads this layer's weights without calling it.
         width = layer.in_features
-        # Not initialised: that would draw from the caller's random numbers.
+        # Initialising the layer would draw from the caller's random numbers.
         same = nn.utils.skip_init(nn.Linear, width, width, device=layer.weight.device, dtype=layer.weight.dtype)
         with torch.no_grad():
             same.weight.copy_(torch.eye(width))
             same.bias.zero_()
         setattr(clone, name, same)
     else:
-        # open_clip's own towers ask whether there is a projection; the others call it.
+        # open_clip's own towers skip a projection that is None; the other towers always call it.
         setattr(clone, name, None if isinstance(layer, Tensor) or name == "text_projection" else nn.Identity())
     return clone, layer
 
@@ -169,12 +195,12 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
 
     Args:
         name: an open_clip model name ("ViT-B-32"), "local-dir:FOLDER" (open_clip's layout), or "vilu-tiny".
-        pretrained: for a model name: one of open_clip's tags ("openai"; downloads), a local weights file, or
-            "random" (timing and parity do not depend on the values).
-        fingerprint: when given, the weights must have it.
+        pretrained: weights for an open_clip model name: an open_clip tag ("openai", which is downloaded), a local
+            file, or "random", which is enough to measure speed and parity.
+        fingerprint: SHA-256 that the weights must have; "" accepts any.
 
     Raises:
-        UserError: an unknown model, weights that are missing or do not fit, or another fingerprint.
+        UserError: the model is unknown, its weights are missing or do not fit, or their fingerprint differs.
 
     Examples:
         >>> clip = load_clip()
@@ -194,7 +220,7 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(f"CLIP {name}: name its weights: a file, 'random', or one of open_clip's tags ({tags})")
     try:
-        with warnings.catch_warnings(), seeded(0):  # "random" weights are the same on every machine
+        with warnings.catch_warnings(), seeded(0):  # so that "random" weights are the same on every machine
             warnings.simplefilter("ignore")
             model = open_clip.create_model(
                 source,
@@ -202,7 +228,7 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
                 force_quick_gelu=_needs_quick_gelu(name, pretrained),
                 require_pretrained=pretrained != "random",
             )
-    except Exception as error:  # open_clip raises many types; each means the weights cannot be had
+    except Exception as error:  # open_clip raises many types; the user gets one message for all
         raise UserError(f"CLIP {name}: weights cannot be loaded ({_reason(error)})") from None
     model.eval().requires_grad_(False)
     digest = _fingerprint(model)
@@ -223,16 +249,18 @@ def load_clip_for(
     missing: str = "give --clip and --pretrained",
     load: Callable[..., Clip] = load_clip,
 ) -> Clip:
-    """The CLIP that a checkpoint's head reads: the one it names, or the one named here.
+    """Load the CLIP that a checkpoint's head was trained on.
 
     Args:
-        where: what messages call the checkpoint: its path.
-        name, pretrained: as in `load_clip`; without a name, the checkpoint's.
-        missing: what a message advises where nothing names a CLIP.
-        load: what loads it, with `load_clip`'s arguments: for a caller that keeps what is loaded.
+        checkpoint: the checkpoint.
+        where: name of the checkpoint in messages, such as its path.
+        name: CLIP to load, as in `load_clip`; without it, the one that the checkpoint names.
+        pretrained: weights to load, as in `load_clip`; without it, those that the checkpoint names.
+        missing: advice in the message when neither the checkpoint nor `name` names a CLIP.
+        load: function with `load_clip`'s arguments that loads it. A caller can pass one that keeps loaded models.
 
     Raises:
-        UserError: nothing names a CLIP; as `load_clip` does; or weights that the head was not trained on.
+        UserError: nothing names a CLIP, `load` refuses it, or its weights are not those the head was trained on.
     """
     spec = checkpoint.clip
     if spec is None:
@@ -250,14 +278,14 @@ def load_clip_for(
 
 
 def _reason(error: Exception) -> str:
-    """One line; of torch's list of tensors that do not fit, the first."""
+    """Shorten a library's message to one line. A list of tensors that do not fit is cut to its first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
     return reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 1] + "…"
 
 
 def _needs_quick_gelu(name: str, pretrained: str | None) -> bool:
-    """Whether the weights were trained with QuickGELU ("ViT-B-32" with "openai"): with GELU they answer otherwise."""
+    """Whether the weights were trained with QuickGELU, as "openai" for "ViT-B-32" was. GELU changes the answers."""
     return bool((get_pretrained_cfg(name, pretrained or "") or {}).get("quick_gelu"))
 
 
@@ -270,11 +298,11 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _tokenizer(source: str, name: str) -> Callable[[list[str]], Tensor]:
-    """open_clip's tokenizer object; where its files cannot be had, a stand-in that says so once it is asked."""
+    """Return open_clip's tokenizer, or a stand-in that raises UserError when called if its files cannot be loaded."""
     folder = Path(source.removeprefix(LOCAL))
     merges = folder / "bpe.txt.gz"
     try:
-        # A folder may carry its own merges: a config cannot name them, as open_clip wants an absolute path.
+        # The folder's config cannot name its merges file, because open_clip wants an absolute path there.
         if source.startswith(LOCAL) and merges.is_file():
             text = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
             options = {"context_length": text["context_length"], **text.get("tokenizer_kwargs", {})}
@@ -294,7 +322,7 @@ def _advice(error: Exception, source: str) -> str:
 
 
 class _MissingTokenizer:
-    """The image tower, and embeddings made elsewhere, need no tokenizer: the error waits until text does."""
+    """A tokenizer that raises UserError when called. Loading does not fail, as the image tower needs no tokenizer."""
 
     def __init__(self, message: str) -> None:
         self.message = message

@@ -1,4 +1,4 @@
-"""Embeddings of a data set by CLIP: what training, scores and evaluation read."""
+"""CLIP's embeddings of a data set. Training, scores and evaluation read them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from vilu.errors import UserError
 
-BLOCK = 4096  # rows computed at once, so that temporary tensors stay small for any number of images
+BLOCK = 4096  # rows in one computation, so that temporary tensors stay small for any number of images
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of images or of texts, with the input and output of CLIP's projection where a score needs them.
+    """Embeddings of N images or texts, with the input and output of CLIP's projection where a score needs them.
 
-    Tensors have any floating dtype and are read as float32. They may be mapped from a file: nothing here copies more
-    than BLOCK rows at once.
+    The tensors may have any floating dtype; scores read them as float32. They may be mapped from a file, because this
+    class never copies more than BLOCK rows at once.
 
-    normalised: (N, D), rows of norm 1.
-    activation: (N, P), the input of CLIP's projection matrix; None where it was not kept.
-    output: (N, D), the output of that matrix, before normalisation; None where it was not kept.
+    normalised: embeddings (N, D) with rows of norm 1.
+    activation: input (N, P) of CLIP's last projection; None where it was not kept.
+    output: output (N, D) of that projection before normalisation; None where it was not kept.
 
     Raises:
-        UserError: shapes that do not fit, or a value that is not finite.
+        UserError: the shapes do not fit together, or a value is not finite.
     """
 
     normalised: Tensor
@@ -49,11 +49,11 @@ class Embeddings:
         return len(self.normalised)
 
     def __getitem__(self, rows: slice | Tensor) -> Embeddings:
-        """The embeddings at some rows."""
+        """Return the embeddings of these rows."""
         return Embeddings(**{name: value[rows] for name, value in self._fields()})
 
     def float(self) -> Embeddings:
-        """All tensors as float32."""
+        """Return a copy with every tensor as float32."""
         return Embeddings(**{name: value.float() for name, value in self._fields()})
 
     def _fields(self) -> Iterator[tuple[str, Tensor]]:
@@ -65,19 +65,19 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class EmbeddedSet:
-    """A data set embedded by CLIP: a closed set of classes, or images with captions.
+    """A data set embedded by CLIP: images with labels from a closed set of classes, or images with captions.
 
-    name: the name that tables show.
+    name: name that tables show.
     image: embeddings of the N images.
-    text: closed set: embeddings of the K classes; captions: of N texts, row i being the caption of image i.
-    labels: (N,) int64 in [0, K); None for captions.
-    class_names: the K class names; closed set only.
-    logit_scale: CLIP's factor on v · t.
-    skipped: one line for each image that could not be read, and so is not among the N.
-    rows: (N,) int64, the index of each image in the data it was read from; None: 0 .. N-1.
+    text: embeddings of the K classes, or of the N captions; row i is then the caption of image i.
+    labels: class of each image, (N,) int64 in [0, K); None for captions.
+    class_names: the K class names; empty for captions.
+    logit_scale: factor that CLIP puts on the cosine v · t before the softmax.
+    skipped: one line for each image that could not be read. Such an image is not among the N.
+    rows: index (N,) int64 of each image in the data that it was read from; None stands for 0 to N-1.
 
     Raises:
-        UserError: widths, labels or names that do not fit, or no image at all.
+        UserError: there is no image, or widths, labels or names do not fit together.
     """
 
     name: str
@@ -116,11 +116,11 @@ class EmbeddedSet:
 
     @property
     def captions(self) -> bool:
-        """Whether each image comes with its own text rather than with a label."""
+        """Whether each image has a text of its own instead of a label."""
         return self.labels is None
 
     def __getitem__(self, rows: slice | Tensor) -> EmbeddedSet:
-        """The images at some rows; a closed set keeps all its classes."""
+        """Return the images of these rows. A closed set keeps all its classes."""
         return EmbeddedSet(
             self.name,
             self.image[rows],

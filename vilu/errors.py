@@ -1,5 +1,5 @@
-"""The one exception a user can cause: its text is the single line the command line prints."""
+"""The exception for every mistake that a user can make. The command line prints its text as one line."""
 
 
 class UserError(ValueError):
-    """Bad input, told in one line that names the file, tensor or value at fault."""
+    """The input is bad. The message is one line that names the file, tensor or value at fault."""

@@ -1,1 +1,1 @@
-"""What also runs in the server: an image's bytes to pixels, a label's text to token ids. No torch here."""
+"""Preprocessing that training and the server share: image bytes to pixels, strings to token ids. It needs no torch."""

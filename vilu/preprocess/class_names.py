@@ -1,7 +1,6 @@
-"""The rules of class names and prompt templates. Standard library only.
+"""The rules for class names and prompt templates. This file needs only the standard library.
 
-The same file runs in Python and in the server (export copies it beside the model that needs it), so that what one side
-accepts the other does.
+The export copies this file into the model repository. So the server accepts exactly the names that the library accepts.
 """
 
 from __future__ import annotations
@@ -10,7 +9,11 @@ from collections.abc import Sequence
 
 
 def names_problem(names: object) -> str:
-    """What is wrong with class names, in a few words; "" where they are distinct, non-empty strings, at least one."""
+    """Say in a few words what is wrong with class names.
+
+    Returns:
+        The problem, or "" for a list of distinct, non-empty strings that UTF-8 can hold.
+    """
     if not isinstance(names, list | tuple) or not names:
         return "no class names"
     seen: dict[str, int] = {}
@@ -26,7 +29,11 @@ def names_problem(names: object) -> str:
 
 
 def templates_problem(templates: object) -> str:
-    """What is wrong with prompt templates; "" where there is one at least and each holds exactly one `{}`."""
+    """Say in a few words what is wrong with prompt templates.
+
+    Returns:
+        The problem, or "" for a list of at least one template in which each template holds exactly one `{}`.
+    """
     if not isinstance(templates, list | tuple) or not templates:
         return "no prompt templates"
     for template in templates:
@@ -36,7 +43,7 @@ def templates_problem(templates: object) -> str:
 
 
 def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every name in every template, name by name: K · len(templates) strings.
+    """Put each of K names into each template: K · len(templates) prompts, ordered by name and then by template.
 
     >>> prompts(["cat", "dog"], ["a {}", "one {}"])
     ['a cat', 'one cat', 'a dog', 'one dog']

@@ -1,15 +1,16 @@
-"""Image bytes to the uint8 pixels that CLIP's image tower reads; Pillow and NumPy only.
+"""Image bytes to the uint8 pixels that CLIP's image tower reads. This file needs only Pillow and NumPy.
 
-The same file runs in training and in the server (export copies it beside the preprocess model), so both see the
-same pixels: open_clip's evaluation transform (resize, centre crop or pad, RGB), in its order, without the
-normalisation, which is inside the graph. What open_clip does to each kind of image is done here too:
+The export copies this file into the model repository, so training and the server see the same pixels. The steps are
+those of open_clip's evaluation transform, in its order: resize, centre crop or pad, convert to RGB. The exported graph
+does the normalisation. Unusual images are treated as open_clip treats them:
 
-* EXIF orientation is not applied, and no colour profile is.
-* Alpha is dropped, not blended: colours under transparent pixels show. Resizing weights colours by alpha first.
-* Palette and 1-bit images are resized by nearest neighbour, as Pillow does; a palette's transparency is dropped.
-* 16-bit grey PNG is clipped at 255, not scaled (nearly white); 16-bit colour PNG keeps its upper 8 bits.
-* CMYK JPEG is converted without a profile, as (255 - ink) * (255 - black) / 255, inverted where Adobe stored it so.
-* Of an animation, or of several pictures in one file, the first is read.
+* EXIF orientation and colour profiles are ignored.
+* Alpha is dropped, not blended, so colours under transparent pixels show. Resizing weights colours by alpha first.
+* Palette and 1-bit images are resized by nearest neighbour, as Pillow does. A palette's transparency is dropped.
+* 16-bit grey PNG is clipped at 255, not scaled, so it is nearly white. 16-bit colour PNG keeps its upper 8 bits.
+* CMYK JPEG is converted without a profile, as (255 - ink) * (255 - black) / 255. A file
+  that Adobe stored inverted is inverted back.
+* Only the first picture of an animation, or of a file with several pictures, is read.
 """
 
 from __future__ import annotations
@@ -25,31 +26,34 @@ from PIL import Image, ImageOps
 FORMATS = ("JPEG", "PNG", "WEBP")
 RESIZE_MODES = ("shortest", "longest", "squash")
 MODES = ("exact", "fast")
-MAX_PARTS = 20_000  # JPEG segments and stray bytes, PNG chunks: Pillow walks them in Python
-MAX_SCANS = 100  # of a progressive JPEG, each a pass over all its pixels; encoders write about 10
-# open_clip has "random" for training alone; its evaluation transform then takes bicubic.
+MAX_PARTS = 20_000  # JPEG segments and stray bytes, or PNG chunks. Pillow walks them in Python, which is slow
+MAX_SCANS = 100  # scans of a progressive JPEG. Each is a pass over all pixels; encoders write about 10
+# open_clip uses "random" only in training. Its evaluation transform then uses bicubic.
 _BICUBIC = Image.Resampling.BICUBIC
 _FILTERS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR, "random": _BICUBIC}
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a JPEG marker; neither an escaped 255 nor a restart
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a JPEG marker, but no escaped 255 and no restart marker
 
 
 class ImageError(ValueError):
-    """An image that cannot be answered, with the reason in one line."""
+    """An image cannot be decoded, or it exceeds a limit. The message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """From an encoded image to S x S pixels.
+    """The settings for turning an encoded image into S x S pixels. Every limit is checked before decoding.
 
     size: side S in pixels.
-    resize_mode: "shortest" side to S then centre crop, "longest" side to S then padding with fill_color, or "squash".
-    fill_color: of the padding, in the image's own mode as open_clip has it: in a CMYK image 0 is white, in a
-        palette image it is an index.
-    max_bytes bounds the encoded image, max_pixels the decoded one, max_frames an animation (its first is read); all
-        are checked before decoding.
-    mode: "exact", every value open_clip's own; or "fast": a large JPEG is decoded at a half, quarter or eighth of its
-        size, never below twice the target, other large images are averaged down before resizing, and what the crop
-        discards is not resized.
+    resize_mode: "shortest" resizes the shortest side to S and crops the centre; "longest" resizes the longest side to S
+        and pads with fill_color; "squash" resizes both sides to S.
+    interpolation: "bicubic", "bilinear", or open_clip's "random", which is bicubic here.
+    max_bytes: largest encoded image in bytes.
+    max_pixels: largest decoded image in pixels.
+    max_frames: largest number of frames of an animation.
+    fill_color: value (0 to 255) of the padding in the image's own mode, as in open_clip. 0 is white in a CMYK image,
+        and in a palette image the value is an index.
+    mode: "exact" gives open_clip's own pixels. "fast" gives slightly other pixels sooner: it decodes a large JPEG at a
+        half, a quarter or an eighth of its size (but at least twice the target), averages other large images down
+        before it resizes them, and does not resize what the crop would discard.
     """
 
     size: int
@@ -68,10 +72,17 @@ class Transform:
 
 
 def decode(data: bytes, transform: Transform) -> np.ndarray:
-    """(S, S, 3) uint8 pixels of an encoded JPEG, PNG or WebP.
+    """Decode a JPEG, PNG or WebP.
+
+    Args:
+        data: the encoded image.
+        transform: the size, the kind of resizing and the limits.
+
+    Returns:
+        Pixels (S, S, 3) uint8, in RGB.
 
     Raises:
-        ImageError: empty, too large, not one of the formats, or damaged.
+        ImageError: the image is empty, too large, damaged, or in another format.
 
     Examples:
         >>> file = io.BytesIO()
@@ -96,12 +107,23 @@ def decode(data: bytes, transform: Transform) -> np.ndarray:
         raise
     except Image.UnidentifiedImageError:
         raise ImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
-    except Exception as error:  # decoders raise many types on hostile bytes; all mean the same to the client
+    except Exception as error:  # decoders raise many types on hostile bytes; the client gets one message for all
         raise ImageError(f"image cannot be decoded ({type(error).__name__})") from None
 
 
 def pixels(image: Image.Image, transform: Transform) -> np.ndarray:
-    """(S, S, 3) uint8 pixels of a Pillow image, as open_clip's transform gives before normalising."""
+    """Transform a Pillow image as open_clip does before it normalises.
+
+    Args:
+        image: the image, in any mode.
+        transform: the size, the kind of resizing and the limits.
+
+    Returns:
+        Pixels (S, S, 3) uint8, in RGB.
+
+    Raises:
+        ImageError: the image is so long and thin that resizing it would exceed max_pixels.
+    """
     size = transform.size
     width, height = _target(*image.size, transform)
     if not 0 < width * height <= transform.max_pixels:
@@ -114,7 +136,7 @@ def pixels(image: Image.Image, transform: Transform) -> np.ndarray:
     crops = width > size or height > size
     if image.size != (width, height):
         target = (width, height)
-        # Resizing only what the crop keeps is a quarter faster, but Pillow rounds the box: up to 7/255 in a few values.
+        # Resizing only what the crop keeps is a quarter faster, but Pillow rounds the box: a few values move up to 7.
         if transform.mode == "fast" and crops and image.mode in ("RGB", "L"):
             x, y = box[2] / width, box[3] / height
             box = (left * x, top * y, min((left + size) * x, box[2]), min((top + size) * y, box[3]))
@@ -128,7 +150,7 @@ def pixels(image: Image.Image, transform: Transform) -> np.ndarray:
 
 
 def _target(width: int, height: int, transform: Transform) -> tuple[int, int]:
-    """Width and height after resizing, before cropping or padding; rounded as torchvision and open_clip do."""
+    """Return width and height after resizing, before cropping or padding, rounded as torchvision and open_clip do."""
     size = transform.size
     if transform.resize_mode == "squash":
         return size, size
@@ -141,7 +163,7 @@ def _target(width: int, height: int, transform: Transform) -> tuple[int, int]:
 
 
 def _pad(image: Image.Image, size: int, fill: int) -> Image.Image:
-    """Centred in size x size, an odd pixel at the right and bottom."""
+    """Centre an image in size x size pixels. An odd pixel of padding goes to the right or the bottom."""
     x, y = size - image.width, size - image.height
     bands = len(image.getbands())
     palette = image.getpalette() if image.mode == "P" else None
@@ -158,13 +180,13 @@ def _check_size(width: int, height: int, transform: Transform) -> None:
 
 
 def _check(data: bytes, transform: Transform) -> None:
-    """Refuse by its structure alone what would cost more than its pixels; whatever else is wrong is Pillow's to say."""
+    """Refuse a file whose structure makes decoding too costly. Pillow reports every other fault when it decodes."""
     if data.startswith(b"\xff\xd8\xff"):
         _check_jpeg(data, transform)
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
         _check_png(data, transform)
     elif data.startswith(b"RIFF") and len(data) >= 30:
-        # Opening a WebP allocates its canvas. Its chunks and frames are walked in C and cost next to nothing.
+        # Opening a WebP allocates its canvas, so its size is read here. Its chunks cost little, as C code walks them.
         if data[12:16] == b"VP8X":
             width, height = (int.from_bytes(data[i : i + 3], "little") + 1 for i in (24, 27))
         elif data[12:16] == b"VP8L":
@@ -179,7 +201,7 @@ def _check_jpeg(data: bytes, transform: Transform) -> None:
     position, parts, scans = 2, 0, 0
     while marker := _MARKER.search(data, position):
         code = data[marker.start() + 1]
-        parts += 1 if scans else marker.end() - position  # before the first scan stray bytes cost as much as segments
+        parts += 1 if scans else marker.end() - position  # before a scan, a stray byte costs as much as a segment
         position = marker.end()
         if code == 0xD9 and scans:
             break

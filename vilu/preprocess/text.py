@@ -1,8 +1,8 @@
-"""Strings to the token ids that CLIP's text tower reads; ftfy, tokenizers and NumPy only.
+"""Strings to the token ids that CLIP's text tower reads. This file needs only ftfy, tokenizers and NumPy.
 
-The same file runs in Python and in the server (export copies it beside the model that needs it). What a tokenizers
-JSON cannot hold stays here: open_clip's cleaning (ftfy and HTML entities), in its order. The JSON that
-vilu.export.tokenizer writes holds the rest: splitting, merges, first and last token, truncation, padding.
+The export copies this file into the model repository, so the library and the server make the same token ids. This file
+holds open_clip's cleaning (ftfy, then HTML entities), because a JSON file of the tokenizers library cannot. The JSON
+file that vilu.export.tokenizer writes holds the rest: splitting, merges, first and last token, truncation and padding.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 @dataclass(frozen=True)
 class TextTransform:
-    """What happens to a string around the tokenizer's file.
+    """The steps before and after the tokenizer's JSON file.
 
-    clean: "lower" (CLIP), "whitespace" or "canonicalize" (SigLIP: no ASCII punctuation, lower case).
-    normalize: whether the file's own normalizer runs after that. A CLIP file's only stands in for the cleaning where
-        there is none; a SentencePiece or WordPiece file's is part of the tokenizer.
-    zero_id: an id that is answered as 0 (CLIPA's separator); -1: none.
+    clean: cleaning before the tokenizer: "lower" (CLIP), "whitespace", or "canonicalize" (SigLIP), which removes ASCII
+        punctuation and lowers the case.
+    normalize: whether the file's own normalizer runs after the cleaning. A SentencePiece or WordPiece tokenizer needs
+        its normalizer; that of a CLIP file only approximates the cleaning.
+    zero_id: token id that becomes 0 after the tokenizer, such as CLIPA's separator; -1 for none.
     """
 
     clean: str = "lower"
@@ -41,8 +42,8 @@ class TextTransform:
 
 
 def clean(text: str, mode: str = "lower") -> str:
-    """The text as open_clip's `clean` modes leave it; a lone surrogate becomes U+FFFD."""
-    # Of printable ASCII, ftfy and HTML change entities alone; both would cost more than all the rest.
+    """Clean a text as open_clip's mode of this name does. A lone surrogate becomes U+FFFD."""
+    # In printable ASCII the two change only HTML entities. Skipping them saves most of the time.
     if "&" in text or not (text.isascii() and text.isprintable()):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     if mode == "canonicalize":
@@ -52,7 +53,15 @@ def clean(text: str, mode: str = "lower") -> str:
 
 
 class Tokenizer:
-    """A file that vilu.export.tokenizer wrote, with its TextTransform. Threads may share one."""
+    """A tokenizer from a JSON file that vilu.export.tokenizer wrote. Several threads may use one at once.
+
+    Args:
+        path: the JSON file.
+        transform: the steps around it; None stands for CLIP's.
+
+    Raises:
+        ValueError: vilu.export.tokenizer did not write the file.
+    """
 
     def __init__(self, path: str | os.PathLike[str], transform: TextTransform | None = None) -> None:
         self.transform = transform or TextTransform()
@@ -65,7 +74,7 @@ class Tokenizer:
         self.context_length: int = truncation["max_length"]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, L) int64 ids of N strings, padded and truncated to the context length L."""
+        """Return the token ids (N, L) int64 of N strings, padded and truncated to the context length L."""
         cleaned = [clean(text, self.transform.clean) for text in texts]
         encodings = self._tokenizer.encode_batch_fast(cleaned)
         ids = np.array([encoding.ids for encoding in encodings], np.int64).reshape(len(texts), self.context_length)

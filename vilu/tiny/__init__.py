@@ -1,4 +1,4 @@
-"""The embedded default: a small CLIP and two image sources that need no download."""
+"""The embedded CLIP and its two sources of images. They need no download."""
 
 from pathlib import Path
 

@@ -1,13 +1,14 @@
 """Two image sources that need no download: scikit-learn's handwritten digits and a procedural world of shapes.
 
-How the splits are cut. "clip" trains the CLIP, "clip_val" measures it; "train" trains ViLU heads, "test" reports
-them. Digits (1,797 real scans): within each class, in the order of one fixed permutation, 25% / 5% / 38% / 32%; a scan
-is in one split only. Shapes: every split draws from a random stream of its own, so no image is drawn twice.
+Both sources have four splits. "clip" trains the CLIP and "clip_val" measures it; "train" trains ViLU heads and "test"
+measures them. The 1,797 scans of digits are divided within each class, in the order of one fixed permutation, into
+25%, 5%, 38% and 32%. Each scan is in one split only. Each split of shapes draws from its own random stream, so no image
+is in two splits.
 
-The captions of the "clip" split are as noisy as the web's, in ways that depend on what is seen: words for look-alikes
-are mixed up on dark backgrounds, hexagons are called circles when small, and chalk digits are misread in one
-direction (7 as one, 9 as four, 8 as three). A CLIP trained on them is confidently wrong there, as real ones are on
-styles and classes that the web describes badly. Labels are always true.
+The captions of the "clip" split are noisy, as captions from the web are, and the noise depends on the image: on dark
+backgrounds crimson is called red and navy is called blue, small hexagons are called circles, and some chalk digits are
+misread (7 as one, 9 as four, 8 as three). A CLIP trained on these captions is wrong there and yet confident, as a real
+CLIP is on styles and classes that the web describes badly. The labels are always right.
 """
 
 from __future__ import annotations
@@ -50,7 +51,13 @@ LOOK_ALIKE_SHAPES = {"hexagon": "circle"}
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images (N, 64, 64, 3) uint8; labels (N,) int64 into names; captions, one an image."""
+    """Images with labels and captions.
+
+    images: pixels (N, 64, 64, 3) uint8.
+    labels: index (N,) int64 of each image's class in names.
+    names: K class names.
+    captions: N captions, one per image.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -81,9 +88,14 @@ def _scans() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
 
 
 def digits(split: str, seed: int = 0) -> ImageSet:
-    """Every scan of a split, once: in ink on paper or in chalk on a board, slightly turned and shifted.
+    """Render each scan of a split once, in ink on paper or in chalk on a board, slightly turned and shifted.
 
-    `seed` varies the rendering, never the scans. Raises ValueError for an unknown split.
+    Args:
+        split: one of SPLITS.
+        seed: seed of the rendering. It does not change which scans are in the split.
+
+    Raises:
+        ValueError: the split is unknown.
     """
     scans, labels, index = _scans()
     rng = _rng(1, split, seed)
@@ -109,9 +121,15 @@ def digits(split: str, seed: int = 0) -> ImageSet:
 
 
 def shapes(split: str, count: int, seed: int = 0) -> ImageSet:
-    """`count` random shapes; the label is colour and shape (36 classes), the caption names every attribute.
+    """Draw random shapes. The label is colour and shape (36 classes); the caption also names the other attributes.
 
-    Raises ValueError for an unknown split.
+    Args:
+        split: one of SPLITS.
+        count: number of images.
+        seed: seed of the images and captions.
+
+    Raises:
+        ValueError: the split is unknown.
     """
     rng = _rng(2, split, seed)
     colours, sizes, backgrounds = list(COLOURS), list(SIZES), list(BACKGROUNDS)
@@ -173,7 +191,7 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(np.maximum(x, y), np.minimum(x, y) * 2.8)
 
 
-# Each gives a distance that is below 1 inside the shape of unit size.
+# Each function gives a distance that is below 1 inside a shape of unit size.
 _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": np.hypot,
     "triangle": _polygon(3),
@@ -185,7 +203,7 @@ _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def _draw(picks: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """(n, 64, 64, 3) uint8, drawn from distance functions with soft edges."""
+    """Draw images (n, 64, 64, 3) uint8 with soft edges from the distance functions."""
     n = len(picks["shape"])
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The steps of `vilu demo` that need neither an export nor a server, all on the embedded default."""
+"""The steps of `vilu demo` that need neither an export nor a server. They use the embedded CLIP and its data."""
 
 from __future__ import annotations
 
@@ -34,21 +34,27 @@ def _embed(clip: Clip, images: np.ndarray, what: str, progress: Progress) -> tor
 
 
 def _names() -> tuple[str, ...]:
-    """One class set for both sources: the served model answers digits and shapes alike."""
+    """Return the class names of both sources, so that one served model answers digits and shapes."""
     return (*data.digits("clip_val").names, *data.shapes("clip_val", 1).names)
 
 
 def _sources(split: str, shapes: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images and labels (in the joint class set) of both sources."""
+    """Return, by source, the images and their labels in the class set of `_names`."""
     digits, drawn = data.digits(split), data.shapes(split, shapes)
     return {"digits": (digits.images, digits.labels), "shapes": (drawn.images, drawn.labels + len(digits.names))}
 
 
 def checkpoint_of(clip: Clip, path: Path, seed: int, progress: Progress) -> Checkpoint:
-    """The checkpoint at `path` where an earlier run left one that fits this CLIP; else a new one, which is saved there.
+    """Return the checkpoint at `path` if its head was trained on this CLIP; else train a head and save it there.
+
+    Args:
+        clip: the CLIP to train on.
+        path: file of the checkpoint.
+        seed: seed of the training.
+        progress: called with (what, done, total).
 
     Raises:
-        UserError: the file there is no checkpoint, or the new one cannot be written.
+        UserError: the file at `path` is not a checkpoint, or the new one cannot be written.
     """
     if path.exists():
         checkpoint = load_checkpoint(path)
@@ -73,7 +79,11 @@ def checkpoint_of(clip: Clip, path: Path, seed: int, progress: Progress) -> Chec
 
 
 def evaluate(clip: Clip, checkpoint: Checkpoint, progress: Progress) -> dict[str, dict[str, np.ndarray]]:
-    """Per source: whether CLIP is right, and the confidence of MCM and ViLU, on the test split."""
+    """Score the test split.
+
+    Returns:
+        For each source, "correct" (N,) bool, which says where CLIP is right, and the confidences "MCM" and "ViLU" (N,).
+    """
     assert checkpoint.class_set is not None
     t = checkpoint.class_set.text_embeddings
     scores = {}
@@ -89,7 +99,7 @@ def evaluate(clip: Clip, checkpoint: Checkpoint, progress: Progress) -> dict[str
 
 
 def held_out_jpegs(folder: Path) -> list[Path]:
-    """Write held-out images as JPEG files named after their true class: half digits, half shapes of the test split."""
+    """Write images of the test split as JPEG files, half digits and half shapes. File names hold the true class."""
     names, files = _names(), []
     for source, (images, labels) in _sources("test", ASKED // 2).items():
         step = len(images) // (ASKED // 2)
@@ -102,7 +112,7 @@ def held_out_jpegs(folder: Path) -> list[Path]:
 
 
 def eager_answer(clip: Clip, checkpoint: Checkpoint, image: bytes) -> tuple[str, float]:
-    """The label and the failure probability that the eager model gives an encoded image."""
+    """Return the label and the failure probability that the eager model gives an encoded image."""
     assert checkpoint.class_set is not None
     t = checkpoint.class_set.text_embeddings
     v = clip.embed_images([decode(image, clip.transform)[None]])
@@ -110,7 +120,7 @@ def eager_answer(clip: Clip, checkpoint: Checkpoint, image: bytes) -> tuple[str,
 
 
 def draw(path: Path, files: list[Path], answers: Sequence[Any], scores: dict[str, dict[str, np.ndarray]]) -> None:
-    """Draw the images with their answers, and risk against coverage of MCM and ViLU, into a PNG file."""
+    """Draw a PNG file with the images, their answers, and the risk-coverage curves of MCM and ViLU."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
 """Train the embedded CLIP: `python -m vilu.tiny.train_clip --output DIR`.
 
-Contrastive training (CLIP, arXiv 2103.00020) of a small open_clip model on the captions of the "clip" split. The same
-seed gives the same weights on the same machine kind.
+The script trains a small open_clip model with CLIP's contrastive loss (arXiv 2103.00020) on the images and captions of
+the "clip" split. The same seed gives the same weights on machines of the same kind.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def write_tokenizer(path: Path) -> None:
-    """CLIP's own BPE, cut to its first merges, in CLIP's own file format."""
+    """Write the first merges of CLIP's own BPE in CLIP's file format."""
     lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")[: MERGES + 1]
     path.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
 
@@ -62,7 +62,7 @@ def small_pixels(images: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def zero_shot(folder: Path, split: str, count: int = 2000) -> dict[str, float]:
-    """Accuracy on the digits and `count` shapes of a split, each against its own class names."""
+    """Return CLIP's accuracy (0 to 1) on the digits and on `count` shapes of a split, each with its own class names."""
     clip = load_clip(f"local-dir:{folder}")
     result = {}
     for name, images in (("digits", data.digits(split)), ("shapes", data.shapes(split, count))):
@@ -81,14 +81,18 @@ def train(
     *,
     progress: Progress = lambda what, done, total: None,
 ) -> None:
-    """Train, and at the end write open_clip's layout into `folder`, whole.
+    """Train a CLIP and write it in open_clip's layout. Nothing is written before the training has ended.
 
     Args:
-        count: shapes to draw; the digits are rendered in proportion.
+        folder: folder to write.
+        seed: seed of the data and the weights.
+        steps: number of training steps.
+        batch_size: number of images per step.
+        count: number of shapes to draw. The number of rendered digits grows with it.
         progress: called with (what, done, total) after each step.
 
     Raises:
-        UserError: a folder that cannot be written, or fewer images than one batch.
+        UserError: the folder cannot be written, or there are fewer images than one batch needs.
     """
     atomic.check_folder(folder)
     with tempfile.TemporaryDirectory() as staging:
@@ -130,7 +134,7 @@ def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int, pro
         chosen = torch.from_numpy(rng.choice(len(images), batch_size, replace=False))
         x = (images[chosen].permute(0, 3, 1, 2).float() / 255 - mean) / std
         v = F.normalize(model.encode_image(x), dim=-1)
-        # Many images share a caption: it is encoded once, and all of them are its positives.
+        # Images with the same caption are all positives of that caption, which is encoded once.
         unique, which = tokens[chosen].unique(dim=0, return_inverse=True)
         t = F.normalize(model.encode_text(unique), dim=-1)
         logits = model.logit_scale.exp() * v @ t.T
@@ -177,7 +181,7 @@ def _positive(text: str) -> int:
 
 
 def _print_progress(what: str, done: int, total: int) -> None:
-    """One line on a terminal, which each step writes anew."""
+    """Show progress on one line of a terminal. Each step overwrites the line."""
     if sys.stderr.isatty():
         print(f"\r{what}, {done} of {total} ", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
