@@ -1,4 +1,4 @@
-"""The `vilu` command. Each command has a module of its own here, which imports what it works with when it runs."""
+"""The `vilu` command. Each subcommand has its own module here, which imports heavy packages only when it runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def group() -> None:
 
 
 def run(command: click.Command, name: str) -> None:
-    """Run a command and exit. The user's mistake is one line on stderr and exit code 2."""
+    """Run a command and exit. A user's mistake prints one line on stderr and gives exit code 2."""
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except UserError as error:
@@ -69,12 +69,12 @@ def run(command: click.Command, name: str) -> None:
 
 
 def main() -> None:
-    """Entry point of `vilu`."""
+    """Run `vilu`."""
     run(group, "vilu")
 
 
 def export_main() -> None:
-    """Entry point of `vilu-export`, the same as `vilu export`."""
+    """Run `vilu-export`, which does the same as `vilu export`."""
     from vilu.cli.export import export_command
 
     run(export_command, "vilu-export")

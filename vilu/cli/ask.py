@@ -1,4 +1,4 @@
-"""`vilu ask`: images from files, folders, patterns or standard input; answers as a table, as JSON or in a file."""
+"""`vilu ask` sends images to a server and prints the answers or writes them to a file."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def ask_command(
         raise UserError("--label and --class-set: give one or the other")
     columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
     names = list(find_images(images))
-    answers: list[Answer] = []  # kept only where they are printed
+    answers: list[Answer] = []  # filled only where answers are printed
     bad = 0
     with (
         Client(
@@ -108,7 +108,7 @@ def ask_command(
 
 
 def find_images(given: Iterable[str]) -> Iterator[str]:
-    """File names of what the user named. Raises UserError where a folder or a pattern has no image."""
+    """Yield the image files that the user named. Raises UserError where a folder or a pattern has no image."""
     from vilu.data.image_files import SUFFIXES
 
     def some(name: str, found: Iterable[str]) -> list[str]:

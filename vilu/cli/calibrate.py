@@ -1,4 +1,4 @@
-"""`vilu calibrate`."""
+"""`vilu calibrate` chooses a threshold and calibrates the failure probability."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def calibrate_command(
     threshold = checkpoint.threshold
     before = checkpoint.meta.get("calibration") or {}
     if not wanted and before.get("threshold"):
-        # A threshold that was chosen goes on accepting the same answers: it moves with the probability.
+        # The earlier threshold moves with the probability, so that it still accepts the same answers.
         threshold = float(np.float32(found(np.array([threshold]))[0]))
         note["threshold"] = {"data": before["data"], **before["threshold"], "threshold": threshold}
         click.echo(f"threshold moved from {checkpoint.threshold:.4f} to {threshold:.4f}: it accepts the same answers")
@@ -159,11 +159,11 @@ def _held_out(
         return embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
 
 
-CAPTION_GROUP = 1024  # candidates of a caption set without classes: the published tables' number
+CAPTION_GROUP = 1024  # candidates per group of captions, as in the published tables
 
 
 def _correct(held: EmbeddedSet) -> tuple[Any, int]:
-    """(N,) bool, whether CLIP is right, and the number of candidates. Of captions, only whole groups count."""
+    """Return where CLIP is right, (N,) bool, and the number of candidates. Captions count only in whole groups."""
     from vilu.evaluation.evaluate import correct
 
     group = min(CAPTION_GROUP, len(held)) if held.captions else len(held.text)

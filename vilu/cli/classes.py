@@ -1,4 +1,4 @@
-"""`vilu classes list`, `put` and `remove`."""
+"""`vilu classes` lists, puts and removes the class sets of a running server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands share: the message for a missing package, and options that also answer to an older name."""
+"""Classes that all commands share: a message for a missing package, and options that keep their former names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vilu.errors import UserError
 
 
 class Command(click.Command):
-    """A command that imports its packages when it runs; a missing one is one line that names the extra to install.
+    """A command that imports its packages when it runs. If one is missing, one line names the extra to install.
 
-    extra: the extra of vilu that brings the packages, as in "client".
+    extra: extra of vilu that installs the packages, such as "client".
     """
 
     def __init__(self, *args: Any, extra: str, **kwargs: Any) -> None:
@@ -45,9 +45,9 @@ class Command(click.Command):
 
 
 class RenamedOption(click.Option):
-    """An option that still takes its former names, which neither the help nor an error message shows.
+    """An option that still accepts its former names. Neither the help nor an error message shows them.
 
-    old: the former names, written as for click.option: "--name", or "--name/--no-name" for a flag.
+    old: former names as click.option wants them: "--name", or "--name/--no-name" for a flag.
     """
 
     def __init__(self, param_decls: list[str], *, old: str, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""`vilu demo`: train a head on the embedded default, compare, export, serve, ask, and check the served answers."""
+"""`vilu demo` trains a head on embedded data, evaluates, exports and serves it, and checks the served answers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _table(scores: dict[str, dict[str, np.ndarray]]) -> Table:
 
 
 def _exported(repository: Path) -> str:
-    """The digest of the head that a repository serves, or "" where there is no repository."""
+    """Return the digest of the head that a repository serves, or "" where there is no repository."""
     try:
         return str(json.loads((repository / "parity.json").read_text())["head"])
     except (OSError, ValueError, KeyError):

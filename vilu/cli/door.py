@@ -30,7 +30,7 @@ def _limit(name: str, kind: Any, text: str, default: str) -> Any:
     return click.option(LIMITS[name], name, type=kind, help=f"{text}  [default: {default}]")
 
 
-# As `access_log`, `tokens`, `upstream_ca` and the names of LIMITS.
+# A command receives these options as `access_log`, `tokens` and the names of LIMITS.
 door_options = all_of(
     click.option(
         "--tokens", type=PATH, help="File of tokens with names, a line each: NAME TOKEN. Read again on change."
@@ -48,7 +48,7 @@ door_options = all_of(
 
 
 def limits_of(options: dict[str, Any], **defaults: Any) -> Limits:
-    """The limits among a command's options, which are taken out of them."""
+    """Remove the limits from a command's options and return them."""
     from vilu.serving.door import Limits
 
     given = {name: options.pop(name, None) for name in LIMITS}
@@ -56,6 +56,6 @@ def limits_of(options: dict[str, Any], **defaults: Any) -> Limits:
 
 
 def watched_files(*tokens: tuple[str | None, str]) -> list[Path]:
-    """The files that tokens' options, or the variables beside them, name."""
+    """Return the files that hold tokens. Each argument is an option's value and the variable that stands in for it."""
     words = [os.environ.get(variable, "") if option is None else option for option, variable in tokens]
     return [Path(word[1:]) for word in words if word.startswith("@")]

@@ -1,4 +1,4 @@
-"""`vilu eval`: every method side by side on one or several data sets."""
+"""`vilu eval` compares every method on one or several data sets."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from vilu.evaluation.learning_curve import LearningCurve
 
 T = TypeVar("T")
-Named = tuple[str, "str | Path"]  # "data", "dataset" or "embeddings", and which
-SMALLEST, GROWTH = 200, 2  # sizes of a learning curve: 200, 400, ... and all
-CURVE_RESAMPLES = 400  # at most: a curve draws for every size and seed
+Named = tuple[str, "str | Path"]  # ("data", "dataset" or "embeddings", its name or path)
+SMALLEST, GROWTH = 200, 2  # a learning curve has 200, 400, ... and all images
+CURVE_RESAMPLES = 400  # the most for a learning curve, which resamples for every size and seed
 
 
 @click.command("eval", cls=Command, extra="train")
@@ -207,7 +207,7 @@ def eval_command(
     from vilu.cli.tables import WIDE, print_tables
 
     console = Console()
-    # A file or a pipe has no width of its own: it gets all there is.
+    # A file or a pipe has no width, so it gets every column.
     print_tables(evaluation, console if console.is_terminal else Console(width=WIDE))
     if output is not None:
         click.echo(f"{output / report.HTML}")
@@ -221,7 +221,7 @@ def _named_sets(data: Sequence[str], datasets: Sequence[str], embeddings: Sequen
 
 
 class _Reader:
-    """Reads each set once, and each CLIP once."""
+    """Reads each data set once and loads each CLIP once."""
 
     def __init__(
         self,
@@ -240,7 +240,7 @@ class _Reader:
         self._sets: dict[tuple[object, ...], EmbeddedSet] = {}
 
     def read(self, kind: str, name: str | Path, split: str, checkpoint: Checkpoint, path: Path) -> EmbeddedSet:
-        """The set, by the CLIP and the prompts of the checkpoint (at `path`, for messages)."""
+        """Read a data set and embed it with the checkpoint's CLIP and prompts. Messages call the checkpoint `path`."""
         from vilu.class_set import DEFAULT_TEMPLATES
         from vilu.data import embed, load_embeddings, open_source
 
@@ -285,7 +285,7 @@ class _Reader:
 
 
 def _has_projections(clip: Clip) -> bool:
-    """Whether both towers end in one linear projection; where not, BayesVLM is a row that says so."""
+    """Whether both towers end in one linear projection, which BayesVLM needs. Otherwise its row gives the reason."""
     import torch
 
     side = clip.transform.size
@@ -299,10 +299,10 @@ def _has_projections(clip: Clip) -> bool:
 
 
 def choose_methods(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """The methods that --methods names, case aside.
+    """Return the methods that --methods names. Upper and lower case are the same.
 
     Raises:
-        UserError: none, or an unknown one.
+        UserError: the text names no method, or an unknown one.
     """
     if text.strip().lower() == "all":
         return tuple(known)
@@ -322,7 +322,7 @@ def choose_methods(text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def whole_numbers(option: str, text: str | None, least: int) -> tuple[int, ...]:
-    """The numbers in a text such as "128,256", or none where the option was not given. Raises UserError."""
+    """Read the numbers in a text such as "128,256"; None gives no numbers. Raises UserError for other text."""
     if text is None:
         return ()
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -332,7 +332,7 @@ def whole_numbers(option: str, text: str | None, least: int) -> tuple[int, ...]:
 
 
 def one_each(given: list[T], sets: int, what: str) -> list[T]:
-    """One value for each test set, where one was given for all or one for each. Raises UserError otherwise."""
+    """Return one value per test set from one value for all or one for each. Raises UserError for another count."""
     if len(given) not in (1, sets):
         raise UserError(f"{what}: {len(given)} given for {sets} test sets; give one for all, or one each")
     return given * sets if len(given) == 1 else given
@@ -347,10 +347,18 @@ def draw_curve(
     resamples: int,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LearningCurve:
-    """The learning curve of what `vilu train` makes by a recipe.
+    """Draw the learning curve of heads that a recipe trains, as `vilu train` does.
 
     Args:
-        sizes: numbers of training images; where there are none, 200, 400, ... and all.
+        case: training and test data.
+        sizes: numbers of training images; an empty list stands for 200, 400, ... and all.
+        seeds: seeds of the trainings.
+        recipe: name of the recipe.
+        resamples: number of bootstrap resamples.
+        progress: called with (what, done, total).
+
+    Raises:
+        UserError: the case has no training data.
     """
     from vilu.evaluation.learning_curve import learning_curve
     from vilu.recipes import recipe_named

@@ -1,4 +1,4 @@
-"""`vilu export`."""
+"""`vilu export` writes ONNX graphs and a Triton model repository."""
 
 from __future__ import annotations
 

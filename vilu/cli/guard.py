@@ -1,4 +1,4 @@
-"""`vilu guard`."""
+"""`vilu guard` puts the front door before a server that runs already."""
 
 from __future__ import annotations
 

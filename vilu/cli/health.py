@@ -1,4 +1,4 @@
-"""`vilu health`."""
+"""`vilu health` checks that a server answers a real question."""
 
 from __future__ import annotations
 

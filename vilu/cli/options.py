@@ -1,4 +1,4 @@
-"""Options that several commands share. None of them imports what a command works with."""
+"""Options that several commands share. Importing them imports no heavy package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Decorated = TypeVar("Decorated", bound="Callable[..., Any] | click.Command")
 
 PATH = click.Path(path_type=Path)
 SECONDS = click.FloatRange(min=0, min_open=True)
-DEFAULT_URL = "127.0.0.1:8001"  # vilu.serving.address's own, which cannot be imported without the client's packages
+DEFAULT_URL = "127.0.0.1:8001"  # as in vilu.serving.address, which needs the client's packages
 REPOSITORY = Path("serving/model_repository")
 
 
@@ -27,7 +27,7 @@ def _default_cache() -> Path:
 
 
 def all_of(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
-    """One decorator that adds options in the order in which they are listed."""
+    """Return one decorator that adds these options in this order."""
 
     def add(command: Decorated) -> Decorated:
         for option in reversed(options):
@@ -37,7 +37,7 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
     return add
 
 
-# As `data`, `dataset`, `root` and `cache`.
+# A command receives these options as `data`, `dataset`, `root` and `cache`.
 data_options = all_of(
     click.option(
         "--data",
@@ -71,7 +71,7 @@ template_option = click.option(
 
 
 def dtype_option(default: str) -> Callable[[Decorated], Decorated]:
-    """--dtype, as `dtype`."""
+    """Return the option --dtype, which a command receives as `dtype`."""
     return click.option(
         "--dtype",
         type=click.Choice(["float16", "float32"]),
@@ -81,7 +81,7 @@ def dtype_option(default: str) -> Callable[[Decorated], Decorated]:
     )
 
 
-# As `clip_name` and `pretrained`.
+# A command receives these options as `clip_name` and `pretrained`.
 clip_options = all_of(
     click.option(
         "--clip", "clip_name", help="CLIP to use: an open_clip model name or local-dir:FOLDER.  [default: vilu-tiny]"
@@ -89,7 +89,7 @@ clip_options = all_of(
     click.option("--pretrained", help="Weights of the CLIP: an open_clip tag, a local file, or 'random'."),
 )
 
-# How to reach a server, as `url`, `token`, `tls_ca`, `tls_cert` and `tls_key`.
+# These options say how to reach a server. A command receives them as `url`, `token`, `tls_ca`, `tls_cert`, `tls_key`.
 connection_options = all_of(
     click.option(
         "--url",
@@ -116,7 +116,7 @@ control_option = click.option(
     help="Token that `vilu serve --control-token` was given.  [default: $VILU_CONTROL_TOKEN, or none]",
 )
 
-# What a server shows and asks of its clients, as `tls_cert`, `tls_key` and `tls_ca`.
+# These options set the certificates of a server and its clients, as `tls_cert`, `tls_key` and `tls_ca`.
 listening_tls_options = all_of(
     click.option(
         "--tls-cert", type=PATH, help="PEM file with the server's certificate. gRPC clients must then use TLS."
@@ -130,7 +130,7 @@ host_option = click.option("--host", default="127.0.0.1", show_default=True, hel
 
 
 def with_client(url: str, token: str | None, options: dict[str, Any], work: Callable[[AsyncClient], Awaitable[T]]) -> T:
-    """What `work` returns, given a client of the server that a command's options name."""
+    """Run `work` with a client of the server that a command's options name, and return its result."""
     import asyncio
 
     from vilu.serving import AsyncClient

@@ -10,7 +10,7 @@ class Bar:
     """A progress bar on stderr. It shows nothing where stderr is no terminal."""
 
     def __init__(self, shown: bool = True) -> None:
-        from rich.console import Console  # here: listing the commands needs only click
+        from rich.console import Console  # imported here, because listing the commands needs only click
         from rich.progress import Progress
 
         self.console = Console(stderr=True)
@@ -24,7 +24,7 @@ class Bar:
 
 @contextlib.contextmanager
 def progress_bar(shown: bool = True) -> Iterator[Bar]:
-    """The bar for one long step. Call it with (what, done, total)."""
+    """Show a bar for one long step. Call the bar with (what, done, total)."""
     bar = Bar(shown)
     with bar.progress:
         yield bar

@@ -1,4 +1,4 @@
-"""`vilu serve`."""
+"""`vilu serve` serves a model repository, with or without the front door."""
 
 from __future__ import annotations
 

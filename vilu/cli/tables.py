@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vilu.evaluation.results import Evaluation, Result
     from vilu.serving import Answer
 
-WIDE, MIDDLE = 180, 138  # columns of a terminal that has room for intervals, and for every metric
+WIDE, MIDDLE = 180, 138  # widths, in characters, that have room for intervals and for every metric
 NARROW = ("auc", "fpr95", "aurc", "ece")
 
 
@@ -68,7 +68,7 @@ def _result_table(result: Result, width: int) -> Table:
 
 
 def print_answers(answers: Sequence[Answer]) -> None:
-    """A server's answers, one image a row."""
+    """Print a server's answers, one row per image."""
     table = Table(Column("file", overflow="fold"), "label", "confidence", "P(failure)", "")
     detailed = any(a.concepts for a in answers)
     if detailed:

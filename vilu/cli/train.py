@@ -1,4 +1,4 @@
-"""`vilu train`."""
+"""`vilu train` trains a head and says whether it is better than MCM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vilu.embeddings import EmbeddedSet
     from vilu.train import Validation
 
-# Options that replace one setting of the recipe, by the setting's name.
+# Each option replaces the recipe's setting of the same name.
 _setting_options = all_of(
     click.option("--epochs", type=click.IntRange(1), help="Number of passes over the training data."),
     click.option(
@@ -158,7 +158,7 @@ def train_command(
             source = open_source(data, dataset=dataset, root=root, split="train", cache=cache)
             clip = load_clip(clip_name or "vilu-tiny", pretrained)
             spec = clip.spec
-            with turn:  # the first process fills the cache, the others read it
+            with turn:  # the first process fills the cache, and the others read it
                 train = embed(source, clip, cache=cache, dtype=dtype, templates=prompts, progress=bar)
             if no_cache:
                 augmented = _augmented(source, train, clip, seed)
@@ -200,7 +200,7 @@ def train_command(
 
 
 def verdict(validation: Validation | None) -> str:
-    """The head beside MCM in words: whether it is worth having."""
+    """Say in words whether the head is better than MCM on the validation data."""
     if validation is None:
         return "validation: none, or CLIP is always right or always wrong on it: nothing says that this head helps"
     v = validation
@@ -220,11 +220,11 @@ def verdict(validation: Validation | None) -> str:
     )
 
 
-CURVE_SHARES = (0.175, 0.35, 0.7)  # of the training data; what is left is tested on
+CURVE_SHARES = (0.175, 0.35, 0.7)  # shares of the data that heads are trained on; the rest tests them
 
 
 def _needed(train: EmbeddedSet, recipe: Recipe, progress: Callable[[str, int, int], None]) -> str:
-    """In words, the number of training images from which a head of this recipe would beat MCM."""
+    """Say in words how many training images a head of this recipe needs to beat MCM."""
     import torch
 
     from vilu.evaluation.learning_curve import learning_curve
@@ -247,7 +247,7 @@ def _needed(train: EmbeddedSet, recipe: Recipe, progress: Callable[[str, int, in
 
 
 def _augmented(source: Source, train: EmbeddedSet, clip: Clip, seed: int) -> Callable[[Tensor, int], Tensor]:
-    """Embeddings of freshly augmented images, by row of `train` and epoch."""
+    """Return a function from rows (n,) of `train` and an epoch to embeddings (n, D) of newly augmented images."""
     import numpy as np
     import torch
 
@@ -257,7 +257,7 @@ def _augmented(source: Source, train: EmbeddedSet, clip: Clip, seed: int) -> Cal
         places = rows if train.rows is None else train.rows[rows]
         transform = augment(clip.transform.size, np.random.default_rng([seed, epoch]))
         found = []
-        with torch.no_grad():  # inside the loop, so that decoding runs ahead of the tower
+        with torch.no_grad():  # encoding inside the loop lets the threads decode ahead
             for _, pixels in batches(source, transform, places.tolist(), 64):
                 found.append(clip.encode_pixels(torch.from_numpy(pixels)))
         if sum(map(len, found)) != len(rows):
@@ -269,7 +269,7 @@ def _augmented(source: Source, train: EmbeddedSet, clip: Clip, seed: int) -> Cal
 
 @contextlib.contextmanager
 def _processes() -> Iterator[tuple[int, contextlib.AbstractContextManager[None]]]:
-    """(rank, a context that the first process leaves before the others enter), under torchrun or alone."""
+    """Yield the rank and a context that the first process leaves before the others enter it. torchrun is optional."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield 0, contextlib.nullcontext()
         return

@@ -1,4 +1,4 @@
-"""`vilu versions`."""
+"""`vilu versions` lists the versions of a model repository, or serves another one."""
 
 from __future__ import annotations
 

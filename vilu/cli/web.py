@@ -1,4 +1,4 @@
-"""`vilu web`."""
+"""`vilu web` serves a page that asks a running server."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def web_command(
         return AsyncClient(url, token=token, timeout=timeout, in_flight=AT_ONCE, shared_memory=False, **tls)
 
     async def check() -> None:
-        """Options that no client can be made of are an error before the page is there."""
+        """Make a client once, so that bad options are an error before the page is served."""
         async with connect():
             pass
 

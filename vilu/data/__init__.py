@@ -1,9 +1,11 @@
-"""Data: image folders, the 13 data sets of the paper, captions in tables or WebDataset shards, and their embeddings.
+"""Images with labels or captions, and their embeddings.
+
+The images come from folders, tables, WebDataset shards, the paper's 13 data sets or the embedded data.
 
     source = open_source("photos")                        # or dataset="flowers102", root=Path("DATA"), split="test"
     data = embed(source, load_clip(), cache=Path("cache"))
 
-Names are resolved on first use, so that importing this costs nothing.
+Python imports each name's module when the name is first used, so importing this package costs nothing.
 """
 
 from importlib import import_module
@@ -39,6 +41,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'vilu.data' has no attribute {name!r}")
-    # Kept: importing vilu.data.embed has just set `embed` here to the module of that name.
+    # The value is stored, because importing vilu.data.embed has just set `embed` here to the module of that name.
     value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value

@@ -1,9 +1,13 @@
-"""Arrays on disk that are whole or not there: appended block by block, resumed after a kill, mapped when whole.
+"""A cache of arrays on disk. It is written block by block, resumes after a kill, and is used only when it is whole.
 
-A folder holds one .npy file an array, with a blank header until all rows are there; journal.jsonl, a line for each
-block with the checksum of what it appended; lock; and, written last by one rename, index.json. Without the index
-nothing in the folder is taken for embeddings. What a resumed run keeps of an unfinished folder is what the journal
-proves.
+A folder of the cache holds these files:
+
+* NAME.npy: one file for each array, with a blank header until all rows are written.
+* journal.jsonl: one line for each block, with the checksums of the rows that the block appended.
+* lock: the file that a writing process locks.
+* index.json: written last, by one rename. Without it, nothing in the folder counts as embeddings.
+
+A resumed run keeps the blocks whose checksums in the journal match the arrays.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import numpy as np
 from vilu import atomic
 from vilu.errors import UserError
 
-HEADER = 128  # bytes before the rows, as NumPy writes them for arrays of any size
+HEADER = 128  # bytes of a .npy header, which is enough for arrays of any size
 CHUNK = 1 << 22
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grew too large"}
 
@@ -32,23 +36,36 @@ Skipped = list[tuple[int, str]]
 
 
 def default_cache() -> Path:
-    """The folder that keeps embeddings where none is named, in the XDG base directory for caches."""
+    """Return the folder that keeps embeddings by default, in the XDG base directory for caches."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vilu"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Arrays by name, and what was skipped. Mapped copy-on-write: torch wants them writable, the file never changes."""
+    """The content of a whole folder.
+
+    The arrays are mapped copy-on-write: torch wants writable arrays, and the files must never change.
+
+    arrays: the arrays by name.
+    skipped: index and message of each image that was skipped.
+    """
 
     arrays: dict[str, np.ndarray]
     skipped: Skipped
 
 
 def read(folder: Path, identity: Mapping[str, Any]) -> Stored | None:
-    """What a whole folder holds; None where there is none yet.
+    """Read a folder.
+
+    Args:
+        folder: the folder.
+        identity: everything that its arrays depend on.
+
+    Returns:
+        The folder's content, or None if the folder is not whole yet.
 
     Raises:
-        UserError: it belongs to something else, or a file in it is missing, cut short or damaged.
+        UserError: the folder has another identity, or one of its files is missing, cut short or damaged.
     """
     try:
         index = json.loads((folder / "index.json").read_text())
@@ -89,13 +106,13 @@ def read(folder: Path, identity: Mapping[str, Any]) -> Stored | None:
 
 
 class Writer:
-    """Appends to a folder; one process at a time. Used as a context.
+    """A context manager that appends to a folder. Only one process can hold it at a time.
 
-    position: where the caller goes on: the `position` of the last block that is safely there, 0 at first.
-    skipped: what was reported skipped before it.
+    position: where the caller continues: the `position` of the last block that is safely stored, or 0.
+    skipped: index and message of each image that was skipped before that position.
 
     Raises:
-        UserError: another process writes to it, or the folder cannot be written.
+        UserError: another process is writing to the folder, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], rows: int) -> None:
@@ -123,9 +140,9 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         for file in self.files.values():
-            with suppress(OSError):  # what a full disk refused is refused again; append has said so
+            with suppress(OSError):  # a full disk fails here again, and append has already reported it
                 file.close()
-        self.lock.close()  # and with it the lock, as at a kill
+        self.lock.close()  # this also releases the lock, as a kill does
 
     def _hold(self) -> None:
         import fcntl
@@ -138,7 +155,7 @@ class Writer:
             raise UserError(f"{self.folder}: cannot be locked ({error.strerror})") from None
 
     def _resume(self) -> None:
-        """Keep the blocks whose checksums hold, cut off everything after them."""
+        """Keep the blocks whose checksums match, and cut off everything after them."""
         journal = self.folder / "journal.jsonl"
         proven = 0
         lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
@@ -179,9 +196,15 @@ class Writer:
         return True
 
     def append(self, position: int, arrays: Mapping[str, np.ndarray], skipped: Skipped) -> None:
-        """Add rows to each array; once this returns, a kill costs nothing before `position`.
+        """Append a block of rows. Once this returns, a kill loses nothing before `position`.
 
-        Raises UserError where the disk is full: what was appended before stays.
+        Args:
+            position: where the caller would continue after this block.
+            arrays: rows (n, ...) to append to each array, by name.
+            skipped: index and message of each image that this block skipped.
+
+        Raises:
+            UserError: the disk is full. Earlier blocks stay.
         """
         with _disk(self.folder):
             block: dict[str, Any] = {"position": position, "skipped": skipped, "arrays": {}}
@@ -213,7 +236,7 @@ class Writer:
             raise UserError(f"{self.folder}: needs {need / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
 
     def finish(self) -> Stored:
-        """Write the headers, then the index: from here on the folder is whole."""
+        """Write the headers and then the index, which makes the folder whole. Return its content."""
         with _disk(self.folder):
             specs = {}
             for name, row in self.rows.items():
@@ -237,7 +260,7 @@ class Writer:
 
 
 class Memory:
-    """The same, kept in memory: where no cache is asked for."""
+    """A stand-in for Writer that keeps everything in memory, for callers that want no cache."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -262,7 +285,7 @@ class Memory:
 
 @contextmanager
 def _disk(folder: Path) -> Iterator[None]:
-    """What the disk refuses, as one line."""
+    """Turn an OSError into a UserError with one line that says what to do."""
     try:
         yield
     except OSError as error:
@@ -290,7 +313,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _crc(file: Path, start: int, size: int) -> int:
-    """CRC-32 of part of a file; of as much as is there."""
+    """Return the CRC-32 of `size` bytes of a file from `start` on, or of fewer where the file ends earlier."""
     crc = 0
     with open(file, "rb") as data:
         data.seek(start)

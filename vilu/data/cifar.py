@@ -1,8 +1,8 @@
-"""CIFAR-10 and CIFAR-100, as torchvision keeps them (pickles) or as their authors' binary version.
+"""CIFAR-10 and CIFAR-100, in the python version (pickles, which torchvision uses) or in the binary version.
 
-A pickle can run any code, so these are not opened with NumPy's or anyone's classes: the reader knows three names
-(NumPy's array, its dtype and its array maker) and puts inert stand-ins of its own in their place, which take bytes and
-a shape and nothing else. Any other name in the file is refused.
+A pickle can run any code when it is opened. So this reader accepts only three names in it (NumPy's array, dtype and
+array constructor) and replaces each with a class of its own that only stores its arguments. It refuses a file that
+contains any other name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ import numpy as np
 from vilu.data.source import ArraySource
 from vilu.errors import UserError
 
-MAX_BYTES = 1 << 28  # the largest real file, CIFAR-100's train, has 155 MB
+MAX_BYTES = 1 << 28  # the largest real file, CIFAR-100's train batch, has 155 MB
 
 
 class _Layout(NamedTuple):
-    """Where one version of one of the sets keeps what. `skip`: bytes before the label in a binary record."""
+    """The file layout of one version of one data set.
+
+    folder: name of its folder.
+    files: image files of each split.
+    names: file of class names.
+    key: key of the labels in a pickle; "" for the binary version.
+    names_key: key of the class names in a pickle; "" for the binary version.
+    skip: number of bytes before the label in a record of the binary version.
+    """
 
     folder: str
     files: dict[str, tuple[str, ...]]
@@ -55,9 +63,16 @@ LAYOUTS = {
 
 
 def open_cifar(dataset: str, root: Path, split: str) -> ArraySource:
-    """Whichever of the two layouts lies under the root, root/cifar10 or root/cifar100.
+    """Open CIFAR-10 or CIFAR-100 in whichever version is there.
 
-    Raises UserError: no such folder, a file missing, damaged, or holding anything but arrays and labels.
+    Args:
+        dataset: "cifar10" or "cifar100".
+        root: folder that holds the version's folder, directly or inside root/cifar10 or root/cifar100.
+        split: "train" or "test".
+
+    Raises:
+        UserError: there is no such folder or split, or a file is missing, damaged, or holds anything but arrays and
+            labels.
     """
     for layout in LAYOUTS[dataset]:
         for folder in (root / layout.folder, root / dataset / layout.folder):
@@ -120,7 +135,7 @@ def _bytes(file: Path) -> bytes:
 
 
 class _Inert:
-    """Stands for one of NumPy's names in a pickle: keeps what it is given, does nothing with it."""
+    """A stand-in for one of NumPy's names in a pickle. It stores its arguments and does nothing with them."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -136,10 +151,10 @@ class _Dtype(_Inert):
 
 class _Array(_Inert):
     def pixels(self, file: Path) -> np.ndarray:
-        """(N, 3072) uint8."""
+        """Return the pixels (N, 3072) uint8. Raises UserError where the pickle holds another array."""
         match self.state:
             case (_, (int(count), 3072), _Dtype(args=("u1" | "|u1", *_)), False, bytes() | str() as raw) if count > 0:
-                # Python 2 wrote the bytes as a string; read as Latin-1 they are the same numbers.
+                # Python 2 wrote the bytes as a string. Read as Latin-1, its characters are the same numbers.
                 data = raw.encode("latin-1", "replace") if isinstance(raw, str) else raw
                 if len(data) == count * 3072:
                     return np.frombuffer(data, np.uint8).reshape(count, 3072)
@@ -168,7 +183,7 @@ def _load(file: Path) -> dict[str, Any]:
         content = _Unpickler(io.BytesIO(_bytes(file)), encoding="latin-1").load()
     except UserError:
         raise
-    except Exception as error:  # the pickle machine raises almost any type on damaged input
+    except Exception as error:  # pickle raises almost any type on damaged input
         raise UserError(f"{file}: is no CIFAR batch ({(str(error) or type(error).__name__).splitlines()[0]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: is no CIFAR batch (no dictionary)")

@@ -1,8 +1,10 @@
-"""Ten of the paper's data sets in CoOp's split files, ImageNet by folders, FGVC-Aircraft by lists: CoOp's DATASETS.md.
+"""The paper's data sets in the layout of CoOp's DATASETS.md.
 
-Class names are CoOp's, _ read as a space in every prompt, as CoOp reads them (the authors of ViLU leave it in). Labels
-are CoOp's own numbers, the same in every split (the authors number classes by first appearance in a split, which no
-score depends on).
+ImageNet is read from folders, FGVC-Aircraft from lists, and the others from CoOp's split files.
+
+Class names are CoOp's. An underscore becomes a space, as in CoOp; the authors of ViLU keep the underscore. Labels are
+CoOp's numbers and the same in every split. The authors number the classes by their first appearance in a split; no
+score depends on the numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from vilu.errors import UserError
 
 SPLITS = ("train", "val", "test")
 
-# data set -> folder under the root, folder of its images, split file
+# data set -> (folder under the root, folder of the images inside it, split file)
 SPLIT_FILES = {
     "caltech101": ("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json"),
     "dtd": ("dtd", "images", "split_zhou_DescribableTextures.json"),
@@ -32,13 +34,22 @@ SPLIT_FILES = {
     "ucf101": ("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json"),
 }
 
-# CLIP's list names these two as it names n03773504 (missile) and n04356056 (sunglasses): no answer could tell them
-# apart. WordNet's own first word does.
+# CLIP's list calls these two classes "missile" and "sunglasses", which are also its names for n03773504 and n04356056.
+# Class names must differ, so these two get WordNet's own first word.
 TWINS = {"n04008634": "projectile", "n04355933": "sunglass"}
 
 
 def open_split(dataset: str, root: Path, split: str) -> FileSource:
-    """One of SPLIT_FILES. Raises UserError: split file missing or malformed, or a path in it that leaves the images."""
+    """Open one of the data sets in SPLIT_FILES.
+
+    Args:
+        dataset: its key in SPLIT_FILES.
+        root: folder that holds the data sets, or the data set's own folder.
+        split: "train", "val" or "test".
+
+    Raises:
+        UserError: the split file is missing or malformed, or a path in it leaves the folder of images.
+    """
     folder, images, file_name = SPLIT_FILES[dataset]
     file = find(root, folder, file_name) / file_name
     content = _read_split(file)
@@ -86,9 +97,14 @@ def _read_split(file: Path) -> dict[str, list[tuple[str, int, str]]]:
 
 
 def open_imagenet(root: Path, split: str) -> FileSource:
-    """imagenet/images/{train,val}/<wnid>/*.JPEG with classnames.txt; "val" and "test" are both the validation images.
+    """Open ImageNet: imagenet/images/{train,val}/<wnid>/*.JPEG, with class names in imagenet/classnames.txt.
 
-    Raises UserError: a file or folder missing, a class without a name, or other classes in train than in val.
+    Args:
+        root: folder that holds imagenet, or that folder itself.
+        split: "train", "val" or "test". Both "val" and "test" are the validation images.
+
+    Raises:
+        UserError: a file or folder is missing, a class has no name, or train and val have different classes.
     """
     folder = find(root, "imagenet", "classnames.txt")
     file = folder / "classnames.txt"
@@ -119,9 +135,16 @@ def open_imagenet(root: Path, split: str) -> FileSource:
 
 
 def open_aircraft(root: Path, split: str) -> FileSource:
-    """fgvc_aircraft/images/*.jpg by images_variant_{train,val,test}.txt; the classes are variants.txt.
+    """Open FGVC-Aircraft: fgvc_aircraft/images/*.jpg, listed in images_variant_{train,val,test}.txt.
 
-    Raises UserError: a file missing, an unknown variant, or a path that leaves the images.
+    The classes are the lines of variants.txt.
+
+    Args:
+        root: folder that holds fgvc_aircraft, or that folder itself.
+        split: "train", "val" or "test".
+
+    Raises:
+        UserError: a file is missing, a variant is unknown, or a path leaves the folder of images.
     """
     folder = find(root, "fgvc_aircraft", "variants.txt")
     names = [line for line in _lines(folder / "variants.txt") if line]
@@ -147,7 +170,7 @@ def open_aircraft(root: Path, split: str) -> FileSource:
 
 
 def find(root: Path, folder: str, file: str) -> Path:
-    """root/folder, or the root itself where it is that folder. Raises UserError where neither holds the file."""
+    """Return root/folder, or root itself, whichever holds the file. Raises UserError where neither does."""
     for place in (root / folder, root):
         if (place / file).is_file():
             return place

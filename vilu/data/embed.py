@@ -1,4 +1,4 @@
-"""From a Source to an EmbeddedSet: decoding and the towers at once, kept on disk where asked."""
+"""`embed` turns a Source into an EmbeddedSet. It decodes and encodes at the same time, and can cache the result."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from vilu.preprocess.image import ImageError
 if TYPE_CHECKING:
     from vilu.clip import Clip
 
-FORMAT = 1  # of the cache: counted up when the same identity would mean other numbers
+FORMAT = 1  # format of the cache, raised when the same identity would give other embeddings
 FIELDS = ("normalised", "activation", "output")
-TEXTS = 256  # prompts encoded at once
-MAX_TOWERS = 8  # batches in the tower at once on a CPU: each has its own activations in memory
-# Short ones: a small context would cut off what tells two tokenizers apart.
+TEXTS = 256  # prompts in one run of the text tower
+MAX_TOWERS = 8  # batches that a CPU encodes at the same time. Each has its own activations in memory
+# The texts are short, because a small context would cut off the part in which two tokenizers differ.
 PROBE = ["a photo of a cat.", "the quick brown fox", "jumps over a lazy dog", "0123456789", "naïve café!"]
 
 Progress = Callable[[str, int, int], None]
@@ -51,22 +51,31 @@ def embed(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> EmbeddedSet:
-    """Embed images, and captions or class prompts.
+    """Embed N images, and their captions or the prompts of their K classes.
 
-    With a cache, embeddings are kept in a folder named by all that they depend on (CLIP's name, weights and tokenizer,
-    the transform, dtype, projection, and the data's key): anything else is embedded anew, beside them. A killed run
-    goes on where it was and, with the same batch size and workers, ends with the same bytes. The result is mapped from
-    disk, so memory does not grow with N.
+    With a cache, the embeddings are kept in a folder whose name depends on everything that changes them: CLIP's name,
+    weights and tokenizer, the transform, dtype, projection and the data's key. A change of these gets a new folder.
+    A killed run continues where it was and, with the same batch size and workers, ends with the same bytes. The result
+    is mapped from disk, so memory does not grow with N.
 
     Args:
-        dtype: of the kept image and caption embeddings; class prompts are always float32.
-        projection: keep what CLIP's last projections saw and gave, too (BayesVLM).
-        templates: prompts for class names, one {} each; several are averaged as `Clip.class_set` does.
-        workers: threads that decode (on a CPU, decode and encode); one a core, eight at most on a CPU, when None.
+        source: the images.
+        clip: the CLIP that embeds them.
+        cache: folder that keeps embeddings; None keeps them in memory.
+        dtype: type of the kept image and caption embeddings, "float16" or "float32". Class embeddings are float32.
+        projection: whether to keep the input and output of CLIP's last projections, which BayesVLM needs.
+        templates: prompts for class names with exactly one {} each. Several are averaged as in `Clip.class_set`.
+        progress: called with (what, done, total) after each batch.
+        batch_size: number of images per batch.
+        workers: number of threads that decode; on a CPU they also encode. None stands for one per core, and for at
+            most eight on a CPU.
+
+    Returns:
+        The EmbeddedSet of the images that could be read; it lists the others in `skipped`.
 
     Raises:
-        UserError: more than a tenth of the images unreadable, a value that is not finite, data that change meanwhile,
-            a CLIP without a linear projection where one is asked for, or a cache that is damaged, in use or full.
+        UserError: more than a tenth of the images cannot be read, an embedding is not finite, the data changed
+            meanwhile, CLIP has no linear projection to keep, or the cache is damaged, in use or full.
 
     Examples:
         >>> from vilu import load_clip
@@ -136,7 +145,7 @@ def _kept(
     rows: int,
     blocks: Callable[[int, Skipped], Iterator[Block]],
 ) -> Stored:
-    """What the cache holds under this identity, made or completed first where it is not whole."""
+    """Return what the cache holds for this identity. Blocks that are missing are made first."""
     writer: Writer | Memory = Memory()
     if cache is not None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -203,8 +212,8 @@ def _blocks(
     if tower.device.type != "cpu":
         yield from (block(*batch) for batch in in_batches(read_one, rows, batch_size, workers))
         return
-    # On a CPU each thread takes a batch all the way, on one core. Decoding beside a tower that wants every core has
-    # them wait for each other at each of its layers: slower than one after the other.
+    # On a CPU each thread decodes and encodes a whole batch on its own core. If decoding ran beside a tower that uses
+    # every core, the tower's threads would wait for each other at every layer, which is slower.
     workers = workers or min(cores(), MAX_TOWERS)
     before = torch.get_num_threads()
     share = max(1, min(before, cores() // workers))
@@ -218,11 +227,11 @@ def _blocks(
             lambda: torch.set_num_threads(share),
         )
     finally:
-        torch.set_num_threads(before)  # threads yet to come would have inherited ours
+        torch.set_num_threads(before)  # otherwise later threads would inherit our share
 
 
 def _embed_classes(names: Sequence[str], templates: Sequence[str], tower: _Tower, start: int) -> Iterator[Block]:
-    """Each class the mean over its prompts: of unit embeddings (then unit again), of activations, of outputs."""
+    """Embed classes. Each field is the mean over a class's prompts, and the mean embedding is normalised again."""
     step = max(1, TEXTS // len(templates))
     for first in range(start, len(names), step):
         some = names[first : first + step]
@@ -234,7 +243,7 @@ def _embed_classes(names: Sequence[str], templates: Sequence[str], tower: _Tower
 
 
 def _named(side: str, fields: Sequence[Tensor], dtype: np.dtype, rows: Sequence[str]) -> dict[str, np.ndarray]:
-    """Arrays by the names they are kept under. Raises UserError for a value that is not finite, or not in dtype."""
+    """Return arrays by their names in the cache. Raises UserError for a value that is not finite in dtype."""
     arrays = {}
     for name, field in zip(FIELDS, fields, strict=False):
         exact = field.float().cpu().numpy()
@@ -255,7 +264,7 @@ def _embeddings(stored: Stored, side: str) -> Embeddings:
 
 
 class _Tower:
-    """CLIP's two towers, giving (normalised,) or (normalised, activation, output)."""
+    """CLIP's two towers. They return (normalised,), or (normalised, activation, output) where `projection` is set."""
 
     def __init__(self, clip: Clip, projection: bool) -> None:
         self.clip = clip
@@ -270,15 +279,15 @@ class _Tower:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
-        with self.lock:  # Hugging Face's fast tokenizers refuse to be used twice at once
+        with self.lock:  # Hugging Face's fast tokenizers fail when two threads use them at once
             tokens = self.clip.tokenize(list(texts)).to(self.device)
         return self.clip.project_tokens(tokens) if self.projection else (self.clip.encode_tokens(tokens),)
 
     def identity(self) -> dict[str, Any]:
-        """All that its answers depend on.
+        """Return everything that the embeddings depend on, besides the data.
 
-        The weights' fingerprint is not enough: QuickGELU goes with the name and tag, mean and std are no weights,
-        and a tokenizer is known by what it makes of a few words.
+        The weights' fingerprint is not enough: the name and tag decide about QuickGELU, mean and std are not among the
+        weights, and a tokenizer is identified by the token ids of a few texts.
         """
         clip = self.clip
         return {

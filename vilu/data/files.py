@@ -1,4 +1,4 @@
-"""Sources that are files: a folder with one directory a class, and tables of path + caption."""
+"""Sources of image files: a folder with one directory per class, or a table of paths and captions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ TABLES = (".csv", ".tsv", ".parquet")
 
 
 def open_folder(folder: Path, split: str) -> FileSource:
-    """One directory a class, its name the class's (_ read as a space); images anywhere below it.
+    """Open a folder with one directory per class. A class's images may be anywhere below its directory.
 
-    A folder that holds nothing but train/ and test/ (or val/), each with class directories, is two splits with
-    the same classes; any other folder is the same data whatever the split. Hidden files are not looked at.
+    The directory's name is the class name, with _ read as a space. Hidden files are ignored. A folder that holds only
+    directories named train, val or test, at least two of them and each with class directories, has these splits. Any
+    other folder gives the same data for every split.
+
+    Args:
+        folder: the folder.
+        split: "train", "val" or "test".
 
     Raises:
-        UserError: not a folder, no images, fewer than two classes, no such split, or other classes in another split.
+        UserError: the folder does not exist, holds no images or fewer than two classes, lacks the split, or its splits
+            have different classes.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
@@ -57,7 +63,7 @@ def open_folder(folder: Path, split: str) -> FileSource:
 
 
 def read_classes(folder: Path, directories: list[str]) -> tuple[list[str], list[int], list[str]]:
-    """Paths relative to folder, labels, and those of the directories that hold an image."""
+    """Return the paths relative to folder, their labels, and the names of the directories that hold an image."""
     paths: list[str] = []
     labels: list[int] = []
     names: list[str] = []
@@ -79,7 +85,7 @@ def _directories(folder: Path) -> list[str]:
 
 
 def _images(folder: Path, directory: str) -> Iterator[str]:
-    # A class directory may itself be a link; links below it are not followed, so that none can run in a circle.
+    # A class directory may be a link. Links below it are not followed, because they could form a circle.
     for parent, below, files in os.walk(folder / directory):
         below[:] = [name for name in below if not name.startswith(".")]
         for name in files:
@@ -88,10 +94,18 @@ def _images(folder: Path, directory: str) -> Iterator[str]:
 
 
 def open_table(path: Path, image_column: str, caption_column: str) -> FileSource:
-    """A CSV (comma; tab for .tsv; UTF-8, with a header) or Parquet file of image paths, relative to it, and captions.
+    """Open a table of image paths and captions: CSV with commas, .tsv with tabs, or Parquet.
+
+    A CSV or .tsv file is UTF-8 and starts with a header. Paths are relative to the table's folder.
+
+    Args:
+        path: the table.
+        image_column: name of the column of paths.
+        caption_column: name of the column of captions.
 
     Raises:
-        UserError: unreadable, a column missing, no rows, an empty caption, or a path that leaves the file's folder.
+        UserError: the table cannot be read, lacks a column, has no rows or an empty caption, or a path leaves its
+            folder.
     """
     rows = _parquet(path, image_column, caption_column) if path.suffix == ".parquet" else None
     paths: list[str] = []
@@ -136,12 +150,12 @@ def _parquet(path: Path, image_column: str, caption_column: str) -> Iterator[Row
                 yield f"{path}: row {number}", image, caption
     except UserError:
         raise
-    except Exception as error:  # Arrow raises many types on damaged files; all mean the same
+    except Exception as error:  # Arrow raises many types on damaged files; the user gets one message for all
         raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
 
 
 def open_parquet(path: Path) -> Any:
-    """pyarrow's ParquetFile. Raises UserError without pyarrow, or for a file that is none."""
+    """Open pyarrow's ParquetFile. Raises UserError without pyarrow, or for a file that is not Parquet."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -153,7 +167,7 @@ def open_parquet(path: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line, or its type where it says nothing."""
+    """Return the first line of an error's message, or the error's type where the message is empty."""
     return next(islice(str(error).splitlines(), 1), "") or type(error).__name__
 
 

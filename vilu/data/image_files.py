@@ -1,4 +1,4 @@
-"""Folders of images: finding them, reading them."""
+"""Finding and reading the images in a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every JPEG, PNG and WebP below a folder, in name order. Raises UserError where there is none."""
+    """List the JPEG, PNG and WebP files below a folder, sorted by path. Raises UserError where there is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -24,7 +24,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8. Raises UserError for a file that is no image."""
+    """Read an image as RGB pixels (H, W, 3) uint8. Raises UserError for a file that is no image."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return np.asarray(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Threads that work ahead of their caller: a pool, a bounded look-ahead, results in order."""
+"""Threads that read and decode images ahead of the caller. The results keep the order of the items."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from vilu.preprocess.image import FORMATS, ImageError, Transform, decode, pixels
 
 S = TypeVar("S")
 T = TypeVar("T")
-Pixels = np.ndarray | ImageError  # or the reason why there are none
-AHEAD = 3  # batches decoded or being decoded before they are asked for
-SLICE = 8  # images a thread takes at once: a task for each would cost more than a small image's decoding
+Pixels = np.ndarray | ImageError  # an ImageError says why there are no pixels
+AHEAD = 3  # batches that threads decode before the caller asks for them
+SLICE = 8  # images per task, because a task for each would cost more than decoding a small image
 LIMIT = 0.1  # share of unreadable images above which a data set is refused
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -40,7 +40,15 @@ def ordered(
     workers: int | None = None,
     initializer: Callable[[], None] | None = None,
 ) -> Generator[T, None, None]:
-    """`work(item)` for each item, in order, by threads that are at most `ahead` items before the caller."""
+    """Yield `work(item)` for each item, in order. Threads work at most `ahead` items ahead of the caller.
+
+    Args:
+        work: function that the threads call.
+        items: its arguments.
+        ahead: number of items that are computed or waiting.
+        workers: number of threads; None stands for one per core.
+        initializer: function that each thread calls once when it starts.
+    """
     pool = ThreadPoolExecutor(workers or cores(), thread_name_prefix="decode", initializer=initializer)
     waiting: deque[Future[T]] = deque()
     rest = iter(items)
@@ -57,7 +65,7 @@ def ordered(
 def in_batches(
     work: Callable[[int], T], order: Sequence[int], batch_size: int, workers: int | None = None
 ) -> Generator[tuple[list[int], list[T]], None, None]:
-    """(rows, results) of `work(row)`, batch by batch, some batches ahead of the caller."""
+    """Yield (rows, results of `work(row)`) batch by batch. Threads work AHEAD batches ahead of the caller."""
     spans = [
         (start, min(start + SLICE, last))
         for first in range(0, len(order), batch_size)
@@ -76,7 +84,7 @@ def in_batches(
 
 
 def reader(source: Source, convert: Callable[[bytes | np.ndarray, int], np.ndarray]) -> Callable[[int], Pixels]:
-    """row -> its pixels, or the ImageError that says why there are none."""
+    """Return a function from a row to its pixels, or to the ImageError that says why there are none."""
 
     def work(row: int) -> Pixels:
         try:
@@ -90,7 +98,7 @@ def reader(source: Source, convert: Callable[[bytes | np.ndarray, int], np.ndarr
 
 
 def transformed(transform: Transform) -> Callable[[bytes | np.ndarray, int], np.ndarray]:
-    """The server's own preprocessing, for encoded images and for those in memory."""
+    """Return a function that preprocesses encoded images and images in memory as the server does."""
 
     def convert(data: bytes | np.ndarray, row: int) -> np.ndarray:
         return pixels(Image.fromarray(data), transform) if isinstance(data, np.ndarray) else decode(data, transform)
@@ -113,14 +121,18 @@ def batches(
     *,
     skipped: list[str] | None = None,
 ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """Pixels for training on images: decoded and transformed by threads, in the given order.
+    """Yield batches of pixels for training on images. Threads decode and transform them in the given order.
 
     Args:
-        transform: a Pillow image (as stored: any mode) to uint8 pixels of one shape; `augment(size, rng)`.
-        skipped: gets a line for each image that could not be read; those are in no batch.
+        source: the images.
+        transform: function from a Pillow image of any mode to uint8 pixels of one shape, such as `augment(size, rng)`.
+        order: rows of the images to yield.
+        batch_size: largest number B of images per batch.
+        workers: number of threads; None stands for one per core.
+        skipped: list that gets a line for each image that could not be read. Such an image is in no batch.
 
     Yields:
-        rows (B,) int64, pixels (B, S, S, 3) uint8; B <= batch_size, never 0.
+        rows (B,) int64 and pixels (B, S, S, 3) uint8, with 1 <= B <= batch_size.
 
     Raises:
         UserError: more than a tenth of the images cannot be read.
@@ -132,7 +144,7 @@ def batches(
             return transform.at(row, image) if isinstance(transform, Augment) else transform(image)
         except ImageError:
             raise
-        except Exception as error:  # as in vilu.preprocess.image.decode: pixels are decoded only now
+        except Exception as error:  # as in vilu.preprocess.image.decode; Pillow decodes the pixels only here
             raise ImageError(f"image cannot be decoded ({type(error).__name__})") from None
 
     rows = [int(row) for row in order]
@@ -151,7 +163,7 @@ def batches(
 
 
 def _opened(data: bytes) -> Image.Image:
-    """A Pillow image, within the limits that the server has; its pixels are decoded when they are used."""
+    """Open a Pillow image within the server's limits. Pillow decodes its pixels when they are first used."""
     limits = Transform(1)
     if not 0 < len(data) <= limits.max_bytes:
         raise ImageError(f"image has {len(data)} bytes, the limit is {limits.max_bytes}")
@@ -166,10 +178,13 @@ def _opened(data: bytes) -> Image.Image:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random resized crop (scale 0.08 to 1, ratio 3/4 to 4/3, bicubic), then a horizontal flip with chance 1/2.
+    """A random resized crop (scale 0.08 to 1, ratio 3/4 to 4/3, bicubic), then a horizontal flip with probability 1/2.
 
-    What an image gets depends on `seed` and its row alone, so neither threads nor the order change it.
-    The authors' training transform (torchvision's, in that order; RGB after the crop, as they have it).
+    This is the authors' training transform, made of torchvision's. As there, the image becomes RGB after the crop. The
+    result depends only on the image, `seed` and the image's row, so threads and order do not change it.
+
+    size: side of the pixels.
+    seed: seed of all crops and flips.
     """
 
     size: int
@@ -179,7 +194,7 @@ class Augment:
         return self.at(0, image)
 
     def at(self, row: int, image: Image.Image) -> np.ndarray:
-        """(size, size, 3) uint8 pixels of the image at this row."""
+        """Augment the image of this row. Return pixels (size, size, 3) uint8."""
         rng = np.random.default_rng([self.seed, row])
         left, top, width, height = self._box(image.width, image.height, rng)
         crop = image.crop((left, top, left + width, top + height))
@@ -193,12 +208,12 @@ class Augment:
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
-        # Too long or too thin for any of the ten: the largest centre crop of an allowed ratio.
+        # The image is too long or too thin for all ten draws, so it gets the largest centre crop of an allowed ratio.
         w = min(width, max(1, round(height * 4 / 3)))
         h = min(height, max(1, round(width / (3 / 4))))
         return (width - w) // 2, (height - h) // 2, w, h
 
 
 def augment(size: int, rng: np.random.Generator) -> Augment:
-    """The authors' training augmentation, for one epoch: `augment(size, np.random.default_rng([seed, epoch]))`."""
+    """Make one epoch's training augmentation, as in `augment(size, np.random.default_rng([seed, epoch]))`."""
     return Augment(size, int(rng.integers(1 << 63)))

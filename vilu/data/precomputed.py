@@ -1,4 +1,4 @@
-"""Embeddings made elsewhere (a black-box VLM): .npz, .safetensors, .parquet, or a folder of .npy."""
+"""Embeddings that another program made: .npz, .safetensors, .parquet, or a folder of .npy files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,28 @@ from vilu.data.files import first_line, open_parquet
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
 from vilu.errors import UserError
 
-UNIT = 1e-3  # how far a norm may be from 1 for a row to be taken as it is: float16 cannot do better
+UNIT = 1e-3  # largest distance of a norm from 1 at which rows are used as they are; float16 is not more exact
 NAMES = ("image_embedding", "text_embeddings", "labels", "class_names", "logit_scale")
 
 
 def load_embeddings(path: Path) -> EmbeddedSet:
-    """Read image_embedding (N, D), text_embeddings (K, D) and labels (N,); or, for captions, N texts and no labels.
+    """Read embeddings of images, and of their classes or captions.
 
-    Optional: class_names (K strings) and logit_scale (a number; 100). Where they stand:
-        .npz: arrays of these names. Folder: NAME.npy each (mapped, not read); class_names.txt will do.
-        .safetensors: tensors; class_names (a JSON list) and logit_scale in the metadata.
-        .parquet: list columns image_embedding and text_embeddings (captions), or image_embedding and labels with
-            the classes in a second file beside it, STEM.text.parquet: text_embeddings and, optionally, class_names.
-    Rows are made unit length unless they all are. Nothing is unpickled.
+    A closed set has image_embedding (N, D), text_embeddings (K, D) and labels (N,). Captions have image_embedding
+    (N, D) and text_embeddings (N, D), and no labels. class_names (K strings) and logit_scale (a number, 100 by default)
+    are optional.
+
+    .npz: arrays of these names.
+    Folder: one NAME.npy file each, which is mapped from disk. class_names.txt may hold the class names.
+    .safetensors: tensors of these names. The metadata holds class_names (a JSON list) and logit_scale.
+    .parquet: for captions, list columns image_embedding and text_embeddings. For a closed set, the columns
+        image_embedding and labels, and a second file STEM.text.parquet with text_embeddings and class_names.
+
+    If any row's norm is not 1, all rows are normalised. Nothing is unpickled.
 
     Raises:
-        UserError: not such a file, an array missing or of another shape, or a row that is zero or not finite.
+        UserError: the path is not such a file or folder, an array is missing or has another shape, or a row is zero or
+            not finite.
     """
     if path.is_dir():
         found = _folder(path)
@@ -60,13 +66,13 @@ def load_embeddings(path: Path) -> EmbeddedSet:
 
 
 def _unit(path: Path, name: str, array: np.ndarray) -> Tensor:
-    """(N, D), rows of norm 1: the array itself where they are, else float32."""
+    """Return rows (N, D) of norm 1: the array itself if its rows have norm 1, else a float32 copy."""
     if array.ndim != 2 or array.dtype.kind not in "fiu" or 0 in array.shape:
         raise UserError(f"{path}: {name} must be numbers, (rows, width), got {array.dtype} {array.shape}")
     norms = np.empty(len(array))
     for i in range(0, len(array), BLOCK):
         norms[i : i + BLOCK] = np.linalg.norm(array[i : i + BLOCK].astype(np.float64), axis=1)
-    # A norm is zero, infinite or NaN exactly where its row cannot be made unit length.
+    # A row cannot be normalised exactly where its norm is zero, infinite or NaN.
     bad = ~np.isfinite(norms) | (norms == 0)
     if bad.any():
         row = int(bad.argmax())
@@ -114,7 +120,7 @@ def _folder(path: Path) -> dict[str, Any]:
         if file.is_file():
             try:
                 found[name] = np.load(file, mmap_mode="c", allow_pickle=False)
-            except Exception as error:  # NumPy raises many types on damaged headers
+            except Exception as error:  # NumPy raises many types on damaged headers; the user gets one message for all
                 raise UserError(f"{file}: cannot be read as an array ({first_line(error)})") from None
     if (path / "class_names.txt").is_file():
         found["class_names"] = read_names(path / "class_names.txt")
@@ -125,7 +131,7 @@ def _npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in NAMES if name in file.files}
-    except Exception as error:  # as above, and zip's
+    except Exception as error:  # as above, and zipfile's types too
         raise UserError(f"{path}: cannot be read as .npz ({first_line(error)})") from None
 
 
@@ -180,5 +186,5 @@ def _columns(path: Path) -> dict[str, Any]:
         return {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
     except UserError:
         raise
-    except Exception as error:  # Arrow raises many types
+    except Exception as error:  # Arrow raises many types on damaged files
         raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None

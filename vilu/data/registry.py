@@ -1,4 +1,4 @@
-"""`open_source`: from what a user names to a Source."""
+"""`open_source` finds the data that a user names and opens it as a Source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vilu.data.source import ArraySource, Source
 from vilu.errors import UserError
 from vilu.tiny import data as tiny
 
-# How many the endless world of shapes gives: enough test captions for the largest published K, 8192.
+# Shapes can be drawn without end. 8192 test captions are enough for the largest published number of candidates K.
 SHAPES = {"train": 10_000, "test": 4_000}
 CAPTIONS = {"train": 10_000, "test": 8_192}
 
@@ -40,17 +40,21 @@ def open_source(
     caption_column: str = "caption",
     cache: Path | None = None,
 ) -> Source:
-    """What `data` or `dataset` names.
+    """Open the data that `data` or `dataset` names.
 
     Args:
-        data: an image folder; a CSV, TSV or Parquet file of path + caption, paths relative to it; WebDataset shards:
-            one .tar, a folder of them, a glob, or "shards/{000..010}.tar".
-        dataset: "digits", "shapes", "shapes-captions" (embedded), or one of the 13 of the paper under `root`.
-        split: "train", "val" or "test"; a table, shards and a folder without split folders are one split.
-        cache: where indexes of shards are kept.
+        data: an image folder; a CSV, TSV or Parquet table of paths and captions; or WebDataset shards, given as one
+            .tar file, a folder of them, a glob, or a pattern such as "shards/{000..010}.tar".
+        dataset: an embedded data set ("digits", "shapes" or "shapes-captions"), or one of the paper's 13 below `root`.
+        root: folder that holds the paper's data sets.
+        split: "train", "val" or "test". A table, shards, and a folder without split folders ignore it.
+        image_column: column of a table that holds the paths. They are relative to the table's folder.
+        caption_column: column of a table, or key of a JSON caption in shards, that holds the captions.
+        cache: folder that keeps the indexes of shards; None keeps none.
 
     Raises:
-        UserError: nothing or both named, nothing there, an unknown name or split, or data that is not sound.
+        UserError: neither or both are named, the data does not exist, a name or split is unknown, or the data has a
+            fault.
 
     Examples:
         >>> source = open_source(dataset="digits", split="test")
@@ -104,7 +108,7 @@ def _named(dataset: str, root: Path | None, split: str) -> Source:
 
 @remembered
 def _embedded(dataset: str, split: str) -> Source:
-    # Remembered within a process: drawing ten thousand shapes takes seconds.
+    # A process remembers the result, because drawing ten thousand shapes takes seconds.
     if dataset == "digits":
         found = tiny.digits(split)
     else:

@@ -1,4 +1,4 @@
-"""WebDataset shards: plain tar files read in place, at random, with the standard library."""
+"""WebDataset shards: plain tar files that are read in place, in any order, with the standard library."""
 
 from __future__ import annotations
 
@@ -25,13 +25,20 @@ from vilu.errors import UserError
 from vilu.preprocess.image import ImageError
 
 MAX_SHARDS = 1_000_000
-MAX_TEXT = 1 << 20  # bytes of a caption's file
-INDEX = 1  # format of a kept index
+MAX_TEXT = 1 << 20  # bytes of a caption file that are read
+INDEX = 1  # format of an index in the cache
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TarSource(Source):
-    """Images inside tar files: image i is `size[i]` bytes at `offset[i]` of `shards[shard[i]]`. Nothing is unpacked."""
+    """Images inside tar files, which are read without unpacking.
+
+    shards: the tar files.
+    shard: index (N,) of each image's tar file in shards.
+    offset: position (N,) of each image in its tar file, in bytes.
+    size: size (N,) of each image in bytes.
+    members: name of each image inside its tar file.
+    """
 
     shards: Sequence[Path]
     shard: np.ndarray
@@ -61,7 +68,13 @@ class TarSource(Source):
 
 @dataclass
 class _Sample:
-    """One basename of a shard. image: offset and size, or None where it has none."""
+    """The members of a shard that share a basename.
+
+    member: name of the image for messages, or the basename without an image.
+    image: offset and size of the image in bytes; None without an image.
+    caption: text of its caption; None without one.
+    label: its class; None without one.
+    """
 
     member: str
     image: tuple[int, int] | None = None
@@ -70,10 +83,10 @@ class _Sample:
 
 
 def find_shards(data: str) -> list[Path] | None:
-    """The shards that a path, a folder, a glob or a {000..010} pattern names; None where it names no tar files.
+    """Return the shards that a path, a folder, a glob or a {000..010} pattern names; None where it names no tar files.
 
     Raises:
-        UserError: a pattern that matches nothing, or a shard of it that is missing.
+        UserError: the pattern matches nothing, or a shard that it names is missing.
     """
     if Path(data).is_dir():
         return sorted(path for path in Path(data).glob("*.tar") if not path.name.startswith(".")) or None
@@ -95,7 +108,7 @@ def find_shards(data: str) -> list[Path] | None:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Every {a..b} and {a,b} of a pattern, as a shell expands them."""
+    """Expand every {a..b} and {a,b} of a pattern as a shell does."""
     parts: list[list[str]] = []
     count = 1
     for piece in re.split(r"(\{[^{}]*\})", pattern):
@@ -117,14 +130,21 @@ def _expand(pattern: str) -> list[str]:
 
 
 def open_shards(name: str, shards: list[Path], caption_column: str, cache: Path | None) -> TarSource:
-    """Group members by basename: an image with a .txt or .json caption, or with a .cls label.
+    """Open shards. Members with the same basename belong together: an image, and its .txt, .json or .cls file.
 
-    Labels need a classes.txt (one name a line) beside the first shard, and then win over captions. A JSON caption
-    is its `caption_column`. An image without its text is left out and listed. With a cache, each shard's index is
-    kept there until the shard changes.
+    If a file classes.txt (one class name per line) lies beside the first shard, the .cls files give labels and captions
+    are ignored. Otherwise the .txt or .json files give captions. An image without its label or caption is left out and
+    listed in `skipped`.
+
+    Args:
+        name: name of the data in tables.
+        shards: the tar files.
+        caption_column: key of the caption in .json files.
+        cache: folder that keeps each shard's index until the shard changes; None keeps none.
 
     Raises:
-        UserError: a shard that is no plain tar file, no images, no texts, or more than a tenth of them missing.
+        UserError: a shard is no plain tar file, there are no images, or more than a tenth of them have no label or
+            caption.
     """
     classes = shards[0].parent / "classes.txt"
     closed = classes.is_file()
@@ -166,7 +186,7 @@ def open_shards(name: str, shards: list[Path], caption_column: str, cache: Path 
 
 
 def _samples(shard: Path, caption_column: str, cache: Path | None) -> list[_Sample]:
-    """A shard's samples, from its kept index where that is still of this very file."""
+    """Return a shard's samples. They come from the cache if its index still matches the file."""
     if cache is None:
         return list(_scan(shard, caption_column))
     identity = [INDEX, os.path.abspath(shard), stamp(shard).hex(), caption_column]
@@ -176,7 +196,7 @@ def _samples(shard: Path, caption_column: str, cache: Path | None) -> list[_Samp
             _Sample(**{**row, "image": row["image"] and tuple(row["image"])}) for row in json.loads(file.read_text())
         ]
     except (OSError, ValueError, TypeError, KeyError):
-        pass  # none yet, or damaged: the shard itself is the truth
+        pass  # there is no index, or it is damaged, so the shard is read again
     found = list(_scan(shard, caption_column))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +214,7 @@ def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                # Only plain data: a sparse member's bytes do not lie in one piece, a link or device has none.
+                # A sparse member's bytes are not in one piece; a link or device has none. Only plain files count.
                 if not member.isreg() or member.sparse is not None or not stem:
                     continue
                 if member.offset_data + member.size > length:
@@ -215,7 +235,7 @@ def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
                         sample.caption = sample.caption or _caption(text, caption_column)
                     elif re.fullmatch(r"\d{1,9}", text, re.ASCII):
                         sample.label = int(text)
-            # tarfile takes a header that is damaged or cut short for the end; only a block of zeros is one.
+            # tarfile takes a damaged or cut header for the end of the file. The true end is a block of zeros.
             file.seek(tar.offset)
             if file.read(512) != bytes(512):
                 raise UserError(f"{shard}: is cut short or damaged after {tar.offset} bytes (no end marker)")
@@ -235,5 +255,5 @@ def _caption(text: str, column: str) -> str | None:
 
 
 def _printable(text: str) -> str:
-    """Without lone surrogates, which neither a terminal nor a tokenizer takes."""
+    """Replace lone surrogates, which neither a terminal nor a tokenizer accepts."""
     return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""What there is to embed: images by index, each with a label or with a caption."""
+"""Sources of images to embed. Each image has an index, and a label or a caption."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from vilu.class_set import check_names
 from vilu.errors import UserError
 from vilu.preprocess.image import ImageError, Transform
 
-# One byte over what `decode` takes: a larger file is refused there, and never read whole.
+# One byte more than `decode` accepts, so that it refuses a larger file and the file is never read whole.
 READ_LIMIT = Transform(1).max_bytes + 1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Source(ABC):
-    """N images, with labels (a closed set) or with captions.
+    """N images with labels (a closed set) or with captions.
 
-    name: what tables call it.
-    labels: (N,) int64 into class_names; None for captions.
+    name: name that tables show.
+    labels: index (N,) int64 of each image's class in class_names; None for captions.
+    class_names: the K class names; empty for captions.
     captions: N texts; None for a closed set.
-    skipped: a line for each image left out on opening (a shard's image without a caption).
+    skipped: one line for each image that was left out on opening, such as one without a caption.
 
     Raises:
-        UserError: no images, fewer than two classes, repeated or empty class names, or labels that do not fit.
+        UserError: there are no images or fewer than two classes, a class name is empty or repeated, or the labels or
+            captions do not fit.
     """
 
     name: str
@@ -65,18 +67,22 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, i: int) -> bytes | np.ndarray:
-        """Image i: encoded bytes, or (H, W, 3) uint8. Raises ImageError or OSError where it cannot be had."""
+        """Return image i as encoded bytes or as pixels (H, W, 3) uint8.
+
+        Raises:
+            ImageError, OSError: the image cannot be read.
+        """
 
     @abstractmethod
     def where(self, i: int) -> str:
-        """Image i as a message names it."""
+        """Return the name of image i for messages."""
 
     @abstractmethod
     def _identify(self, digest: Any) -> None:
-        """Feed what tells these images from others to the hash."""
+        """Add to the hash everything that tells these images from others."""
 
     def key(self) -> str:
-        """Identity of the data, 64 hex digits: another one whenever an image, label, name or caption changed."""
+        """Return 64 hexadecimal digits that change whenever an image, label, class name or caption changes."""
         digest = hashlib.sha256(type(self).__name__.encode())
         self._identify(digest)
         if self.labels is not None:
@@ -90,10 +96,13 @@ class Source(ABC):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FileSource(Source):
-    """Images that are files: `paths`, relative to `root`.
+    """Images in files.
 
-    The key holds each file's path, size and modification time, not its content: hashing the content of
-    ImageNet would take longer than many a training.
+    The key depends on each file's path, size and modification time. It does not depend on the content, because hashing
+    all of ImageNet would take longer than training a head.
+
+    root: folder that the paths start from.
+    paths: N paths relative to root.
     """
 
     root: Path
@@ -108,7 +117,7 @@ class FileSource(Source):
     def read(self, i: int) -> bytes:
         path = self.where(i)
         if os.path.exists(path) and not os.path.isfile(path):
-            raise ImageError("not a file")  # opening a FIFO would wait for ever
+            raise ImageError("not a file")  # opening a FIFO could block for ever
         with open(path, "rb") as file:
             return file.read(READ_LIMIT)
 
@@ -119,7 +128,10 @@ class FileSource(Source):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ArraySource(Source):
-    """Images in memory: (N, H, W, 3) uint8. The key hashes the pixels."""
+    """Images in memory. The key depends on the pixels.
+
+    images: pixels (N, H, W, 3) uint8.
+    """
 
     images: np.ndarray
 
@@ -138,7 +150,7 @@ class ArraySource(Source):
 
 
 def stamp(path: str | os.PathLike[str]) -> bytes:
-    """Size and modification time of a file, for a key; all zero where it is missing."""
+    """Return a file's size and modification time as 16 bytes for a key. They are all zero where the file is missing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -147,12 +159,18 @@ def stamp(path: str | os.PathLike[str]) -> bytes:
 
 
 def inside(root: Path, path: str, where: str) -> str:
-    """A path from a split file or a table, relative to the root.
+    """Check a path from a split file or a table, and return it relative to the root.
 
-    Judged by its letters alone: links inside the root are the user's own way of laying out data (CoOp advises them).
+    Only the text of the path is checked. Links inside the root are allowed, because users lay out data with them, as
+    CoOp advises.
+
+    Args:
+        root: folder that the path must stay in.
+        path: the path.
+        where: place of the path, for messages.
 
     Raises:
-        UserError: empty, or it leaves the root.
+        UserError: the path is empty or leaves the root.
     """
     base = os.path.abspath(root).rstrip(os.sep) + os.sep
     if not path.strip() or "\0" in path:
@@ -164,10 +182,14 @@ def inside(root: Path, path: str, where: str) -> str:
 
 
 def check_same_classes(train: Any, test: Any) -> None:
-    """Two closed sets (anything with `name` and `class_names`) must have the same names in the same order.
+    """Check that two closed sets have the same class names in the same order.
+
+    Args:
+        train: anything with `name` and `class_names`.
+        test: the same kind of object.
 
     Raises:
-        UserError: they do not; the line names what differs.
+        UserError: the class names differ. The message says in what.
     """
     a, b = tuple(train.class_names), tuple(test.class_names)
     if a == b:

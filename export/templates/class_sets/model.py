@@ -1,8 +1,8 @@
-"""Triton Python model: the class sets that the server has.
+"""This Triton Python model keeps the server's class sets.
 
-A request lists them. Loading the model with a change in its config makes the change or, with the reason in one line,
-fails, and the sets stay as they were. No torch, nothing unpickled. Loading is Triton's model control; `vilu serve`
-opens it only to callers with the control token.
+A request lists the sets. Loading the model with a change in its config makes that change. If the load fails, it gives
+the reason in one line and the sets stay as they were. Loading is Triton's model control, which `vilu serve` opens only
+to callers with the control token. The model needs no torch and unpickles nothing.
 """
 
 import base64
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-import class_names  # vilu/preprocess/class_names.py, which the export copies beside this file, as it does sets.py
+import class_names  # the export copies vilu/preprocess/class_names.py and sets.py beside this file
 import numpy as np
 import sets
 import triton_python_backend_utils as pb_utils
@@ -64,13 +64,13 @@ class TritonPythonModel:
         found = sets.versions(self.folder)
         if name not in sets.served(found):
             raise sets.RequestError(f"class set {name} is not served")
-        version = self._write(name, found, b"", ".removed")  # first, so that the version after it counts on
+        version = self._write(name, found, b"", ".removed")  # written first, so that later versions count on from it
         for _, path in found[name]:
             path.unlink(missing_ok=True)
         pb_utils.Logger.log_info(f"class set {name}@{version}: removed")
 
     def _name(self, name: Any) -> str:
-        """A name that a set may have; refuses any other."""
+        """Return the name if a set may have it; refuse any other."""
         if not isinstance(name, str) or not sets.NAME.fullmatch(name):
             raise sets.RequestError("a class set's name is 1 to 64 of a-z, 0-9, _ and -")
         if name in (sets.DEFAULT, sets.OPEN):
@@ -78,7 +78,7 @@ class TritonPythonModel:
         return name
 
     def _write(self, name: str, found: dict[str, Any], data: bytes, suffix: str) -> int:
-        """Write a new version's file, whole or not at all, and return the version; servers may share the folder."""
+        """Write a new version's file, whole or not at all, and return the version. Servers may share the folder."""
         version: int = found[name][-1][0] if name in found else 0
         handle, part = tempfile.mkstemp(dir=self.folder, prefix=".part-")
         try:
@@ -98,7 +98,7 @@ class TritonPythonModel:
             os.unlink(part)
 
     def _check(self, name: str, change: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
-        """(header, rows (K, D)) of a set that can be served; refuses any other."""
+        """Return the header and the rows (K, D) float32 of a set that can be served; refuse any other."""
 
         def refuse(reason: str) -> NoReturn:
             raise sets.RequestError(f"class set {name}: {reason}")
@@ -148,7 +148,7 @@ class TritonPythonModel:
         return responses
 
     def _list(self, given: Any) -> bytes:
-        """JSON of every set without its class names or, where one is named, of that one with them."""
+        """Return JSON that lists every set without its class names, or the one set asked for with its class names."""
         asked = given.decode("utf-8", "replace") if isinstance(given, bytes) else str(given)
         found = sets.versions(self.folder)
         there = [self.default]
@@ -157,7 +157,7 @@ class TritonPythonModel:
             try:
                 header, _ = sets.read(path)
             except FileNotFoundError:
-                continue  # replaced or removed since
+                continue  # another server replaced or removed it meanwhile
             except (OSError, ValueError) as error:
                 pb_utils.Logger.log_warn(f"class set {name}: {path} cannot be read ({error})")
                 continue

@@ -1,16 +1,16 @@
-"""Triton Python model: encoded images to the uint8 pixels of CLIP's image tower. No torch."""
+"""This Triton Python model turns encoded images into the uint8 pixels of CLIP's image tower. It needs no torch."""
 
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import image  # vilu/preprocess/image.py, copied beside this file by the export
+import image  # the export copies vilu/preprocess/image.py beside this file
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from PIL.Image import core
 
-WORKERS = len(os.sched_getaffinity(0))  # the cores this process may use
+WORKERS = len(os.sched_getaffinity(0))  # CPU cores that this process may use
 
 
 class TritonPythonModel:
@@ -20,11 +20,11 @@ class TritonPythonModel:
         self.transform = image.Transform(
             **{name: int(parameters[name]) if fields[name].type == "int" else parameters[name] for name in fields}
         )
-        # Pillow keeps this many freed blocks of 16 MiB: a photo of 12 megapixels needs three, and new pages are slow.
+        # Pillow keeps this many freed blocks of 16 MiB, as new pages are slow. A photo of 12 megapixels needs three.
         core.set_blocks_max(4 * WORKERS)
         # Pillow releases the interpreter's lock while it decodes and resizes.
         self.pool = ThreadPoolExecutor(max_workers=WORKERS)
-        self.errors: Any = None  # counts images that could not be decoded, where the server keeps metrics
+        self.errors: Any = None  # counts images that could not be decoded; None if the server keeps no metrics
         try:
             self.family = pb_utils.MetricFamily(
                 name="vilu_decode_errors",
@@ -36,7 +36,7 @@ class TritonPythonModel:
             pass  # the server keeps no metrics
 
     def _decode(self, data: Any) -> np.ndarray | Exception:
-        """Pixels (S, S, 3) uint8, or the reason why there are none."""
+        """Return pixels (S, S, 3) uint8, or the error that says why there are none."""
         try:
             decoded: np.ndarray = image.decode(data, self.transform)
             return decoded

@@ -1,7 +1,7 @@
-"""The head on a CPU, for the models vilu_head, vilu_embeddings and vilu_details, each with the graphs it needs.
+"""The head on a CPU. The models vilu_head, vilu_embeddings and vilu_details use it, each with its own graphs.
 
-Requests of one batch are answered together. Those over the exported class set run in its folded graph, where the model
-has one; all others, whatever their candidates, in one run of ragged.onnx. No torch.
+The requests of one batch are answered together. Requests over the exported class set run in its folded graph if the
+model has one. All others run in ragged.onnx, in one run for all their different candidates. The file needs no torch.
 """
 
 import json
@@ -10,23 +10,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
-import sets  # copied beside this file by the export
+import sets  # the export copies it beside this file
 import triton_python_backend_utils as pb_utils
 
 COLUMNS = ["CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY"]
 ANSWER = {"LABEL", *COLUMNS, "ACCEPT"}
 DETAILS = {"TOP_LABELS", "TOP_PROBABILITIES", "CONCEPTS", "CONCEPT_WEIGHTS", "ENTROPY", "DOCTOR"}
-TOP = 5  # how many labels the details hold
+TOP = 5  # number of labels in the details
 
 
 class Part(NamedTuple):
-    """What one request asks.
+    """One request of a batch.
 
     Attributes:
-        place: its place in the batch.
-        wanted: names of the outputs it asks for.
-        embeddings: (B, D), of its images.
-        candidates: B, one for each image.
+        place: index of the request in the batch.
+        wanted: names of the outputs that the request asks for.
+        embeddings: image embeddings (B, D) float32.
+        candidates: B Candidates, one per image.
     """
 
     place: int
@@ -57,18 +57,18 @@ class Head:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def embeddings(self, request: Any) -> np.ndarray:
-        """A request's image embeddings (B, D)."""
+        """Return a request's image embeddings (B, D). Raises RequestError if a value is not finite."""
         rows: np.ndarray = pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING").as_numpy()
         if not np.isfinite(rows).all():
             raise sets.RequestError("IMAGE_EMBEDDING holds a value that is not finite")
         return rows
 
     def candidates(self, request: Any, images: int, made: dict[Any, Any]) -> list[Any]:
-        """One Candidates for each image; `made` holds those of this batch, so that none is made twice."""
+        """Return one Candidates per image. `made` keeps those of this batch, so that none is made twice."""
         return [self.class_set(request)] * images
 
     def class_set(self, request: Any) -> Any:
-        """The set that a request names, and of the version that it names: details are a step after the answer."""
+        """Return the set and version that a request names. Details name one, because they come after the answer."""
         version = pb_utils.get_input_tensor_by_name(request, "CLASS_SET_VERSION")
         version = 0 if version is None else int(version.as_numpy()[0, 0])
         return self.store.get(sets.requested_set(request), version)
@@ -104,10 +104,10 @@ class Head:
         return responses
 
     def refused(self, error: Exception) -> None:
-        """Called for each request that is not answered."""
+        """Do nothing. A model can override this to count refused requests."""
 
     def _answer(self, parts: list[Part], values: dict[int, dict[str, np.ndarray]]) -> None:
-        """Fill in the answers of these requests, and count them."""
+        """Put the answers of these requests into `values`, and count them in the metrics."""
         rows = np.concatenate([part.embeddings for part in parts])
         candidates = [one for part in parts for one in part.candidates]
         index, confidence, failure = self._run(rows, candidates)
@@ -125,7 +125,7 @@ class Head:
             self.tally.count(name, failure[mine], accept[mine])
 
     def _run(self, rows: np.ndarray, candidates: list[Any]) -> list[np.ndarray]:
-        """CLASS_INDEX, CONFIDENCE and FAILURE_PROBABILITY (N, 1) of rows (N, D) over each one's candidates."""
+        """Return CLASS_INDEX, CONFIDENCE and FAILURE_PROBABILITY (N, 1) for rows (N, D) over their own candidates."""
         folded = np.array(["model" in self.graphs and one is self.default for one in candidates])
         if folded.all():
             found: list[np.ndarray] = self.graphs["model"].run(COLUMNS, {"IMAGE_EMBEDDING": rows})
@@ -143,7 +143,7 @@ class Head:
         return out
 
     def _run_open(self, rows: np.ndarray, candidates: list[Any]) -> list[np.ndarray]:
-        """As `_run`, whatever the candidates, in one run of the graph whose candidates are an input."""
+        """Do as `_run` does for any candidates, in one run of the graph that takes candidates as an input."""
         banks = list({id(one): one for one in candidates}.values())
         ends = np.cumsum([len(bank.rows) for bank in banks])
         at = {id(bank): (end - len(bank.rows), end) for bank, end in zip(banks, ends, strict=True)}
@@ -154,7 +154,7 @@ class Head:
         return [index - bounds[:, :1].astype(np.int32), *others]
 
     def _details(self, part: Part) -> dict[str, np.ndarray]:
-        """The details of a request's answers, one run for each of its different candidates."""
+        """Return the details of a request's answers, with one run for each of its different candidates."""
         graph = self.graphs["details"]
         columns: dict[str, np.ndarray] = {}
         names = [output.name for output in graph.get_outputs()]
@@ -164,16 +164,16 @@ class Head:
             run = dict(zip(names, graph.run(names, feed), strict=True))
             made = {name: run[name] for name in ("ENTROPY", "DOCTOR")}
             made["TOP_LABELS"], made["TOP_PROBABILITIES"] = self._top(run["PROBABILITIES"], bank)
-            # A head that looks at the image alone has no attention.
+            # A head that reads only the image embedding has no attention.
             attention = run.get("ATTENTION", np.empty((len(mine), 0), np.float32))
             made["CONCEPTS"], made["CONCEPT_WEIGHTS"] = self._top(attention, bank)
             for name, rows in made.items():
                 whole = columns.setdefault(name, np.empty((len(part.candidates), *rows.shape[1:]), rows.dtype))
-                whole[mine] = rows  # a request's images have equally many candidates
+                whole[mine] = rows  # all images of a request have the same number of candidates
         return columns
 
     def _top(self, weights: np.ndarray, bank: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The labels of the largest of weights (B, K), and these weights, each (B, TOP); fewer where K is less."""
+        """Return the labels with the largest weights (B, K), and their weights, both (B, min(TOP, K))."""
         order = np.argsort(-weights, axis=-1, kind="stable")[:, :TOP]
         labels = [[bank.labels[i] for i in row] for row in order.tolist()]
         return np.array(labels, object).reshape(order.shape), np.take_along_axis(weights, order, axis=-1)

@@ -1,8 +1,9 @@
-"""Class sets that come and go while the server runs. NumPy only; copied beside every model that needs it.
+"""Class sets that can change while the server runs. The export copies this file, which needs only NumPy, to each model.
 
-A set is one file, NAME@VERSION, in a folder that all models of the server read: a line of JSON (names, threshold,
-templates, the CLIP's fingerprint) and the rows behind it, float32. A file appears whole, by a link, and never changes;
-the highest version is the one served. A removal is a version too, an empty file NAME@VERSION.removed.
+A class set is one file, NAME@VERSION, in a folder that all models of the server read. The file holds one line of JSON
+(names, threshold, templates and the CLIP's fingerprint) and then the text embeddings in float32. A link makes a file
+appear whole, and it never changes. The server uses the highest version. A removal is also a version: an empty file
+NAME@VERSION.removed.
 """
 
 import json
@@ -17,16 +18,19 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-DEFAULT = "default"  # the class set that the repository was exported with
-OPEN = "open"  # the name in the metrics for candidates of a request's own
+DEFAULT = "default"  # name of the exported class set
+OPEN = "open"  # name in the metrics for a request's own candidates
 NAME = re.compile(r"[a-z0-9_-]{1,64}")
 FILE = re.compile(r"([a-z0-9_-]{1,64})@(\d{1,9})(\.removed)?")
-KEPT = 3  # versions on the disk: a request that waited may still want the one before
-COUNTED = 128  # class sets that have metrics of their own
+KEPT = 3  # versions of a set on disk, because a waiting request may still need an earlier one
+COUNTED = 128  # largest number of class sets with metrics
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered, with the reason in one line; `code` is Triton's, None for a bad request."""
+    """A request cannot be answered. The message gives the reason in one line.
+
+    code: Triton's error code; None for a bad request.
+    """
 
     def __init__(self, message: str, code: Any = None) -> None:
         super().__init__(message)
@@ -34,7 +38,7 @@ class RequestError(ValueError):
 
 
 def error_response(error: Exception) -> Any:
-    """Triton's response for an exception; one that is no refusal is a fault, and its traceback goes to the log."""
+    """Return Triton's response for an exception. An exception other than RequestError is logged with its traceback."""
     if isinstance(error, RequestError):
         code = pb_utils.TritonError.INVALID_ARG if error.code is None else error.code
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
@@ -44,7 +48,7 @@ def error_response(error: Exception) -> Any:
 
 
 def normalise(rows: Any, what: str) -> np.ndarray:
-    """L2-normalised rows (N, D) float32; refuses rows that are not finite or all zeros, naming `what` they are."""
+    """Return L2-normalised rows (N, D) float32. Raises RequestError, which names `what`, for rows that cannot be."""
     rows = np.asarray(rows, np.float32)
     if not np.isfinite(rows).all():
         raise RequestError(f"{what} holds a value that is not finite")
@@ -57,14 +61,14 @@ def normalise(rows: Any, what: str) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The candidates of an image.
+    """The candidates that an image's label is chosen from.
 
     Attributes:
-        labels: K names, in UTF-8.
-        rows: (K, D) float32, their text embeddings, L2-normalised.
-        threshold: answers with a lower failure probability are accepted.
-        name: of the class set; empty for candidates of a request's own.
-        version: of the class set.
+        labels: K names in UTF-8.
+        rows: L2-normalised text embeddings (K, D) float32.
+        threshold: failure probability below which an answer is accepted.
+        name: name of the class set; empty for a request's own candidates.
+        version: version of the class set; 0 for a request's own candidates.
     """
 
     labels: list[bytes]
@@ -75,18 +79,18 @@ class Candidates:
 
     @property
     def qualified_name(self) -> str:
-        """NAME@VERSION; empty for candidates of a request's own."""
+        """Return NAME@VERSION, or "" for a request's own candidates."""
         return f"{self.name}@{self.version}" if self.name else ""
 
 
 def folder_of(args: dict[str, str]) -> Path:
-    """Where the server keeps its class sets: $VILU_CLASS_SETS, else beside the model that writes them."""
+    """Return the folder of class sets: $VILU_CLASS_SETS, or else a folder beside the model that writes them."""
     given = os.environ.get("VILU_CLASS_SETS")
     return Path(given) if given else Path(args["model_repository"]).parent / "class_sets" / "sets"
 
 
 def versions(folder: Path) -> dict[str, list[tuple[int, Path]]]:
-    """name -> [(version, path)], the newest last, of a folder's sets; a removed set's last file ends in .removed."""
+    """Return each set's (version, path) pairs by name, newest last. A removed set's last file ends in .removed."""
     found: dict[str, list[tuple[int, Path]]] = {}
     if folder.is_dir():
         for entry in os.scandir(folder):
@@ -97,12 +101,12 @@ def versions(folder: Path) -> dict[str, list[tuple[int, Path]]]:
 
 
 def served(found: dict[str, list[tuple[int, Path]]]) -> list[str]:
-    """The names of the sets, of those that `versions` found, that are not removed."""
+    """Return the names of the sets that `versions` found and nobody removed."""
     return sorted(name for name, files in found.items() if not files[-1][1].name.endswith(".removed"))
 
 
 def requested_set(request: Any) -> str:
-    """The class set that a request names in its parameters; "" for none."""
+    """Return the class set that a request's parameters name, or "" where they name none."""
     try:
         parameters = request.parameters()
     except UnicodeDecodeError:
@@ -116,16 +120,16 @@ def requested_set(request: Any) -> str:
 
 
 class Store:
-    """The sets of a folder, read when they are asked for and again when the folder has changed."""
+    """The sets of a folder. A set is read when it is first needed, and the folder is read again when it changes."""
 
     def __init__(self, folder: Path, default: Any, fingerprint: str) -> None:
         self.folder, self.default, self.fingerprint = folder, default, fingerprint
-        self.changed: int | None = None  # when the folder last changed, in nanoseconds; None: read it again
+        self.changed: int | None = None  # time in ns of the folder's last change; None means that it must be read again
         self.found: dict[str, list[tuple[int, Path]]] = {}
         self.read: dict[Path, Candidates] = {}
 
     def refresh(self) -> None:
-        """Read the folder again if it has changed; about a microsecond where it has not."""
+        """Read the folder again if it has changed. If it has not, this takes about a microsecond."""
         try:
             changed = os.stat(self.folder).st_mtime_ns
         except FileNotFoundError:
@@ -134,14 +138,18 @@ class Store:
             self.found = versions(self.folder)
             present = {path for files in self.found.values() for _, path in files}
             self.read = {path: value for path, value in self.read.items() if path in present}
-            # Clocks of file systems tick every few milliseconds: a second change within one tick would not be seen.
+            # A file system's clock ticks every few milliseconds, so a second change within a tick has the same time.
             self.changed = changed if time.time_ns() - changed > 1e9 else None
 
     def get(self, name: str, version: int = 0) -> Candidates:
-        """A set by its name: the newest version for 0, else a version that is still kept.
+        """Return a set.
+
+        Args:
+            name: name of the set; "" stands for the exported one.
+            version: a version that is still kept; 0 stands for the newest.
 
         Raises:
-            RequestError: no such set, or no such version any more.
+            RequestError: there is no such set, or its version is no longer kept.
         """
         if name in ("", DEFAULT):
             if version not in (0, self.default.version):
@@ -158,10 +166,10 @@ class Store:
         return self.read[path]
 
     def files(self, name: str) -> list[tuple[int, Path]]:
-        """(version, path) of a set's versions that are kept, the newest last.
+        """Return the (version, path) pairs of a set's kept versions, newest last.
 
         Raises:
-            RequestError: no such set.
+            RequestError: there is no such set.
         """
         self.refresh()
         if name not in served(self.found):
@@ -186,14 +194,14 @@ class Store:
 
 
 def read(path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """(header, rows (K, D)) of a set's file."""
+    """Return the header and the rows (K, D) float32 of a set's file."""
     line, _, data = path.read_bytes().partition(b"\n")
     header = json.loads(line)
     return header, np.frombuffer(data, "<f4").reshape(len(header["names"]), -1)
 
 
 class Tally:
-    """Counts answers in the server's own metrics, by class set; does nothing where the server keeps no metrics."""
+    """Counts answers by class set in the server's metrics. It does nothing if the server keeps no metrics."""
 
     FAMILIES = (
         ("vilu_failure_probability", "Failure probabilities that were answered", "HISTOGRAM"),
@@ -215,7 +223,7 @@ class Tally:
                 return
 
     def count(self, name: str, failure: np.ndarray, accept: np.ndarray) -> None:
-        """Count answers of one class set: failure probabilities and decisions, arrays of the same size."""
+        """Count answers of one class set. `failure` and `accept` are arrays of the same size."""
         if not self.families:
             return
         if name not in self.metrics:

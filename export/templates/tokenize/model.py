@@ -1,11 +1,11 @@
-"""Triton Python model: strings to the token ids of CLIP's text tower. No torch."""
+"""This Triton Python model turns strings into the token ids of CLIP's text tower. It needs no torch."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import text  # vilu/preprocess/text.py, copied beside this file by the export
+import text  # the export copies vilu/preprocess/text.py beside this file
 import triton_python_backend_utils as pb_utils
 
 

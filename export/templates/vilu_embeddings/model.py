@@ -1,14 +1,14 @@
-"""Triton Python model: image embeddings, with candidates of the request's own or a class set, to the answer.
+"""This Triton Python model answers for image embeddings, over a class set or over a request's own candidates.
 
-Candidates are TEXT_EMBEDDINGS or LABELS. The embeddings of labels are kept, so that a label that was asked before costs
-no run of the text tower. No torch.
+A request's own candidates are TEXT_EMBEDDINGS or LABELS. The model keeps the embeddings of labels, so only new labels
+need a run of the text tower. It needs no torch.
 """
 
 import json
 from collections import OrderedDict
 from typing import Any
 
-import head  # these two are copied beside this file by the export
+import head  # the export copies head.py and sets.py beside this file
 import numpy as np
 import sets
 import triton_python_backend_utils as pb_utils
@@ -16,7 +16,7 @@ from sets import Candidates, RequestError, normalise
 
 
 class Metrics:
-    """Counters in the server's own metrics; does nothing where the server keeps no metrics."""
+    """Counters in the server's metrics. They do nothing if the server keeps no metrics."""
 
     def __init__(self, labels: dict[str, str]) -> None:
         self.counters: dict[str, tuple[Any, Any]] = {}
@@ -43,7 +43,7 @@ class TritonPythonModel(head.Head):
         self.max_labels = int(self.parameters["max_labels"])
         self.max_label_bytes = int(self.parameters["max_label_bytes"])
         self.text_batch = int(self.parameters["text_batch_size"])
-        # (CLIP's fingerprint, prompt) -> (D,) float32, the last used at the end
+        # (CLIP's fingerprint, prompt) -> embedding (D,) float32; the one used last is at the end
         self.kept: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
         self.max_kept = int(self.parameters["text_cache_prompts"])
         self.fingerprint = self.parameters["fingerprint"]
@@ -108,7 +108,7 @@ class TritonPythonModel(head.Head):
         return made[key]
 
     def _embed(self, names: list[str]) -> np.ndarray:
-        """(K, D) rows: each the mean of a name's normalised prompt embeddings, normalised again."""
+        """Return rows (K, D) float32. Each is the normalised mean of a name's normalised prompt embeddings."""
         prompts = [template.replace("{}", name) for name in names for template in self.templates]
         keys = [(self.fingerprint, prompt) for prompt in prompts]
         missing = list(dict.fromkeys(key for key in keys if key not in self.kept))
@@ -125,7 +125,7 @@ class TritonPythonModel(head.Head):
             )
             response = request.exec()
             if response.has_error():
-                # BLS does not pass on the error's code. The labels are not at fault: the queue is full, or worse.
+                # BLS does not pass on the error's code. The labels were checked, so the server is at fault or busy.
                 raise RequestError(f"vilu_text: {response.error().message()}", pb_utils.TritonError.UNAVAILABLE)
             rows = pb_utils.get_output_tensor_by_name(response, "TEXT_EMBEDDING").as_numpy()
             fresh.update(zip(some, rows.copy(), strict=True))

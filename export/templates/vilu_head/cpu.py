@@ -1,9 +1,9 @@
-"""Triton Python model: image embeddings to the answer or its details, over a class set that the server has.
+"""This Triton Python model answers for image embeddings over one of the server's class sets.
 
-Its graphs decide which: vilu_head gives the answer, vilu_details the details.
+The graphs beside it decide the outputs: vilu_head gives the answer and vilu_details the details.
 """
 
-import head  # copied beside this file by the export
+import head  # the export copies it beside this file
 
 
 class TritonPythonModel(head.Head):

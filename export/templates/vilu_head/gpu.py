@@ -1,6 +1,6 @@
-"""Triton Python model: image embeddings to the answer by the fused head's cubins. No torch, no compilation.
+"""This Triton Python model answers for image embeddings with the fused head's cubins. It needs no torch or compiler.
 
-The cubins hold the class set that was exported. A request that names another one is handed to vilu_embeddings.
+The cubins serve the exported class set. A request that names another one is passed to vilu_embeddings.
 """
 
 import json
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sets  # copied beside this file by the export
+import sets  # the export copies it beside this file
 import triton_python_backend_utils as pb_utils
-from fused import dlpack  # vilu/kernels/{dlpack,launch,plan}.py, copied beside this file by the export
+from fused import dlpack  # the export copies vilu/kernels/{dlpack,launch,plan}.py beside this file
 from fused.launch import CubinHead, Gpu
 
 
 class Block:
-    """Memory of one batch's answer, handed back to the pool with the last tensor that lies in it."""
+    """The GPU memory of one batch's answers. It returns to the pool when the last tensor in it is freed."""
 
     def __init__(self, pool: list[int], make: Callable[[], int]) -> None:
         self.pool = pool
@@ -60,8 +60,8 @@ class TritonPythonModel:
         return [others[place] if place in others else next(answered) for place in range(len(requests))]
 
     def _forward(self, request: Any, name: str) -> Any:
-        """A request over another class set, by BLS."""
-        self.store.files(name)  # refuses an unknown set here, since BLS does not pass on an error's code
+        """Answer a request over another class set through vilu_embeddings, by a BLS call."""
+        self.store.files(name)  # refuses an unknown set here, because BLS does not pass on an error's code
         response = pb_utils.InferenceRequest(
             model_name="vilu_embeddings",
             inputs=[pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING")],
@@ -73,7 +73,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(output_tensors=response.output_tensors())
 
     def _answer(self, requests: list[Any]) -> list[Any]:
-        """The responses of these requests, by one launch of the head."""
+        """Answer these requests with one launch of the head."""
         gpu = self.head.gpu
         gpu.use()
         capsules = [pb_utils.get_input_tensor_by_name(r, "IMAGE_EMBEDDING").to_dlpack() for r in requests]
@@ -82,21 +82,21 @@ class TritonPythonModel:
         images = ends[-1]
         source = views[0].address
         if len(views) > 1 or views[0].gpu != gpu.device or source % 16:
-            # One launch reads one array, so requests that lie apart are copied side by side (on the GPU, where CLIP
-            # ran there).
+            # One launch reads one array, so the embeddings of all requests are copied into one. If CLIP ran on the
+            # GPU, the copy stays there.
             source = at = self.embeddings
             for view in views:
                 size = view.shape[0] * self.head.variant.dim * 4
                 gpu.copy(at, view.address, size)
                 at += size
 
-        # The block holds the int32 class index and then, from a multiple of 16 bytes on, float32 failure probability,
-        # confidence, entropy and doctor.
+        # The block holds the class indices in int32. From the next multiple of 16 bytes on, it holds the failure
+        # probabilities, confidences, entropies and Doctor scores in float32.
         block = Block(self.pool, lambda: gpu.allocate(20 * self.rows + 16))
         padded = -(-images // 4) * 4
         scores = block.address + 4 * padded
         self.head(source, images, scores, block.address)
-        # Labels are strings, and strings live on the host: 8 bytes an image, while the scores stay on the GPU.
+        # Labels are strings, which need the host. So 8 bytes per image are copied there; the scores stay on the GPU.
         host = np.empty(padded + images, np.int32)
         gpu.copy(host.ctypes.data, block.address, host.nbytes)
         gpu.synchronize()
