@@ -36,7 +36,7 @@ DEFAULT_THRESHOLD = 0.5
 MAX_WIDTH = 1 << 16
 MAX_OFFICIAL_BYTES = 1 << 30
 TEXT = "class_set.text_embeddings"
-ANOTHER_CLIP = 0.7  # cosine of class embeddings below which no choice of prompts explains the difference
+ANOTHER_CLIP = 0.7  # a lower cosine of class embeddings means another CLIP; other prompts alone give a higher one
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,14 @@ def check_fits(
     """Check that a checkpoint can be used on embedded data.
 
     Args:
-        path: what messages call the checkpoint.
+        path: name of the checkpoint in messages.
         checkpoint: the checkpoint.
-        data: the data; captions have no classes to compare.
-        same_classes: whether the data's classes must be those of the checkpoint.
-        hint: what a message about other classes ends with.
+        data: the embedded data. Captions have no classes to compare.
+        same_classes: whether the data must have the checkpoint's classes.
+        hint: end of the message about other classes.
 
     Raises:
-        UserError: embeddings of another width, other classes, or class embeddings of another CLIP.
+        UserError: the embeddings have another width, the classes differ, or the class embeddings are another CLIP's.
     """
     width = data.image.normalised.shape[1]
     if checkpoint.head.dim != width:

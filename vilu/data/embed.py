@@ -155,7 +155,7 @@ def _kept(
             return stored
         writer = Writer(folder, identity, rows)
     with writer:
-        # Another process may have finished it since the look above.
+        # Another process may have finished the folder since the read above.
         stored = read(folder, identity) if cache is not None else None
         if stored is not None:
             return stored

@@ -162,7 +162,7 @@ def open_parquet(path: Path) -> Any:
         raise UserError(f"{path}: Parquet needs pyarrow: pip install 'vilu[parquet]'") from None
     try:
         return parquet.ParquetFile(path)
-    except Exception as error:  # as above
+    except Exception as error:  # as in `_parquet`
         raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
 
 

@@ -131,7 +131,7 @@ def _npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in NAMES if name in file.files}
-    except Exception as error:  # as above, and zipfile's types too
+    except Exception as error:  # NumPy and zipfile raise many types on damaged files
         raise UserError(f"{path}: cannot be read as .npz ({first_line(error)})") from None
 
 
@@ -150,7 +150,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
             found["class_names"] = [*json.loads(metadata["class_names"])]
         if "logit_scale" in metadata:
             found["logit_scale"] = metadata["logit_scale"]
-    except Exception as error:  # as above
+    except Exception as error:  # safetensors and json raise many types on damaged files
         raise UserError(f"{path}: cannot be read as .safetensors ({first_line(error)})") from None
     return found
 

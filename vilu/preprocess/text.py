@@ -43,7 +43,7 @@ class TextTransform:
 
 def clean(text: str, mode: str = "lower") -> str:
     """Clean a text as open_clip's mode of this name does. A lone surrogate becomes U+FFFD."""
-    # In printable ASCII the two change only HTML entities. Skipping them saves most of the time.
+    # In printable ASCII, ftfy and html.unescape change only HTML entities. Skipping both saves most of the time.
     if "&" in text or not (text.isascii() and text.isprintable()):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     if mode == "canonicalize":
