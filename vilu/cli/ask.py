@@ -69,7 +69,7 @@ def ask_command(
     from vilu.serving.tokens import token_from
 
     if output is not None and as_json:
-        raise UserError("--json prints: give either it or --output")
+        raise UserError("--json and --output: give one or the other")
     if labels and class_set is not None:
         raise UserError("--label and --class-set: give one or the other")
     columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))

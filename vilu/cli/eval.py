@@ -327,7 +327,7 @@ def whole_numbers(option: str, text: str | None, least: int) -> tuple[int, ...]:
         return ()
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and len(part) < 12 and int(part) >= least for part in parts):
-        raise UserError(f"{option}: whole numbers from {least} up, separated by commas, are wanted, got {text!r}")
+        raise UserError(f"{option}: expected whole numbers from {least} up, separated by commas, got {text!r}")
     return tuple(int(part) for part in parts)
 
 

@@ -119,5 +119,5 @@ def serve_command(
         **door,
     )
     if upstreams and (flags or supervise):
-        raise UserError("--upstream: the servers named are not started here, so no option of theirs can be given")
+        raise UserError("--upstream: these servers run already, so give neither --supervise nor tritonserver flags")
     return run(Door(options, None if upstreams else own_server(model_repository, **common), supervise=supervise))

@@ -202,7 +202,7 @@ def train_command(
 def verdict(validation: Validation | None) -> str:
     """Say in words whether the head is better than MCM on the validation data."""
     if validation is None:
-        return "validation: none, or CLIP is always right or always wrong on it: nothing says that this head helps"
+        return "validation: none, or CLIP is always right or always wrong on it: it cannot say whether this head helps"
     v = validation
     line = (
         f"validation, {v.samples} images, {v.failures} failures: AUC {v.auc:.1%} (MCM {v.mcm_auc:.1%}, p = "
@@ -216,7 +216,7 @@ def verdict(validation: Validation | None) -> str:
         return f"{line}\nthere are too few {rarer} to say whether this head is better than the free MCM score"
     return (
         f"{line}\nthis head is {said} than the free MCM score here: train on more images "
-        "(`vilu eval --learning-curve` draws what they bring)"
+        "(`vilu eval --learning-curve` shows how much they help)"
     )
 
 

@@ -70,7 +70,7 @@ def open_source(
     if data is None:
         raise UserError(NAME_ONE)
     if root is not None:
-        raise UserError("--root goes with --dataset; --data is a path of its own")
+        raise UserError("--root is for --dataset; give --data a whole path")
     path = Path(data)
     if path.suffix.lower() in EMBEDDING_FILES:
         raise UserError(f"{data}: holds embeddings, not images")
@@ -100,7 +100,7 @@ def _named(dataset: str, root: Path | None, split: str) -> Source:
         near = difflib.get_close_matches(dataset.lower(), known, n=3, cutoff=0.5)
         raise UserError(f"unknown data set {dataset!r}; {'near' if near else 'known'}: {', '.join(near or known)}")
     if root is None:
-        raise UserError(f"--dataset {dataset} needs --root, the folder that it lies in")
+        raise UserError(f"--dataset {dataset} needs --root, the folder that holds it")
     if not root.is_dir():
         raise UserError(f"{root}: not a folder")
     return ON_DISK[dataset](dataset, root, split)

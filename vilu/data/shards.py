@@ -58,7 +58,7 @@ class TarSource(Source):
             file.seek(int(self.offset[i]))
             data = file.read(size)
         if len(data) != size:
-            raise ImageError("the shard ends within it")
+            raise ImageError("the shard ends inside this image")
         return data
 
     def _identify(self, digest: Any) -> None:

@@ -49,7 +49,7 @@ class TritonPythonModel:
         found = sets.versions(self.folder)
         most = int(self.parameters["max_class_sets"])
         if name not in sets.served(found) and len(sets.served(found)) >= most:
-            raise sets.RequestError(f"class set {name}: the server has {most} sets, no more are taken")
+            raise sets.RequestError(f"class set {name}: the server has {most} sets, which is the limit")
         header, rows = self._check(name, change)
         data = json.dumps(header).encode() + b"\n" + rows.astype("<f4").tobytes()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -179,7 +179,7 @@ class Store:
         return self.found[name]
 
     def _gone(self, name: str, version: int) -> RequestError:
-        message = f"class set {name}@{version} is not there any more: ask again"
+        message = f"class set {name}@{version} is no longer kept: ask again"
         return RequestError(message, pb_utils.TritonError.UNAVAILABLE)
 
     def _read(self, name: str, version: int, path: Path) -> Candidates:
@@ -206,7 +206,7 @@ class Tally:
     FAMILIES = (
         ("vilu_failure_probability", "Failure probabilities that were answered", "HISTOGRAM"),
         ("vilu_answers_total", "Images that were answered", "COUNTER"),
-        ("vilu_rejected_total", "Images whose answer was not to be believed", "COUNTER"),
+        ("vilu_rejected_total", "Images whose answer was rejected", "COUNTER"),
     )
     BUCKETS = tuple(round(0.05 * i, 2) for i in range(1, 21))
 
