@@ -254,8 +254,8 @@ def load_clip_for(
     Args:
         checkpoint: the checkpoint.
         where: name of the checkpoint in messages, such as its path.
-        name: CLIP to load, as in `load_clip`; without it, the one that the checkpoint names.
-        pretrained: weights to load, as in `load_clip`; without it, those that the checkpoint names.
+        name: CLIP to load, as in `load_clip`; None stands for the one that the checkpoint names.
+        pretrained: weights to load, as in `load_clip`. The checkpoint's weights are loaded if both are None.
         missing: advice in the message when neither the checkpoint nor `name` names a CLIP.
         load: function with `load_clip`'s arguments that loads it. A caller can pass one that keeps loaded models.
 

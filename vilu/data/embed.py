@@ -67,8 +67,8 @@ def embed(
         templates: prompts for class names with exactly one {} each. Several are averaged as in `Clip.class_set`.
         progress: called with (what, done, total) after each batch.
         batch_size: number of images per batch.
-        workers: number of threads that decode; on a CPU they also encode. None stands for one per core, and for at
-            most eight on a CPU.
+        workers: number of threads that decode; on a CPU they also encode. None stands for one per core,
+            but for at most eight if CLIP is on a CPU.
 
     Returns:
         The EmbeddedSet of the images that could be read; it lists the others in `skipped`.

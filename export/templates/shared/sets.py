@@ -48,7 +48,11 @@ def error_response(error: Exception) -> Any:
 
 
 def normalise(rows: Any, what: str) -> np.ndarray:
-    """Return L2-normalised rows (N, D) float32. Raises RequestError, which names `what`, for rows that cannot be."""
+    """Return L2-normalised rows (N, D) float32.
+
+    Raises:
+        RequestError: a row is all zeros or not finite. The message names `what`.
+    """
     rows = np.asarray(rows, np.float32)
     if not np.isfinite(rows).all():
         raise RequestError(f"{what} holds a value that is not finite")
