@@ -27,6 +27,7 @@ from vilu.evaluation.columns import BINS, COLUMNS, COVERAGES, INDEX, TPR
 from vilu.evaluation.metrics import Bools, Floats, Metric, OneSidedError, one_sided
 
 BLOCK = 16  # resamples whose counts are held at once
+ROUNDING = 1e-12  # metrics that differ by less are equal: their sums were only added in another order
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,8 @@ def _percentiles(resampled: Floats, level: float) -> tuple[float, float]:
 
 
 def _p_value(differences: Floats) -> float:
-    tail = 1 + min((differences <= 0).sum(), (differences >= 0).sum())
+    equal = np.abs(differences) < ROUNDING
+    tail = 1 + min((equal | (differences < 0)).sum(), (equal | (differences > 0)).sum())
     return float(min(1.0, 2 * tail / (1 + len(differences))))
 
 
