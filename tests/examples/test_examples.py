@@ -31,12 +31,14 @@ def test_train_from_embeddings():
     assert auc["ViLU"] > auc["MCM"] - 0.02
 
 
+@pytest.mark.slow
 def test_evaluate(tmp_path):
     printed = run("evaluate.py", tmp_path)
     assert all(f"{method} " in printed for method in ("MCM", "Entropy", "Doctor", "Rel-U", "ViLU"))
     assert (tmp_path / "report" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_calibrate_and_refuse():
     refused, promised = run("calibrate_and_refuse.py").splitlines()
     assert "refused" in refused

@@ -225,7 +225,14 @@ def test_text_towers_are_exact_and_fused(name, small, tmp_path):
     assert {len(node.input) for node in attention} == ({6} if name == "coca" else {3})
 
 
-@pytest.mark.parametrize(("name", "tower"), [("vit-quickgelu", "text"), ("siglip", "image"), ("coca", "text")])
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [
+        pytest.param("vit-quickgelu", "text", marks=pytest.mark.slow),
+        ("siglip", "image"),
+        pytest.param("coca", "text", marks=pytest.mark.slow),
+    ],
+)
 def test_plain_graphs_hold_onnx_operators_only(name, tower, small, tmp_path):
     clip, path = small(name), tmp_path / "plain" / "1" / "model.onnx"
     if tower == "image":

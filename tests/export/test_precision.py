@@ -162,7 +162,9 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param("float16", marks=pytest.mark.slow), pytest.param("bfloat16", marks=pytest.mark.slow), "int8"]
+)
 def test_towers_with_weights_in_files_of_their_own_are_exported_and_served(
     name, clip, checkpoint, tmp_path, monkeypatch
 ):

@@ -156,6 +156,7 @@ def test_growth_is_of_the_last_tenth_against_the_first():
     assert [problem.split()[0] for problem in seen.problems] == ["PSS"]
 
 
+@pytest.mark.slow
 def test_the_whole_bench_in_small(checkpoint, repository, tmp_path):
     ckpt = tmp_path / "head.safetensors"
     save_checkpoint(checkpoint, ckpt)

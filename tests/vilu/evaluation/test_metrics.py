@@ -263,6 +263,7 @@ def test_paired_bootstrap_draws_the_same_samples(seed):
     assert (pair.low, pair.high) == pytest.approx((total.low, total.high))
 
 
+@pytest.mark.slow
 def test_p_value_is_uniform_without_a_difference():
     rng = np.random.default_rng(0)
     values = []

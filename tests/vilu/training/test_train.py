@@ -190,7 +190,11 @@ def test_a_small_set_is_never_much_worse_than_no_head():
         assert ours > mcm - 0.02
 
 
-@pytest.mark.parametrize("parts", [("image",), ("image", "predicted"), ("image", "attended"), None])
+SLOW_IMAGE = pytest.param(("image",), marks=pytest.mark.slow)
+SLOW_ATTENDED = pytest.param(("image", "attended"), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("parts", [SLOW_IMAGE, ("image", "predicted"), SLOW_ATTENDED, None])
 @pytest.mark.parametrize("data", [closed_set(80), captions(80)], ids=["closed", "captions"])
 @pytest.mark.parametrize("prior", [False, True])
 def test_every_ablation_trains(parts, data, prior):
@@ -377,6 +381,7 @@ def test_a_head_that_does_not_help_is_not_handed_over_silently(tmp_path):
     assert "how many it takes, by a learning curve over parts of this data: " in done.stdout
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_weights_of_one(prepared, tmp_path):
     arguments = ["train", "--embeddings", prepared, "--epochs", 2, "--batch-size", 64, "--weight-decay", 0]
     assert command(*arguments, "--output", tmp_path / "one.safetensors").returncode == 0
