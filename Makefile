@@ -36,7 +36,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 # Two tests at a time, whole files together: the tests of a file share their export and their server.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST) -m "not slow" --doctest-modules tests vilu
