@@ -104,14 +104,12 @@ class GrpcSide:
         metadata = core.metadata(headers, GRPC_PREFIX)
         if method == "ModelInfer":
             core.authenticate(seen, headers, GRPC_PREFIX)
-            with core.arriving():
-                data = await self._read(context)
+            data = await self._read(context, seen)
             seen.bytes_in = len(data)
             return await core.infer(data, seen, end, metadata)
         if method in CHANGES or method == "RepositoryIndex":
             core.authorize_change(headers, GRPC_PREFIX)
-        with core.arriving():
-            data = await self._read(context)
+        data = await self._read(context, seen)
         seen.bytes_in = len(data)
         if method == "ServerLive":
             return pb.ServerLiveResponse(live=True).SerializeToString()
@@ -126,9 +124,15 @@ class GrpcSide:
         parsed(pb.ServerMetadataRequest if method == "ServerMetadata" else pb.RepositoryIndexRequest, data)
         return await core.upstreams.ask(method, data, end, metadata)
 
-    async def _read(self, context: Any) -> bytes:
+    async def _read(self, context: Any, seen: Seen) -> bytes:
+        async def read() -> Any:
+            async with self.core.arriving(seen.peer):
+                return await context.read()
+
         try:
-            data = await asyncio.wait_for(context.read(), self.limits.body_seconds)
+            data = await asyncio.wait_for(read(), self.limits.body_seconds)
+        except Refused:
+            raise
         except (TimeoutError, asyncio.TimeoutError):
             raise Refused(f"the request did not arrive in {self.limits.body_seconds:g} s", TOO_SLOW) from None
         except grpc.aio.UsageError:

@@ -196,20 +196,21 @@ class HttpSide:
         if not declared.isdecimal() or int(declared[:20]) > limit:
             raise Refused(f"the body is larger than {limit} bytes", TOO_LARGE)
 
-        async def read() -> list[bytes]:
+        async def read() -> bytes:
             chunks, size = [], 0
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise Refused(f"the body is larger than {limit} bytes", TOO_LARGE)
-                chunks.append(chunk)
-            return chunks
+            async with self.core.arriving(seen.peer, int(declared)) as arriving:
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > limit:
+                        raise Refused(f"the body is larger than {limit} bytes", TOO_LARGE)
+                    arriving.add(len(chunk))
+                    chunks.append(chunk)
+                return b"".join(chunks)
 
-        with self.core.arriving():
-            try:
-                body = b"".join(await asyncio.wait_for(read(), self.limits.body_seconds))
-            except (TimeoutError, asyncio.TimeoutError):
-                raise Refused(f"the body did not arrive in {self.limits.body_seconds:g} s", TOO_SLOW) from None
+        try:
+            body = await asyncio.wait_for(read(), self.limits.body_seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise Refused(f"the body did not arrive in {self.limits.body_seconds:g} s", TOO_SLOW) from None
         seen.bytes_in = len(body)
         return body
 
