@@ -60,6 +60,10 @@ class Core:
     def seen(self, protocol: str, peer: str, what: str, headers: Mapping[str, str]) -> Seen:
         return Seen(protocol, peer, what, trace=trace_id(headers.get("traceparent", "")))
 
+    def stop(self) -> None:
+        """Refuse what comes from now on; what is under way may end."""
+        self.stopping = True
+
     def authenticate(self, seen: Seen, headers: Mapping[str, str], prefix: str = "") -> None:
         """Let a client ask. Raises Refused where the token is missing or wrong."""
         if self.keys.open:

@@ -22,11 +22,12 @@ from vilu.serving.address import join_host_port, listen
 from vilu.serving.door.check import parsed
 from vilu.serving.door.core import CHANGES, QUESTIONS, Core
 from vilu.serving.door.observe import Seen
-from vilu.serving.door.refused import FAILED, MALFORMED, RETRY_SECONDS, TOO_SLOW, Refused
+from vilu.serving.door.refused import FAILED, MALFORMED, RETRY_SECONDS, STOPPING, TOO_SLOW, Refused
 from vilu.serving.door.upstream import SERVICE
 from vilu.serving.tokens import GRPC_PREFIX
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+GONE_SECONDS = 0.2  # until gRPC cancels the handler of a client that has left, after it says that there is no message
 CHANGE_SECONDS = 600.0  # that a model may take to load
 
 
@@ -83,6 +84,8 @@ class GrpcSide:
             headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
             seen = self.core.seen("grpc", _peer(context.peer()), method, headers)
             try:
+                if self.core.stopping:
+                    raise Refused("the server is stopping", STOPPING)
                 reply = await self._answer(method, headers, seen, context)
             except Refused as error:
                 self.core.observer.done(seen, error.kind.grpc.name, error.kind.reason, str(error))
@@ -129,19 +132,23 @@ class GrpcSide:
             async with self.core.arriving(seen.peer):
                 return await context.read()
 
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes with the end of the stream.
+        reading = asyncio.create_task(read())
         try:
-            data = await asyncio.wait_for(read(), self.limits.body_seconds)
-        except Refused:
-            raise
-        except (TimeoutError, asyncio.TimeoutError):
-            raise Refused(f"the request did not arrive in {self.limits.body_seconds:g} s", TOO_SLOW) from None
-        except grpc.aio.UsageError:
+            done, _ = await asyncio.wait({reading}, timeout=self.limits.body_seconds)
+            if not done:
+                raise Refused(f"the request did not arrive in {self.limits.body_seconds:g} s", TOO_SLOW)
+            data = reading.result()
+        except (Refused, grpc.aio.UsageError):
             raise
         except Exception as error:
+            await asyncio.sleep(GONE_SECONDS)
             raise Refused(f"the request could not be read ({error})", FAILED) from None
+        finally:
+            if not reading.cancel() and not reading.cancelled():
+                reading.exception()  # asyncio logs one that nobody looks at
         if data is grpc.aio.EOF:
-            if context.cancelled():  # its client has left before the message was there
-                raise asyncio.CancelledError
+            await asyncio.sleep(GONE_SECONDS)
             raise Refused("the request has no message", MALFORMED)
         return data
 

@@ -32,6 +32,7 @@ from vilu.serving.door.refused import (
     MALFORMED,
     NOT_FOUND,
     RETRY_SECONDS,
+    STOPPING,
     TOO_LARGE,
     TOO_SLOW,
     UNAVAILABLE,
@@ -101,6 +102,8 @@ class HttpSide:
             except ClientDisconnect:
                 self.core.observer.done(seen, "CANCELLED")
                 return Response(status_code=499)
+            except asyncio.CancelledError:  # uvicorn's, at the end of the grace
+                return self._refusal(request, seen, Refused("the server is stopping", STOPPING))
             self.core.observer.done(seen, "ok" if response.status_code < 400 else str(response.status_code))
             return response
 
@@ -118,7 +121,7 @@ class HttpSide:
         if error.kind.http == 401:
             headers["www-authenticate"] = "Bearer"
         response = JSONResponse({"error": str(error)}, error.kind.http, headers)
-        return response if seen.bytes_in else Lingering(response, request)
+        return response if seen.bytes_in or error.kind is STOPPING else Lingering(response, request)
 
     def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

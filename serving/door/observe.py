@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from vilu.serving.door.access_log import AccessLog
 
 # Reasons whose messages hold nothing that a client wrote: the others can quote a label.
-LOGGED = {"token", "too_large", "too_slow", "busy", "no_server", "no_answer", "unsupported"}
+LOGGED = {"token", "too_large", "too_slow", "busy", "no_server", "no_answer", "stopping", "unsupported"}
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 

@@ -141,6 +141,7 @@ class Door:
             if self.server is not None:
                 await self._start(proven=False)
                 await stack.enter_async_context(_background(self._keep()))
+            stack.callback(self.core.stop)  # at the end it is the first
             yield ports
 
     @contextlib.asynccontextmanager

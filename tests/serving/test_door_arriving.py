@@ -1,14 +1,17 @@
-"""Bodies that are arriving at the door: what one address and all of them may cost."""
+"""Bodies that are arriving at the door: what one address and all of them may cost, who left, and the end."""
 
+import asyncio
 import contextlib
 import http.client
 import socket
 import threading
 import time
 
+import grpc
 import pytest
 
-from tests.serving.helpers import opened, options
+from tests.serving.helpers import opened, options, question
+from tests.serving.test_door_http import metrics
 from vilu.serving.door import Door, Limits
 
 pytestmark = pytest.mark.server
@@ -85,3 +88,56 @@ def test_bodies_that_are_arriving_are_held_bytes():
             one.sendall(head + b"64\r\n" + bytes(100) + b"\r\n")
             wait(lambda: door.core.held == 100)
         wait(lambda: door.core.held == 0)
+
+
+def test_calls_that_are_cancelled_are_counted_as_that():
+    with opened(Door(options(upstreams=NOWHERE))) as at, grpc.insecure_channel(at.grpc) as channel:
+        method = "/inference.GRPCInferenceService/ModelInfer"
+        for i in range(60):
+            if i % 2:
+                stop = threading.Event()
+                call = channel.stream_unary(method).future(b"" for _ in iter(stop.wait, True))
+            else:
+                call = channel.unary_unary(method).future(question(bytes(1 << 20)).SerializeToString())
+            time.sleep(0.001 * (i % 7))
+            call.cancel()
+            if i % 2:
+                stop.set()
+        wait(lambda: b'outcome="CANCELLED",protocol="grpc"' in metrics(at))
+        time.sleep(0.5)
+        assert b"malformed" not in metrics(at)
+        assert b"INVALID_ARGUMENT" not in metrics(at)
+        # A call that ends without a message is malformed.
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.stream_unary(method)(iter(()), timeout=20)
+        assert caught.value.code().name == "INVALID_ARGUMENT"
+
+
+def test_the_end_takes_no_new_question_while_slow_bodies_are_waited_for(caplog, capfd):
+    async def run():
+        door = Door(options(upstreams=NOWHERE, limits=Limits(body_seconds=60)))
+        async with contextlib.AsyncExitStack() as stack:
+            context = door.serving()
+            at = await context.__aenter__()
+            stack.enter_context(slow(at, [9] * 3))
+            while door.core.reading < 3:
+                await asyncio.sleep(0.02)
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(at.grpc))
+            ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            assert await code(ask(b"none", timeout=10)) == "INVALID_ARGUMENT"
+            ending = asyncio.create_task(context.__aexit__(None, None, None))
+            await asyncio.sleep(0.1)
+            codes = {await code(ask(b"none", timeout=10)) for _ in range(3)}
+            assert not ending.done()
+            await ending
+            return codes
+
+    assert asyncio.run(run()) == {"UNAVAILABLE"}
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+async def code(call):
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
