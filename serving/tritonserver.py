@@ -125,8 +125,11 @@ def has_flag(given: Sequence[str], flag: str) -> bool:
     return any(word == flag or word.startswith(f"{flag}=") for word in given)
 
 
-def check_flags(server: Tritonserver, given: Sequence[str]) -> None:
+def check_flags(server: Tritonserver, given: Sequence[str], own: Sequence[str] = ()) -> None:
     """Refuse an option that tritonserver does not have, which it would answer with its whole usage.
+
+    Args:
+        own: the options of `vilu serve`, which are suggested first.
 
     Raises:
         UserError: the first unknown option, with the one that looks most like it.
@@ -144,7 +147,7 @@ def check_flags(server: Tritonserver, given: Sequence[str]) -> None:
     for option in options:
         # An unambiguous beginning is an option, too; a number is a value.
         if len(known) > 20 and not re.fullmatch(r"-[\d.]+", option) and not any(o.startswith(option) for o in known):
-            close = difflib.get_close_matches(option, known, 1)
+            close = difflib.get_close_matches(option, own, 1, 0.75) or difflib.get_close_matches(option, known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(f"neither `vilu serve` nor tritonserver has an option {option}{hint}")
 

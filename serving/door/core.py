@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from tritonclient.grpc import service_pb2 as pb
@@ -47,13 +48,21 @@ class Core:
         self.in_flight: Counter[str] = Counter()
         self.reading = 0  # requests whose bodies are arriving
         self.held = 0  # bytes of requests
+        self.coming: Counter[str] = Counter()  # by address: requests whose bodies arrive or wait for a place
+        self.places: dict[str, asyncio.Semaphore] = {}  # by address
+        self.coming_bytes: Counter[str] = Counter()  # by address: held for bodies that arrive
+        self.stopping = False
 
     @property
     def ready(self) -> bool:
-        return self.upstreams.well
+        return self.upstreams.well and not self.stopping
 
     def seen(self, protocol: str, peer: str, what: str, headers: Mapping[str, str]) -> Seen:
         return Seen(protocol, peer, what, trace=trace_id(headers.get("traceparent", "")))
+
+    def stop(self) -> None:
+        """Refuse what comes from now on; what is under way may end."""
+        self.stopping = True
 
     def authenticate(self, seen: Seen, headers: Mapping[str, str], prefix: str = "") -> None:
         """Let a client ask. Raises Refused where the token is missing or wrong."""
@@ -86,27 +95,53 @@ class Core:
         """When a question that came now is given up (time.monotonic)."""
         return time.monotonic() + min(self.limits.timeout, self.limits.timeout if seconds is None else seconds)
 
-    @contextlib.contextmanager
-    def arriving(self) -> Iterator[None]:
-        """A body is read inside. Raises Refused where too many are being read."""
-        if self.reading >= self.limits.in_flight:
-            raise Refused(f"{self.reading} requests are arriving", BUSY)
-        self.reading += 1
+    @contextlib.asynccontextmanager
+    async def arriving(self, peer: str, size: int = 0) -> AsyncIterator[Arriving]:
+        """A body is read inside; it waits while other bodies of its sender's address have a quarter of the places.
+
+        Args:
+            peer: the sender's address.
+            size: bytes of the body, as far as they are known; they are held from now on.
+
+        Raises:
+            Refused: too many bodies are being read, or too many bytes are held.
+        """
+        if self.coming[peer] >= self.limits.in_flight:
+            raise Refused(f"{self.coming[peer]} requests of this address are arriving", BUSY)
+        self.coming[peer] += 1
+        place = self.places.setdefault(peer, asyncio.Semaphore(max(1, self.limits.in_flight // 4)))
         try:
-            yield
+            async with place:
+                if self.reading >= self.limits.in_flight:
+                    raise Refused(f"{self.reading} requests are arriving", BUSY)
+                self.reading += 1
+                body = Arriving(self, peer)
+                try:
+                    if size:
+                        body.hold(size)
+                    yield body
+                finally:
+                    self.reading -= 1
+                    body.release()
         finally:
-            self.reading -= 1
+            self.coming[peer] -= 1
+            if not self.coming[peer]:
+                del self.coming[peer], self.places[peer], self.coming_bytes[peer]
 
     @contextlib.contextmanager
     def holding(self, size: int) -> Iterator[None]:
         """So many bytes are held inside. Raises Refused where that would be too many."""
-        if self.held and self.held + size > self.limits.held_bytes:
-            raise Refused("the requests under way are too large together", BUSY)
-        self.held += size
+        self.hold(size)
         try:
             yield
         finally:
             self.held -= size
+
+    def hold(self, size: int) -> None:
+        """Count bytes as held. Raises Refused where that would be too many."""
+        if self.held and self.held + size > self.limits.held_bytes:
+            raise Refused("the requests under way are too large together", BUSY)
+        self.held += size
 
     async def infer(self, data: bytes, seen: Seen, end: float, metadata: Metadata) -> bytes:
         """A ModelInferRequest's reply, both as they are on the wire. Raises Refused."""
@@ -146,3 +181,30 @@ class Core:
         if self.before_load is not None:
             self.before_load(name)
         return await self.upstreams.change(method, data, end, metadata)
+
+
+class Arriving:
+    """A body that is arriving, and how many bytes are held for it."""
+
+    def __init__(self, core: Core, peer: str) -> None:
+        self.core, self.peer = core, peer
+        self.held = self.came = 0
+
+    def hold(self, size: int) -> None:
+        """Hold so many more bytes. Raises Refused where that would be too many, of this address or of all."""
+        others = self.core.coming_bytes[self.peer] - self.held
+        if others and others + self.held + size > self.core.limits.held_bytes // 4:
+            raise Refused("the requests of this address that are arriving are too large together", BUSY)
+        self.core.hold(size)
+        self.core.coming_bytes[self.peer] += size
+        self.held += size
+
+    def add(self, size: int) -> None:
+        """So many bytes have come; they are held if they were not known before. Raises Refused as `hold`."""
+        self.came += size
+        if self.came > self.held:
+            self.hold(self.came - self.held)
+
+    def release(self) -> None:
+        self.core.held -= self.held
+        self.core.coming_bytes[self.peer] -= self.held

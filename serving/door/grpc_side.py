@@ -22,11 +22,12 @@ from vilu.serving.address import join_host_port, listen
 from vilu.serving.door.check import parsed
 from vilu.serving.door.core import CHANGES, QUESTIONS, Core
 from vilu.serving.door.observe import Seen
-from vilu.serving.door.refused import FAILED, MALFORMED, RETRY_SECONDS, TOO_SLOW, Refused
+from vilu.serving.door.refused import FAILED, MALFORMED, RETRY_SECONDS, STOPPING, TOO_SLOW, Refused
 from vilu.serving.door.upstream import SERVICE
 from vilu.serving.tokens import GRPC_PREFIX
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+GONE_SECONDS = 0.2  # until gRPC cancels the handler of a client that has left, after it says that there is no message
 CHANGE_SECONDS = 600.0  # that a model may take to load
 
 
@@ -83,6 +84,8 @@ class GrpcSide:
             headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
             seen = self.core.seen("grpc", _peer(context.peer()), method, headers)
             try:
+                if self.core.stopping:
+                    raise Refused("the server is stopping", STOPPING)
                 reply = await self._answer(method, headers, seen, context)
             except Refused as error:
                 self.core.observer.done(seen, error.kind.grpc.name, error.kind.reason, str(error))
@@ -104,14 +107,12 @@ class GrpcSide:
         metadata = core.metadata(headers, GRPC_PREFIX)
         if method == "ModelInfer":
             core.authenticate(seen, headers, GRPC_PREFIX)
-            with core.arriving():
-                data = await self._read(context)
+            data = await self._read(context, seen)
             seen.bytes_in = len(data)
             return await core.infer(data, seen, end, metadata)
         if method in CHANGES or method == "RepositoryIndex":
             core.authorize_change(headers, GRPC_PREFIX)
-        with core.arriving():
-            data = await self._read(context)
+        data = await self._read(context, seen)
         seen.bytes_in = len(data)
         if method == "ServerLive":
             return pb.ServerLiveResponse(live=True).SerializeToString()
@@ -126,18 +127,28 @@ class GrpcSide:
         parsed(pb.ServerMetadataRequest if method == "ServerMetadata" else pb.RepositoryIndexRequest, data)
         return await core.upstreams.ask(method, data, end, metadata)
 
-    async def _read(self, context: Any) -> bytes:
+    async def _read(self, context: Any, seen: Seen) -> bytes:
+        async def read() -> Any:
+            async with self.core.arriving(seen.peer):
+                return await context.read()
+
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes with the end of the stream.
+        reading = asyncio.create_task(read())
         try:
-            data = await asyncio.wait_for(context.read(), self.limits.body_seconds)
-        except (TimeoutError, asyncio.TimeoutError):
-            raise Refused(f"the request did not arrive in {self.limits.body_seconds:g} s", TOO_SLOW) from None
-        except grpc.aio.UsageError:
+            done, _ = await asyncio.wait({reading}, timeout=self.limits.body_seconds)
+            if not done:
+                raise Refused(f"the request did not arrive in {self.limits.body_seconds:g} s", TOO_SLOW)
+            data = reading.result()
+        except (Refused, grpc.aio.UsageError):
             raise
         except Exception as error:
+            await asyncio.sleep(GONE_SECONDS)
             raise Refused(f"the request could not be read ({error})", FAILED) from None
+        finally:
+            if not reading.cancel() and not reading.cancelled():
+                reading.exception()  # asyncio logs one that nobody looks at
         if data is grpc.aio.EOF:
-            if context.cancelled():  # its client has left before the message was there
-                raise asyncio.CancelledError
+            await asyncio.sleep(GONE_SECONDS)
             raise Refused("the request has no message", MALFORMED)
         return data
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from python_multipart.exceptions import MultipartParseError
@@ -32,6 +32,7 @@ from vilu.serving.door.refused import (
     MALFORMED,
     NOT_FOUND,
     RETRY_SECONDS,
+    STOPPING,
     TOO_LARGE,
     TOO_SLOW,
     UNAVAILABLE,
@@ -44,6 +45,7 @@ LINGER_SECONDS, LINGER_BYTES = 1.0, 4 << 20  # that a refused sender may go on s
 HEADER_LENGTH = "inference-header-content-length"
 FIELDS = ("label", "class_index", "confidence", "failure_probability", "accept")
 DETAILED = ("class_set", "top", "entropy", "doctor", "concepts")
+PARAMETERS = ("labels", "class_set", "details", "embedding")  # of /ask
 Handler = Callable[[Request, Seen], Awaitable[Response]]
 
 
@@ -100,6 +102,8 @@ class HttpSide:
             except ClientDisconnect:
                 self.core.observer.done(seen, "CANCELLED")
                 return Response(status_code=499)
+            except asyncio.CancelledError:  # uvicorn's, at the end of the grace
+                return self._refusal(request, seen, Refused("the server is stopping", STOPPING))
             self.core.observer.done(seen, "ok" if response.status_code < 400 else str(response.status_code))
             return response
 
@@ -117,7 +121,7 @@ class HttpSide:
         if error.kind.http == 401:
             headers["www-authenticate"] = "Bearer"
         response = JSONResponse({"error": str(error)}, error.kind.http, headers)
-        return response if seen.bytes_in else Lingering(response, request)
+        return response if seen.bytes_in or error.kind is STOPPING else Lingering(response, request)
 
     def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -129,20 +133,26 @@ class HttpSide:
     async def _ask(self, request: Request, seen: Seen) -> Response:
         core, query = self.core, request.query_params
         core.authenticate(seen, request.headers)
-        unknown = set(query) - {"labels", "class_set", "details", "embedding"}
-        if unknown:
-            raise Refused(f"there is no parameter {sorted(unknown)[0][:64]!r}: labels, class_set, details, embedding")
+        _known(query)
         end = core.end()
         body = await self._body(request, seen)
-        given = [(key, value) for key, value in query.multi_items()]
-        image = await _uploaded(request, body, given)
+        given = query.multi_items()
+        added: list[tuple[str, str]] = []
+        image = await _uploaded(request, body, added)
+        _known(dict(added))
+        twice = sorted({key for key, _ in given} & {key for key, _ in added})
+        if twice:
+            raise Refused(f"{twice[0]}: is in the address and in the body")
+        given += added
+        for key, value in given:
+            _utf8(value, key)
         labels = [value for key, value in given if key == "labels"]
         class_sets = [value for key, value in given if key == "class_set"]
         if len(class_sets) > 1 or (labels and class_sets):
             raise Refused("give labels, or one class_set")
-        with_details, with_embedding = (_flag(dict(given).get(key, ""), key) for key in ("details", "embedding"))
+        with_details, with_embedding = (_flag(given, key) for key in ("details", "embedding"))
         question = Question(labels or None, class_sets[0] if class_sets else None, with_details, with_embedding)
-        asked, raw = image_question(image, question.outputs, [_utf8(label) for label in labels], question.class_set)
+        asked, raw = image_question(image, question.outputs, [label.encode() for label in labels], question.class_set)
         answer = await self._answer(request, seen, asked, raw, end)
         (found,) = read_answers(InferResult(answer), ["image"], question)
         return JSONResponse(described(found, question))
@@ -189,20 +199,21 @@ class HttpSide:
         if not declared.isdecimal() or int(declared[:20]) > limit:
             raise Refused(f"the body is larger than {limit} bytes", TOO_LARGE)
 
-        async def read() -> list[bytes]:
+        async def read() -> bytes:
             chunks, size = [], 0
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise Refused(f"the body is larger than {limit} bytes", TOO_LARGE)
-                chunks.append(chunk)
-            return chunks
+            async with self.core.arriving(seen.peer, int(declared)) as arriving:
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > limit:
+                        raise Refused(f"the body is larger than {limit} bytes", TOO_LARGE)
+                    arriving.add(len(chunk))
+                    chunks.append(chunk)
+                return b"".join(chunks)
 
-        with self.core.arriving():
-            try:
-                body = b"".join(await asyncio.wait_for(read(), self.limits.body_seconds))
-            except (TimeoutError, asyncio.TimeoutError):
-                raise Refused(f"the body did not arrive in {self.limits.body_seconds:g} s", TOO_SLOW) from None
+        try:
+            body = await asyncio.wait_for(read(), self.limits.body_seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise Refused(f"the body did not arrive in {self.limits.body_seconds:g} s", TOO_SLOW) from None
         seen.bytes_in = len(body)
         return body
 
@@ -348,13 +359,16 @@ async def _uploaded(request: Request, body: bytes, given: list[tuple[str, str]])
         return await _form(request, body, given)
     if kind == "application/json":
         try:
-            fields = json.loads(body)
+            fields = json.loads(body, object_pairs_hook=_once)
             image = fields.pop("image")
-            for key, value in fields.items():
-                for one in value if isinstance(value, list) else [value]:
-                    given.append((key, {True: "true", False: "false"}[one] if isinstance(one, bool) else one))
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise Refused("the JSON must be an object with the image in base64 as `image`") from None
+        for key, value in fields.items():
+            if value == []:
+                raise Refused(f"{key[:64]!r}: the list is empty")
+            for one in value if isinstance(value, list) else [value]:
+                given.append((key, str(one).lower() if isinstance(one, bool) else one))
+        _known(fields)
         if not isinstance(image, str) or not all(isinstance(value, str) for _, value in given):
             raise Refused("the JSON's fields must be strings, lists of strings, true or false")
         return image_bytes(image)
@@ -383,21 +397,37 @@ async def _form(request: Request, body: bytes, given: list[tuple[str, str]]) -> 
     return images[0]
 
 
-def _flag(text: str, name: str) -> bool:
-    if text.lower() not in ("", "true", "false", "1", "0"):
+def _known(names: Iterable[str]) -> None:
+    unknown = sorted(set(names) - set(PARAMETERS))
+    if unknown:
+        raise Refused(f"there is no parameter {unknown[0][:64]!r}: {', '.join(PARAMETERS)}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Refused("a field of the JSON is there twice")
+    return found
+
+
+def _flag(given: list[tuple[str, str]], name: str) -> bool:
+    values = [value.lower() for key, value in given if key == name]
+    if len(values) > 1:
+        raise Refused(f"{name}: is given twice")
+    if values and values[0] not in ("", "true", "false", "1", "0"):
         raise Refused(f"{name}: must be true or false")
-    return text.lower() in ("true", "1")
+    return values[:1] in (["true"], ["1"])
 
 
-def _utf8(text: str) -> bytes:
+def _utf8(text: str, name: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise Refused("a name is not UTF-8", MALFORMED) from None
+        raise Refused(f"{name}: is not UTF-8", MALFORMED) from None
 
 
 def _model(request: Request) -> str:
-    return _utf8(request.path_params["model"]).decode()
+    return _utf8(request.path_params["model"], "the model").decode()
 
 
 def _varint(value: int) -> bytes:

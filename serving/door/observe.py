@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from vilu.errors import UserError
+from vilu.serving.door.access_log import AccessLog
 
+# Reasons whose messages hold nothing that a client wrote: the others can quote a label.
+LOGGED = {"token", "too_large", "too_slow", "busy", "no_server", "no_answer", "stopping", "unsupported"}
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -35,6 +34,9 @@ class Metrics:
         self.retries = Counter("vilu_door_retries", "Questions asked again after a server failed.", registry=registry)
         self.upstreams = Gauge("vilu_door_upstream_well", "1 where a server answers.", ("url",), registry=registry)
         self.reloads = Counter("vilu_door_reloads", "Readings of secrets anew.", ("result",), registry=registry)
+        self.lines_dropped = Counter(
+            "vilu_door_log_lines_dropped", "Lines of the access log that were not written.", registry=registry
+        )
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -80,14 +82,7 @@ class Observer:
 
     def __init__(self, metrics: Metrics, log: str | None = None) -> None:
         self.metrics = metrics
-        self.file: IO[str] | None = None
-        if log == "-":
-            self.file = sys.stdout
-        elif log is not None:
-            try:
-                self.file = Path(log).open("a", encoding="utf-8", buffering=1)
-            except OSError as error:
-                raise UserError(f"{log}: cannot be written ({error.strerror})") from None
+        self.log = None if log is None else AccessLog(log, metrics.lines_dropped)
 
     def done(self, seen: Seen, outcome: str, reason: str = "", message: str = "") -> None:
         """One request has ended. outcome: "ok", or gRPC's code or HTTP's status. reason: why it was not let through."""
@@ -96,7 +91,7 @@ class Observer:
         self.metrics.seconds.labels(seen.protocol).observe(seconds)
         if reason:
             self.metrics.refusals.labels(reason).inc()
-        if self.file is None:
+        if self.log is None:
             return
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -106,10 +101,10 @@ class Observer:
             "model": seen.model,
             "outcome": outcome,
             "reason": reason,
-            "message": message[:200],
+            "message": message[:200] if reason in LOGGED else "",
             "seconds": round(seconds, 6),
             "bytes": seen.bytes_in,
             "token": seen.token,
             "trace": seen.trace,
         }
-        self.file.write(json.dumps({key: value for key, value in line.items() if value != ""}) + "\n")
+        self.log.write(json.dumps({key: value for key, value in line.items() if value != ""}))

@@ -84,15 +84,17 @@ def description(limits: Limits) -> Json:
         },
     }  # fmt: skip
     image = {"type": "string", "format": "binary"}
-    fields = {"labels": {"type": "array", "items": _TEXT}, "class_set": _TEXT, "details": _BOOL, "embedding": _BOOL}
+    labels = {"type": "array", "items": _TEXT, "minItems": 1}
+    fields = {"labels": labels, "class_set": _TEXT, "details": _BOOL, "embedding": _BOOL}
+    closed = {"type": "object", "required": ["image"], "additionalProperties": False}
     ask = {
         "required": True,
         "content": {
             **{kind: {"schema": image} for kind in (*IMAGE_TYPES, "application/octet-stream")},
             "multipart/form-data": {
-                "schema": {"type": "object", "required": ["image"], "properties": {"image": image, **fields}}
+                "schema": closed | {"properties": {"image": image, **fields}}
             },
-            "application/json": {"schema": {"type": "object", "required": ["image"], "properties": {
+            "application/json": {"schema": closed | {"properties": {
                 "image": _TEXT | {"description": "base64, or a data URL"}, **fields}}},
         },
     }  # fmt: skip

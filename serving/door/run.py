@@ -98,9 +98,9 @@ class Door:
             upstreams.append(Upstream(server.grpc_url, [(key, word) for key, word in words if word]))
         self.upstreams = Upstreams(upstreams, options.limits, self.metrics)
         hand_on = server is None and self.keys.open
-        observer = Observer(self.metrics, options.access_log)
+        self.observer = Observer(self.metrics, options.access_log)
         self.core = Core(
-            self.upstreams, self.keys, options.limits, observer, hand_on=hand_on, before_load=self._before_load
+            self.upstreams, self.keys, options.limits, self.observer, hand_on=hand_on, before_load=self._before_load
         )
         self.ended: asyncio.Future[int] | None = None
         self.restarts: list[float] = []  # when
@@ -119,6 +119,8 @@ class Door:
         options, ports = self.options, Ports()
         self.ended = asyncio.get_running_loop().create_future()
         async with contextlib.AsyncExitStack() as stack:  # left from the last to the first: the server ends last
+            if self.observer.log is not None:
+                stack.push_async_callback(asyncio.to_thread, self.observer.log.close)
             if self.server is not None:
                 stack.push_async_callback(asyncio.to_thread, self.server.stop)
             stack.push_async_callback(self.upstreams.close)
@@ -139,6 +141,7 @@ class Door:
             if self.server is not None:
                 await self._start(proven=False)
                 await stack.enter_async_context(_background(self._keep()))
+            stack.callback(self.core.stop)  # at the end it is the first
             yield ports
 
     @contextlib.asynccontextmanager
@@ -179,6 +182,12 @@ class Door:
             print(f"vilu: {error}; the tokens and certificates in force stay", file=sys.stderr, flush=True)
         else:
             self.metrics.reloads.labels("ok").inc()
+
+    def hang_up(self) -> None:
+        """SIGHUP: read tokens and certificates anew, and open the access log anew."""
+        self.reload()
+        if self.observer.log is not None:
+            self.observer.log.reopen()
 
     async def _reload_when_changed(self) -> None:
         before = self.keys.stamp()
@@ -292,7 +301,7 @@ async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 def run(door: Door, word: str = "serving") -> int:
-    """Serve until SIGTERM or SIGINT; SIGHUP reads tokens and certificates anew. Returns the exit code.
+    """Serve until SIGTERM or SIGINT; SIGHUP is `Door.hang_up`. Returns the exit code.
 
     Raises:
         UserError: as `Door.serving`, or a server that failed again and again.
@@ -302,7 +311,7 @@ def run(door: Door, word: str = "serving") -> int:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, door.reload)
+        loop.add_signal_handler(signal.SIGHUP, door.hang_up)
         return await _serve(door, stop, word)
 
     return asyncio.run(serve())

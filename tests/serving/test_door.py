@@ -25,7 +25,7 @@ from tritonclient.grpc import service_pb2_grpc as stubs
 
 from bench.loadtest import hostile, traffic
 from bench.loadtest.hostile_requests import Generator
-from tests.serving.helpers import code_of, opened, options, question, strings
+from tests.serving.helpers import code_of, opened, options, question, strings, vilu
 from vilu.serving import Client, ServerUnavailable
 from vilu.serving.door import Door, Limits
 from vilu.serving.door.check import MODELS, check, parsed_question, tensors
@@ -384,3 +384,14 @@ def test_what_cannot_be_is_told(server):
         assert ended.returncode == 2
         assert told in ended.stderr
         assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", [[], ["--direct"]], ids=["door", "direct"])
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("--acess-log", "--access-log"), ("--tokns", "--tokens"), ("--log-verbsoe", "--log-verbose")],
+)
+def test_a_misspelt_option_of_ours_is_named_first(repository, way, given, meant):
+    done = vilu("serve", *way, "--model-repository", repository, given, "-")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"has an option {given}; did you mean {meant}?" in done.stderr

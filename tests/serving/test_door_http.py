@@ -131,6 +131,35 @@ def test_a_wrong_request_gets_one_line(front, photos, path, body, headers, statu
     assert "\n" not in found[2]["error"]
 
 
+@pytest.mark.parametrize(
+    ("query", "fields", "message"),
+    [
+        ("", '"label": ["a", "b"]', "there is no parameter 'label'"),
+        ("", '"labels": []', "'labels': the list is empty"),
+        ("?labels=a", '"labels": ["b", "c"]', "labels: is in the address and in the body"),
+        ("?class_set=a", '"class_set": "b"', "class_set: is in the address and in the body"),
+        ("?details=1", '"details": false', "details: is in the address and in the body"),
+        ("?details=1&details=0", '"embedding": true', "details: is given twice"),
+        ("", '"labels": ["a"], "labels": ["b"]', "a field of the JSON is there twice"),
+        ("", r'"labels": ["\ud800", "c"]', "labels: is not UTF-8"),
+        ("", r'"class_set": "\ud800"', "class_set: is not UTF-8"),
+        ("", r'"\ud800": "a"', "there is no parameter"),
+        ("", '"labels": [{"a": 1}]', "must be strings"),
+    ],
+)
+def test_a_question_that_means_another_is_refused(front, photos, query, fields, message):
+    body = f'{{"image": "{base64.b64encode(photos[0]).decode()}", {fields}}}'.encode()
+    status, _, said = send(front, "/ask" + query, body, {"content-type": "application/json"})
+    assert (status, message in said["error"]) == (400, True), said
+
+
+def test_an_unknown_field_of_a_form_is_refused(front, photos):
+    status, _, said = send(front, "/ask", *multipart(photos[0], [("label", "a")]))
+    assert (status, "there is no parameter 'label'" in said["error"]) == (400, True), said
+    status, _, said = send(front, "/ask?labels=a", *multipart(photos[0], [("labels", "b")]))
+    assert (status, said["error"]) == (400, "labels: is in the address and in the body")
+
+
 def tensor(name, data, shape, kind="BYTES", **more):
     return {"name": name, "datatype": kind, "shape": shape, "data": data, **more}
 

@@ -90,6 +90,7 @@ def serve_command(
     from vilu.serving.server import Server
     from vilu.serving.supervise import serve
     from vilu.serving.tokens import token_from
+    from vilu.serving.tritonserver import check_flags, find_tritonserver
 
     def access() -> Access:
         given = token_from(token, "VILU_TOKEN"), token_from(control_token, "VILU_CONTROL_TOKEN")
@@ -97,6 +98,9 @@ def serve_command(
 
     ports: dict[str, Any] = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
     common: dict[str, Any] = {"tritonserver": tritonserver, "startup_seconds": startup_seconds, "flags": flags}
+    if flags and not door["upstreams"]:
+        own = [name for one in click.get_current_context().command.params for name in one.opts if name[:2] == "--"]
+        check_flags(find_tritonserver(tritonserver), flags, own)
     if direct:
         for name, value in door.items():
             if value:
