@@ -286,7 +286,9 @@ def test_a_stub_that_dies_before_the_first_answer_is_noticed(repository, tmp_pat
 def test_a_process_that_is_dead_for_a_moment_is_no_dead_model(repository, monkeypatch):
     """The backend starts each stub by `sh`, and a crash report by addr2line: their ends are not a model's."""
     lines = "import os,sys,time; sys.stdout.flush()\n"
-    lines += "for name in sys.argv[1:]:\n  if not os.fork(): open('/proc/self/comm','w').write(name); os._exit(0)\n"
+    lines += "for name in sys.argv[1:]:\n  child = os.fork()\n"
+    lines += "  if not child: open('/proc/self/comm','w').write(name); os._exit(0)\n"
+    lines += "  os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)\n"  # it is dead, and stays unreaped
     lines += "print('ready', flush=True); time.sleep(600)"
     server = Server(repository)
     server.process = subprocess.Popen(

@@ -145,7 +145,7 @@ def change_of(**change):
         ({"fingerprint": "00" * 32}, "another CLIP's"),
         ({"threshold": 2}, "threshold 2 is not between 0 and 1"),
         ({"threshold": float("nan")}, "threshold nan is not between"),
-        ({"templates": ["no place"]}, "holds one"),
+        ({"templates": ["no place"]}, "must hold exactly one"),
         ({"put": "default"}, "this name is taken"),
         ({"put": "open"}, "this name is taken"),
         ({"put": "../../etc/passwd"}, "1 to 64 of a-z"),

@@ -321,7 +321,7 @@ def test_vilu_ask_takes_patterns_and_names_from_stdin(server, folder):
         (["{0}/nothing/*.jpg"], "no .jpg"),
         (["{0}/a", "--output", "{0}/answers.txt"], "must end in"),
         (["{0}/a", "--output", "{0}/absent/answers.csv"], "cannot be written"),
-        (["{0}/a", "--output", "{0}/answers.csv", "--json"], "either"),
+        (["{0}/a", "--output", "{0}/answers.csv", "--json"], "one or the other"),
     ],
 )
 def test_vilu_ask_refuses_in_one_line(server, folder, arguments, message):
