@@ -140,6 +140,7 @@ def test_a_graph_over_the_budget_leaves_the_old_repository(repository, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_and_names_with_accents_are_exported(tmp_path):
     """Another architecture, width and tokenizer than the embedded default's, from a folder in open_clip's layout."""
     folder = tmp_path / "clip"

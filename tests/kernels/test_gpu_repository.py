@@ -99,6 +99,7 @@ def test_configs(root):
     assert steps == ["preprocess", "clip_image", "vilu_head", "vilu_details"]
 
 
+@pytest.mark.slow
 def test_tensorrt_in_float16_from_end_to_end(tmp_path, checkpoint):
     """What TensorRT is given: operators of ONNX's own, half the weights, no engine to build while a request waits."""
     report = export(

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-SUITES = ("test_parity.py", "test_ragged.py", "test_operator.py", "test_tuning.py")
+SLOW_SUITES = ("test_ragged.py", "test_operator.py", "test_tuning.py")
 
 
-def test_kernels_interpreted():
+@pytest.mark.parametrize("suite", ["test_parity.py", *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SUITES)])
+def test_kernels_interpreted(suite):
     pytest.importorskip("triton")
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(here / name) for name in SUITES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / suite)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -40,6 +40,7 @@ def kept(seen):
     assert seen.problems == [], seen.seen
 
 
+@pytest.mark.slow
 def test_a_killed_stub_comes_back_under_load(scene, monkeypatch):
     """The bench holds the promised 10 s on a machine of its own; here others may be at work."""
     monkeypatch.setattr(faults, "NOTICED", 60.0)
@@ -59,6 +60,7 @@ def test_broken_models_are_refused_and_the_old_ones_go_on(scene):
         kept(seen)
 
 
+@pytest.mark.slow
 def test_a_full_shared_memory_costs_large_requests_only(scene):
     if not faults.can_unshare():
         pytest.skip("no mount namespace to be had: the server would fill everybody's /dev/shm")

@@ -385,6 +385,7 @@ def test_kill_minus_nine_and_resume(tmp_path, clip):
     assert contents(cache) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told(tmp_path, clip):
     source = open_source(str(folder(tmp_path / "d")))
     holds, go = threading.Event(), threading.Event()

@@ -401,6 +401,7 @@ def test_several_processes_give_the_weights_of_one(prepared, tmp_path):
     torch.testing.assert_close(*logits, rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_augmented_images_train(tmp_path):
     arguments = ["--dataset", "digits", "--no-cache", "--epochs", 1, "--recipe", "plain", "--cache", tmp_path / "cache"]
     done = command("train", *arguments, "--output", tmp_path / "a.safetensors")
