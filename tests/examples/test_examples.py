@@ -24,6 +24,7 @@ def test_every_example_has_a_test():
         assert f'run("{example.name}"' in here, f"no test runs {example.name}"
 
 
+@pytest.mark.slow
 def test_train_from_embeddings():
     printed = run("train_from_embeddings.py").splitlines()
     auc = {line.split(":")[0]: float(line.split("AUC ")[1].split()[0]) for line in printed}

@@ -193,7 +193,8 @@ def test_vilu_health(server):
     assert vilu("health", "--url", server.grpc_url, "--model", "absent").returncode == 1
 
 
-WAYS = pytest.mark.parametrize("way", [[], ["--direct"]], ids=["door", "direct"])
+DIRECT = pytest.param(["--direct"], marks=pytest.mark.slow, id="direct")
+WAYS = pytest.mark.parametrize("way", [pytest.param([], id="door"), DIRECT])
 
 
 def health(url: str) -> int:

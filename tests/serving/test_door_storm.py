@@ -187,6 +187,7 @@ def wait(for_what, seconds=120):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_several_servers_share_the_questions_and_one_may_go_and_come(repository, server, photos, eager, tmp_path):
     second = Server(repository, log=tmp_path / "log", stop_seconds=1)
     same = {name: getattr(second, name) for name in ("grpc_port", "http_port", "metrics_port")}

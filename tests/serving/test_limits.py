@@ -130,6 +130,7 @@ def with_limits(repository, clip, checkpoint, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_a_request_waits_no_longer_than_it_may(with_limits, tmp_path):
     with_limits(Limits(queue_seconds=0.02))
     with Server(tmp_path / "r", log=tmp_path / "log") as server:
@@ -147,6 +148,7 @@ def test_the_defaults_are_those_of_every_export(repository, with_limits, tmp_pat
         assert (tmp_path / "r" / path).read_text() == (repository / path).read_text()
 
 
+@pytest.mark.slow
 def test_without_a_limit_nothing_is_refused(with_limits, tmp_path):
     with_limits(Limits(max_queue=0))
     for path in (tmp_path / "r").glob("*/config.pbtxt"):
