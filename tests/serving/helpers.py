@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from vilu.serving.address import free_port
+from vilu.serving.address import free_port, open_directly
 from vilu.serving.door import Options
 
 BIN = Path(sys.executable).parent
@@ -170,3 +171,30 @@ def code_of(ask, request):
     with pytest.raises(grpc.RpcError) as caught:
         ask(request, timeout=20)
     return caught.value.code().name, caught.value.details()
+
+
+def send(ports, path, body=None, headers=None, method=None):
+    """(status, headers, JSON or bytes) of a request."""
+    request = urllib.request.Request(f"http://{ports.http}{path}", body, headers or {}, method=method)
+    try:
+        with open_directly(request, timeout=60) as reply:
+            status, got, content = reply.status, reply.headers, reply.read()
+    except urllib.error.HTTPError as error:
+        status, got, content = error.code, error.headers, error.read()
+    return status, got, json.loads(content) if got.get_content_type() == "application/json" else content
+
+
+def metrics(ports):
+    with open_directly(f"http://{ports.metrics}/metrics", timeout=10) as reply:
+        return reply.read()
+
+
+NOWHERE = ["127.0.0.1:1"]  # where no server listens
+
+
+def wait(for_what):
+    """Wait until it holds, for at most 30 s."""
+    deadline = time.monotonic() + 30
+    while not for_what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

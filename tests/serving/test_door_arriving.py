@@ -10,19 +10,10 @@ import time
 import grpc
 import pytest
 
-from tests.serving.helpers import opened, options, question
-from tests.serving.test_door_http import metrics
+from tests.serving.helpers import NOWHERE, metrics, opened, options, question, wait
 from vilu.serving.door import Door, Limits
 
 pytestmark = pytest.mark.server
-NOWHERE = ["127.0.0.1:1"]
-
-
-def wait(for_what):
-    deadline = time.monotonic() + 30
-    while not for_what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager

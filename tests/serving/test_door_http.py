@@ -7,8 +7,6 @@ import json
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
@@ -19,24 +17,12 @@ from schemathesis import GenerationMode, checks
 from schemathesis.specs.openapi import checks as openapi
 from tritonclient import http as triton_http
 
-from tests.serving.helpers import agree, opened, options
+from tests.serving.helpers import agree, metrics, opened, options, send
 from vilu.serving import Client
-from vilu.serving.address import open_directly
 from vilu.serving.door import Door, Limits
 from vilu.serving.door.openapi import description
 
 pytestmark = pytest.mark.server
-
-
-def send(ports, path, body=None, headers=None, method=None):
-    """(status, headers, JSON or bytes) of a request."""
-    request = urllib.request.Request(f"http://{ports.http}{path}", body, headers or {}, method=method)
-    try:
-        with open_directly(request, timeout=60) as reply:
-            status, got, content = reply.status, reply.headers, reply.read()
-    except urllib.error.HTTPError as error:
-        status, got, content = error.code, error.headers, error.read()
-    return status, got, json.loads(content) if got.get_content_type() == "application/json" else content
 
 
 def test_curl_asks_about_a_photo(front, photos, eager, tmp_path):
@@ -323,11 +309,6 @@ def test_a_client_that_leaves_is_forgotten(server, photos):
         while b'vilu_door_in_flight{model="vilu"} 0.0' not in metrics(ports):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-
-
-def metrics(ports):
-    with open_directly(f"http://{ports.metrics}/metrics", timeout=10) as reply:
-        return reply.read()
 
 
 def test_the_page_of_grafana_has_the_servers_metrics_too(front, photos):

@@ -3,25 +3,15 @@
 import contextlib
 import json
 import os
-import time
 
 import pytest
 from prometheus_client import Counter
 
-from tests.serving.helpers import opened, options
-from tests.serving.test_door_http import metrics, send
+from tests.serving.helpers import NOWHERE, metrics, opened, options, send, wait
 from vilu.serving.door import Door, access_log
 from vilu.serving.door.access_log import AccessLog
 
 pytestmark = pytest.mark.server
-NOWHERE = ["127.0.0.1:1"]
-
-
-def wait(for_what):
-    deadline = time.monotonic() + 30
-    while not for_what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_full_disk_costs_lines_and_no_answer():
