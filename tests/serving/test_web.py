@@ -215,7 +215,7 @@ def test_a_person_chooses_an_image_and_moves_the_threshold(browser, files, photo
     assert browser.text("#badge") == "✓ Accept"
     browser.press("Home")
     assert browser.text("#badge") == "✕ Reject"
-    assert "rejected" in browser.text("#told")
+    assert "rejected" in browser.text("#verdict")
     assert len(browser.requests) == requests, "the slider asks nobody"
 
 
