@@ -56,6 +56,8 @@ def token_from(option: str | None, variable: str) -> str | None:
         return None
     if value.startswith("@"):
         source = value[1:]
+        if not source:
+            raise UserError("token: the name of a file is missing after @")
         try:
             value = Path(source).read_text("utf-8").strip(" \t\r\n")
         except (OSError, ValueError) as error:

@@ -6,14 +6,11 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from python_multipart.exceptions import MultipartParseError
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -22,14 +19,13 @@ from tritonclient.grpc import InferResult
 from tritonclient.grpc import service_pb2 as pb
 
 from vilu.serving.answers import Answer, Question, read_answers
-from vilu.serving.door.check import LONGEST_NAME
+from vilu.serving.door.check import named
 from vilu.serving.door.core import Core
 from vilu.serving.door.grpc_side import CHANGE_SECONDS
 from vilu.serving.door.observe import Seen
 from vilu.serving.door.openapi import DOCS, description
 from vilu.serving.door.refused import (
     LONG_HEADERS,
-    MALFORMED,
     NOT_FOUND,
     RETRY_SECONDS,
     STOPPING,
@@ -39,13 +35,20 @@ from vilu.serving.door.refused import (
     UNSUPPORTED,
     Refused,
 )
-from vilu.serving.door.rest import image_bytes, image_question, plain, read_request, write_reply
+from vilu.serving.door.rest import (
+    image_question,
+    plain,
+    read_generate,
+    read_request,
+    write_generated,
+    write_reply,
+)
+from vilu.serving.door.uploads import check_parameters, read_upload, utf8
 
 LINGER_SECONDS, LINGER_BYTES = 1.0, 4 << 20  # that a refused sender may go on sending, so that it reads the refusal
 HEADER_LENGTH = "inference-header-content-length"
 FIELDS = ("label", "class_index", "confidence", "failure_probability", "accept")
 DETAILED = ("class_set", "top", "entropy", "doctor", "concepts")
-PARAMETERS = ("labels", "class_set", "details", "embedding")  # of /ask
 Handler = Callable[[Request, Seen], Awaitable[Response]]
 
 
@@ -72,6 +75,7 @@ class HttpSide:
                     for path, handler, method in (
                         ("", self._metadata, "GET"), ("/config", self._config, "GET"),
                         ("/ready", self._model_ready, "GET"), ("/infer", self._infer, "POST"),
+                        ("/generate", self._generate, "POST"),
                     )
                 ),
                 self._route("/v2/repository/index", self._index, "POST"),
@@ -79,6 +83,7 @@ class HttpSide:
             ],
             exception_handlers={HTTPException: self._http_error, 404: self._http_error, 405: self._http_error},
         )  # fmt: skip
+        self.app.router.redirect_slashes = False  # a redirection would repeat the Host that the client names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -131,27 +136,13 @@ class HttpSide:
     # Questions
 
     async def _ask(self, request: Request, seen: Seen) -> Response:
-        core, query = self.core, request.query_params
+        core = self.core
         core.authenticate(seen, request.headers)
-        _known(query)
+        check_parameters(request.query_params)
         end = core.end()
         body = await self._body(request, seen)
-        given = query.multi_items()
-        added: list[tuple[str, str]] = []
-        image = await _uploaded(request, body, added)
-        _known(dict(added))
-        twice = sorted({key for key, _ in given} & {key for key, _ in added})
-        if twice:
-            raise Refused(f"{twice[0]}: is in the address and in the body")
-        given += added
-        for key, value in given:
-            _utf8(value, key)
-        labels = [value for key, value in given if key == "labels"]
-        class_sets = [value for key, value in given if key == "class_set"]
-        if len(class_sets) > 1 or (labels and class_sets):
-            raise Refused("give labels, or one class_set")
-        with_details, with_embedding = (_flag(given, key) for key in ("details", "embedding"))
-        question = Question(labels or None, class_sets[0] if class_sets else None, with_details, with_embedding)
+        image, question = await read_upload(request, body)
+        labels = question.labels or []
         asked, raw = image_question(image, question.outputs, [label.encode() for label in labels], question.class_set)
         answer = await self._answer(request, seen, asked, raw, end)
         (found,) = read_answers(InferResult(answer), ["image"], question)
@@ -173,6 +164,17 @@ class HttpSide:
         if header_length is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={HEADER_LENGTH: str(header_length)}, media_type="application/octet-stream")
+
+    async def _generate(self, request: Request, seen: Seen) -> Response:
+        core = self.core
+        core.authenticate(seen, request.headers)
+        end = core.end()
+        body = await self._body(request, seen)
+        name, version = _model(request), request.path_params.get("version", "")
+        seen.model = named(pb.ModelInferRequest(model_name=name, model_version=version))
+        config = await core.upstreams.config(name, end, core.metadata(request.headers))
+        asked, raw = read_generate(name, version, body, config)
+        return JSONResponse(write_generated(await self._answer(request, seen, asked, raw, end)))
 
     async def _answer(
         self, request: Request, seen: Seen, asked: pb.ModelInferRequest, raw: list[bytes], end: float
@@ -351,83 +353,8 @@ def described(answer: Answer, question: Question) -> dict[str, Any]:
     return found
 
 
-async def _uploaded(request: Request, body: bytes, given: list[tuple[str, str]]) -> bytes:
-    """The image of a body: the body itself, the file `image` of a form, or the string `image` of a JSON object. The
-    form's and the object's other fields are added to `given`. Raises Refused."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        return await _form(request, body, given)
-    if kind == "application/json":
-        try:
-            fields = json.loads(body, object_pairs_hook=_once)
-            image = fields.pop("image")
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise Refused("the JSON must be an object with the image in base64 as `image`") from None
-        for key, value in fields.items():
-            if value == []:
-                raise Refused(f"{key[:64]!r}: the list is empty")
-            for one in value if isinstance(value, list) else [value]:
-                given.append((key, str(one).lower() if isinstance(one, bool) else one))
-        _known(fields)
-        if not isinstance(image, str) or not all(isinstance(value, str) for _, value in given):
-            raise Refused("the JSON's fields must be strings, lists of strings, true or false")
-        return image_bytes(image)
-    if not body:
-        raise Refused("the body is empty: an image is wanted")
-    return body
-
-
-async def _form(request: Request, body: bytes, given: list[tuple[str, str]]) -> bytes:
-    async def chunks() -> Any:
-        yield body
-        yield b""
-
-    try:
-        size = 4 * LONGEST_NAME
-        form = await MultiPartParser(
-            request.headers, chunks(), max_files=1, max_fields=1100, max_part_size=size
-        ).parse()
-        images = [await value.read() for value in form.values() if isinstance(value, UploadFile)]
-        given.extend((key, value) for key, value in form.multi_items() if isinstance(value, str))
-        await form.close()
-    except (MultiPartException, MultipartParseError, UnicodeDecodeError, KeyError) as error:
-        raise Refused(f"the form cannot be read ({getattr(error, 'message', error)})") from None
-    if len(images) != 1:
-        raise Refused("the form must hold one file, the image")
-    return images[0]
-
-
-def _known(names: Iterable[str]) -> None:
-    unknown = sorted(set(names) - set(PARAMETERS))
-    if unknown:
-        raise Refused(f"there is no parameter {unknown[0][:64]!r}: {', '.join(PARAMETERS)}")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Refused("a field of the JSON is there twice")
-    return found
-
-
-def _flag(given: list[tuple[str, str]], name: str) -> bool:
-    values = [value.lower() for key, value in given if key == name]
-    if len(values) > 1:
-        raise Refused(f"{name}: is given twice")
-    if values and values[0] not in ("", "true", "false", "1", "0"):
-        raise Refused(f"{name}: must be true or false")
-    return values[:1] in (["true"], ["1"])
-
-
-def _utf8(text: str, name: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise Refused(f"{name}: is not UTF-8", MALFORMED) from None
-
-
 def _model(request: Request) -> str:
-    return _utf8(request.path_params["model"], "the model").decode()
+    return utf8(request.path_params["model"], "the model").decode()
 
 
 def _varint(value: int) -> bytes:

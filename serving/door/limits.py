@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from vilu.errors import UserError
 
@@ -43,5 +44,5 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise UserError(f"{name.replace('_', ' ')}: must be above 0, not {value:g}")
+            if not (value > 0 and isfinite(value)):
+                raise UserError(f"{name.replace('_', ' ')}: must be a number above 0, not {value:g}")

@@ -83,6 +83,15 @@ def description(limits: Limits) -> Json:
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
     }  # fmt: skip
+    generate = {"required": True, "content": {"application/json": {"schema": {
+        "type": "object",
+        "properties": {
+            "IMAGE": _TEXT | {"description": "base64, or a data URL"},
+            "LABELS": {"type": "array", "items": _TEXT, "description": "Candidate labels, for vilu_open."},
+            "class_set": _TEXT,
+            "id": _TEXT,
+        },
+    }}}}  # fmt: skip
     image = {"type": "string", "format": "binary"}
     labels = {"type": "array", "items": _TEXT, "minItems": 1}
     fields = {"labels": labels, "class_set": _TEXT, "details": _BOOL, "embedding": _BOOL}
@@ -126,6 +135,7 @@ def description(limits: Limits) -> Json:
         paths[path + "/config"] = {"get": _operation("A model's configuration", free, given, open_to_all=True)}
         paths[path + "/ready"] = {"get": _operation("Whether a model is ready", free, given, open_to_all=True)}
         paths[path + "/infer"] = {"post": _operation("Ask a model (KServe v2)", tensors, [*given, length], infer)}
+        paths[path + "/generate"] = {"post": _operation("Ask a model with a flat JSON object", free, given, generate)}
     return {
         "openapi": "3.1.0",
         "info": {

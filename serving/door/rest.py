@@ -10,6 +10,7 @@ import binascii
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,56 @@ def write_reply(reply: pb.ModelInferResponse, binary: set[str] | None) -> tuple[
     return (text + b"".join(tail), len(text)) if tail else (text, None)
 
 
+def read_generate(
+    model: str, version: str, body: bytes, config: Mapping[str, Any]
+) -> tuple[pb.ModelInferRequest, list[bytes]]:
+    """A body of POST /v2/models/MODEL/generate (tritonserver's generate extension): a flat JSON object.
+
+    A field with an input's name is that input: a value, or a list of them. `id` is the request's. Any other field is a
+    parameter.
+
+    Args:
+        config: what `check.tensors` made of the model's configuration.
+
+    Returns:
+        (the request without its tensors' bytes, those).
+
+    Raises:
+        Refused: what is wrong with it.
+    """
+    try:
+        given = _object(json.loads(body), "the body")
+    except (ValueError, RecursionError):
+        raise Refused("the body is not JSON") from None
+    request = pb.ModelInferRequest(model_name=model, model_version=version, id=_text(given.pop("id", ""), "id"))
+    raw = []
+    for name, (kind, dims, _) in config["inputs"].items():
+        if name not in given:
+            continue
+        flat = _flat(name, given.pop(name))
+        known = prod(n for n in dims if n > 0)
+        if len(flat) % known or dims.count(-1) > 1:
+            raise Refused(f"input {name}: {len(flat)} values do not fill the shape {list(dims)}")
+        shape = [len(flat) // known if n == -1 else n for n in dims]
+        if config["batch"]:
+            shape.insert(0, 1 if -1 in dims else len(flat) // known)
+        request.inputs.add(name=name, datatype=kind, shape=shape)
+        raw.append(_values(name, kind, flat))
+    _set_parameters(request.parameters, given)
+    return request, raw
+
+
+def write_generated(reply: pb.ModelInferResponse) -> dict[str, Any]:
+    """An answer as a flat object: values, or lists of them, without dimensions of one."""
+    result = InferResult(reply)
+    found: dict[str, Any] = {"model_name": reply.model_name, "model_version": reply.model_version}
+    if reply.id:
+        found["id"] = reply.id
+    for output in reply.outputs:
+        found[output.name] = plain(result.as_numpy(output.name)).squeeze().tolist()
+    return found
+
+
 def plain(values: np.ndarray) -> np.ndarray:
     """Values as JSON can hold them: bytes as text, and no number that is none."""
     if values.dtype == object:
@@ -158,7 +209,8 @@ def image_bytes(text: str) -> bytes:
         raise Refused("an image in JSON must be base64 or a data URL") from None
 
 
-def _values(name: str, kind: str, data: Any) -> bytes:
+def _flat(name: str, data: Any) -> list[Any]:
+    """The values of nested lists, in order. Raises Refused where they are too many."""
     flat: list[Any] = []
     stack = [data]
     while stack:
@@ -169,6 +221,11 @@ def _values(name: str, kind: str, data: Any) -> bytes:
             flat.append(value)
         if len(flat) + len(stack) > MOST_VALUES:
             raise Refused(f"input {name[:64]}: too many values for JSON")
+    return flat
+
+
+def _values(name: str, kind: str, data: Any) -> bytes:
+    flat = _flat(name, data)
     if data is None:
         raise Refused(f"input {name[:64]}: has neither data nor binary_data_size")
     if kind == "BYTES":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import signal
 import sys
@@ -301,7 +302,7 @@ async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 def run(door: Door, word: str = "serving") -> int:
-    """Serve until SIGTERM or SIGINT; SIGHUP is `Door.hang_up`. Returns the exit code.
+    """Serve until SIGTERM, SIGINT or the terminal closes; any other SIGHUP is `Door.hang_up`. Returns the exit code.
 
     Raises:
         UserError: as `Door.serving`, or a server that failed again and again.
@@ -311,10 +312,27 @@ def run(door: Door, word: str = "serving") -> int:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, door.hang_up)
+        # The kernel sends SIGHUP, too, when the terminal closes; nohup ignores it.
+        ends_with_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+
+        def hang_up() -> None:
+            if ends_with_terminal and not _has_terminal():
+                stop.set()
+            else:
+                door.hang_up()
+
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
         return await _serve(door, stop, word)
 
     return asyncio.run(serve())
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 async def _serve(door: Door, stop: asyncio.Event, word: str) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import struct
@@ -25,7 +26,8 @@ from tritonclient.grpc import service_pb2_grpc as stubs
 
 from bench.loadtest import hostile, traffic
 from bench.loadtest.hostile_requests import Generator
-from tests.serving.helpers import code_of, opened, options, question, strings, vilu
+from tests.serving.helpers import code_of, opened, options, ports, question, strings, vilu
+from vilu.errors import UserError
 from vilu.serving import Client, ServerUnavailable
 from vilu.serving.door import Door, Limits
 from vilu.serving.door.check import MODELS, check, parsed_question, tensors
@@ -373,6 +375,44 @@ def test_the_command(server, photos):
         assert process.stderr.read() == ""
 
 
+def serve_in_a_terminal(server, *before):
+    """`vilu serve` in a session of its own, whose terminal is a pseudo-terminal; returns (process, the other end)."""
+    ours, theirs = os.openpty()
+    attach = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    serve = [sys.executable, "-m", "vilu", "serve", "--upstream", server.grpc_url]
+    free = [flag for kind, port in ports().items() for flag in (f"--{kind}-port", str(port))]
+    command = [sys.executable, "-c", attach, *before, *serve, *free]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    os.close(theirs)
+    assert process.stderr.readline().startswith("serving ")
+    return process, ours
+
+
+@pytest.mark.slow
+def test_it_ends_with_its_terminal(server):
+    process, terminal = serve_in_a_terminal(server)
+    process.send_signal(signal.SIGHUP)  # the terminal is there: only the tokens are read anew
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    os.close(terminal)
+    assert process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_nohup_outlives_its_terminal(server):
+    """As nohup starts it: SIGHUP is ignored."""
+    process, terminal = serve_in_a_terminal(server, "sh", "-c", "trap '' HUP; exec \"$@\"", "nohup")
+    os.close(terminal)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
 def test_what_cannot_be_is_told(server):
     for flags, told in (
         (["--url", "http://127.0.0.1:8000"], "expected HOST:PORT"),
@@ -395,3 +435,9 @@ def test_a_misspelt_option_of_ours_is_named_first(repository, way, given, meant)
     done = vilu("serve", *way, "--model-repository", repository, given, "-")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert f"has an option {given}; did you mean {meant}?" in done.stderr
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_a_limit_is_a_number_above_0(value):
+    with pytest.raises(UserError, match="must be a number above 0"):
+        Limits(body_seconds=value)

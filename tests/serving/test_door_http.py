@@ -174,6 +174,44 @@ def test_json_alone_is_enough_for_every_model(front, photos, checkpoint):
     assert {one["name"]: one["data"] for one in found["outputs"]}["LABEL"] == [direct.label]
 
 
+def generated(front, model, fields):
+    return send(front, f"/v2/models/{model}/generate", json.dumps(fields).encode())
+
+
+def test_a_flat_object_is_enough(front, photos, checkpoint):
+    text = [base64.b64encode(photo).decode() for photo in photos[:2]]
+    with Client(front.grpc) as client:
+        both = client.ask(photos[:2])
+        (own,) = client.ask(photos[:1], ["zéro", "one"])
+    status, _, found = generated(front, "vilu", {"IMAGE": text[0], "id": "7", "class_set": "default"})
+    assert (status, found["id"], found["LABEL"]) == (200, "7", both[0].label)
+    assert found["FAILURE_PROBABILITY"] == pytest.approx(both[0].failure_probability, abs=1e-6)
+    assert generated(front, "vilu", {"IMAGE": text})[2]["LABEL"] == [answer.label for answer in both]
+    assert generated(front, "vilu_open", {"IMAGE": text[0], "LABELS": ["zéro", "one"]})[2]["LABEL"] == own.label
+    numbers = {"IMAGE_EMBEDDING": [0.1] * checkpoint.head.dim}
+    assert 0 <= generated(front, "vilu_embeddings", numbers)[2]["FAILURE_PROBABILITY"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "status", "message"),
+    [
+        ("vilu", {}, 400, "input IMAGE is missing"),
+        ("vilu", [], 400, "the body must be a JSON object"),
+        ("vilu", {"IMAGE": "?"}, 400, "base64"),
+        ("vilu", {"IMAGE": []}, 400, "1 to 8 rows"),
+        ("vilu", {"IMAGE": "aGk=", "temperature": 1}, 400, "only class_set"),
+        ("vilu_embeddings", {"IMAGE_EMBEDDING": [0.1] * 3}, 400, "3 values do not fill the shape"),
+        ("vilu_embeddings", {"IMAGE_EMBEDDING": {"a": 1}}, 400, "1 values do not fill the shape"),
+        ("vilu_open", {"IMAGE": "aGk=", "LABELS": [1, 2]}, 400, "its data must be strings"),
+        ("absent", {"IMAGE": "aGk="}, 404, "there is no model 'absent' here"),
+    ],
+)
+def test_a_wrong_flat_object_gets_one_line(front, model, fields, status, message):
+    found, _, answer = generated(front, model, fields)
+    assert (found, list(answer)) == (status, ["error"])
+    assert message in answer["error"]
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_tritons_own_client_is_answered(front, photos, eager, binary):
     client = triton_http.InferenceServerClient(front.http)
@@ -207,6 +245,7 @@ def test_probes_and_descriptions(front):
     paths = send(front, "/openapi.json")[2]["paths"]
     assert {"/ask", "/readyz", "/v2/models/{model}/infer"} <= set(paths)
     assert send(front, "/ask")[0] == 405
+    assert send(front, "/healthz/", headers={"host": "elsewhere"})[0] == 404, "no redirection to a host of the client's"
 
 
 CHECKS = [

@@ -87,6 +87,13 @@ def test_the_door_over_ipv6(server, photos, eager):
                 agree(client.ask(photos[:2]), photos[:2], eager)
 
 
+def test_an_ipv6_host_may_stand_in_brackets(repository):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = vilu("serve", "--model-repository", repository, "--host", "[127.0.0.1]", "--grpc-port", port)
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
 @pytest.mark.parametrize("way", [[], ["--direct"]], ids=["door", "direct"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -97,6 +104,7 @@ def test_the_door_over_ipv6(server, photos, eager):
         (["--log-verbsoe=1"], "did you mean --log-verbose?"),
         (["--no-such-flag"], "has an option --no-such-flag"),
         (["--host", "no such host"], "cannot listen on no such host"),
+        (["--token", "@"], "the name of a file is missing after @"),
     ],
 )
 def test_a_mistake_is_one_line(repository, arguments, message, way):

@@ -126,7 +126,13 @@ listening_tls_options = all_of(
         "--tls-ca", type=PATH, help="PEM file of an authority. Clients must show a certificate that it signed."
     ),
 )
-host_option = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+host_option = click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    callback=lambda context, option, host: host[1:-1] if host[:1] + host[-1:] == "[]" else host,  # IPv6 as in a URL
+    help="Address to listen on.",
+)
 
 
 def with_client(url: str, token: str | None, options: dict[str, Any], work: Callable[[AsyncClient], Awaitable[T]]) -> T:
