@@ -23,7 +23,7 @@ step() {
 }
 
 bench() {
-    "$python" bench/head.py --output "$results" "$@"
+    "$python" bench/head.py --output "$results" --budget 480 "$@"
 }
 
 for what in "$@"; do
@@ -45,7 +45,7 @@ for what in "$@"; do
         for shape in "1 1000 float32" "1 1048576 bfloat16" "512 65536 bfloat16"; do
             set -- $shape
             export -f bench && export python results
-            step "goal-$1-$2" bash -c "bench --images $1 --classes $2 --dims 512 --dtypes $3"
+            step "goal-$1-$2" bash -c "bench --images $1 --classes $2 --dims 512 --dtypes $3 --contenders authors,eager,fused"
         done
         ;;
     tune)

@@ -32,6 +32,7 @@ import itertools
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, a
 
 from bench.authors import SCALE
 from bench.common import RESULTS, ROOT, machine, png, quantiles, write_results
-from bench.head_forms import GATE, Case, Exact, Run, contenders
-from bench.head_timing import answered, device_limits, gpu, graph, host, wall
+from bench.head_forms import CONTENDERS, GATE, Case, Exact, Run, contenders
+from bench.head_timing import (
+    GRAPH_CALLS,
+    DeviceFailedError,
+    answered,
+    device_limits,
+    gpu,
+    graph,
+    host,
+    raise_if_failed,
+    wall,
+)
 from bench.head_tuning import CANDIDATES, tune
 from vilu.kernels import FoldedHead, fold
 
@@ -54,17 +65,33 @@ def microseconds(seconds: Sequence[float]) -> dict[str, float]:
     return quantiles(seconds, unit="_us", scale=1e6, method="weibull")
 
 
-def measure(case: Case, device: str, seconds: float, limits: dict[str, float]) -> list[dict[str, Any]]:
-    """A row for every contender, with its speed as a multiple of the authors' head where both pass the gate."""
+def measure(
+    case: Case, device: str, seconds: float, limits: dict[str, float], wanted: Sequence[str] = (),
+    end: float = math.inf,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for every contender, with its speed as a multiple of the authors' head where both pass the gate.
+
+    Args:
+        seconds: for each wall time.
+        wanted: names of the contenders; none: all.
+        end: no contender begins after it (time.monotonic).
+
+    Raises:
+        DeviceFailedError: the GPU reported an error.
+    """
     head, v, t = case.data(device)
     folded = fold(head, t, logit_scale=SCALE)
     exact = Exact.of(head, v, t)
     rows, passed = [], []
     for name, build in contenders(case, head, v, t, folded):
+        if wanted and name not in wanted:
+            continue
         row: dict[str, Any] = {
             "contender": name, "B": case.images, "K": case.classes, "D": case.dim, "dtype": str(case.dtype)[6:],
         }  # fmt: skip
         try:
+            if time.monotonic() > end:
+                raise TimeoutError("no time left")
             run = build()
             with torch.inference_mode():
                 row["error"] = exact.error(run, v)
@@ -74,20 +101,28 @@ def measure(case: Case, device: str, seconds: float, limits: dict[str, float]) -
                 elif row["gate"]:
                     passed.append((row, run))
         except Exception as error:
+            raise_if_failed(error)
             row["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         if not math.isfinite(row.get("error", 0.0)):
             row["error"] = None
         rows.append(row)
     cpu_timings(passed, v, seconds)
+    authors = next((row for row in rows if row["contender"] == "authors"), {})
     for row in rows:
-        if best_of(row) and best_of(rows[0]):
-            row["times_authors"] = best_of(rows[0]) / best_of(row)
+        # Like against like: the first kind of time that both have.
+        kind = next((kind for kind in TIMES if kind in row and kind in authors), None)
+        if kind is not None:
+            row["times_authors"] = authors[kind]["median_us"] / row[kind]["median_us"]
+            row["times_authors_in"] = kind
     return rows
+
+
+TIMES = ("graph_warm", "gpu_warm", "wall")  # from the one that says most about the GPU to the one that says least
 
 
 def best_of(row: dict[str, Any]) -> float:
     """A row's time in microseconds: replayed as a CUDA graph where that was measured; 0 where none is reported."""
-    return row.get("graph_warm", row.get("gpu_warm", row.get("wall", {}))).get("median_us", 0.0)
+    return float(next((row[kind]["median_us"] for kind in TIMES if kind in row), 0.0))
 
 
 def cpu_timings(passed: list[tuple[dict[str, Any], Run]], v: Tensor, seconds: float) -> None:
@@ -111,6 +146,8 @@ def gpu_timings(
     if row["contender"] in ("fused", "eager", "authors", "sdpa"):
         replay = graph(run)
         row["graph_warm"], row["graph_cold"] = (microseconds(gpu(replay, cold=cold)) for cold in (False, True))
+        many = graph(run, GRAPH_CALLS)
+        row["graph_of_many_warm"] = microseconds([took / GRAPH_CALLS for took in gpu(many, cold=False)])
     best = min(row[key]["median_us"] for key in ("gpu_cold", "graph_cold") if key in row) / 1e6
     row["of_bandwidth"] = case.bytes_read(folded) / best / limits["bandwidth"]
     row["of_matrix_rate"] = case.products() / best / limits[str(case.dtype)[6:]]
@@ -176,6 +213,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0 if device == "cpu" else 0.5, help="for a wall-clock row")
     parser.add_argument("--quick", action="store_true", help="few shapes, a quarter of the time on each")
     parser.add_argument("--threads", type=int, help="CPU threads; 1 on a machine that others use")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin nothing after it")
+    parser.add_argument(
+        "--contenders", type=lambda text: text.split(","), default=[], metavar="NAME,...",
+        help=f"of {', '.join(CONTENDERS)}; all by default",
+    )  # fmt: skip
     parser.add_argument("--tune", action="store_true", help="find launch settings for this GPU first")
     parser.add_argument("--kernels", type=lambda text: text.split(","), default=list(CANDIDATES), help="to tune")
     parser.add_argument("--images", type=numbers, metavar="B,...")
@@ -184,6 +226,10 @@ def main() -> None:
     parser.add_argument("--dtypes", type=lambda text: [names[name] for name in text.split(",")], metavar="NAME,...")
     parser.add_argument("--shapes", choices=["all", "none"], default="all", help="none: only tune")
     given = parser.parse_args()
+    unknown = sorted({*given.contenders} - {*CONTENDERS}) or sorted({*given.kernels} - {*CANDIDATES})
+    if unknown:
+        parser.error(f"{unknown[0]}: expected names of {', '.join(CONTENDERS)}; kernels of {', '.join(CANDIDATES)}")
+    end = time.monotonic() + given.budget
     torch.backends.cuda.matmul.allow_tf32 = False
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -194,20 +240,25 @@ def main() -> None:
         if device != "cuda":
             parser.error("--tune needs a GPU")
         dtypes = given.dtypes or [torch.bfloat16, torch.float32]
-        tune(device, given.kernels, given.dims or [512, 768], dtypes, ROOT / "kernels/tuning.json")
+        tune(device, given.kernels, given.dims or [512, 768], dtypes, ROOT / "kernels/tuning.json", end)
     cases = shapes(device, given)
     if not cases:
         return
     limits = device_limits() if device == "cuda" else {}
     about = machine(device)
     rows: list[dict[str, Any]] = []
+    everything: list[dict[str, Any]] = []
     for case in cases:
-        for row in measure(case, device, given.seconds / (4 if given.quick else 1), limits):
+        if time.monotonic() > end:
+            print(f"B={case.images} K={case.classes} and what follows: no time left", flush=True)
+            break
+        for row in measure(case, device, given.seconds / (4 if given.quick else 1), limits, given.contenders, end):
             rows.append(row | about)
             shown = row.get("skipped", "gate is red: no time")
             if best_of(row):
                 shown = (
-                    f"{best_of(row):12.1f} us  {row.get('times_authors', 0):8.1f}x authors  error {row['error']:.1e}"
+                    f"{best_of(row):12.1f} us  {row.get('times_authors', 0):8.1f}x authors "
+                    f"({row.get('times_authors_in', 'not measured')})  error {row['error']:.1e}"
                 )
             print(
                 f"B={row['B']:<4} K={row['K']:<8} D={row['D']} {row['dtype']:9} {row['contender']:12} {shown}",
@@ -218,8 +269,13 @@ def main() -> None:
             torch.cuda.empty_cache()
     threads = f", {about['threads']} thread(s)" if device == "cpu" else ""
     shown = [row for row in everything if row["device"] == about["device"]]
+    if not shown:
+        return
     write_results(given.output.with_suffix(""), {".png": picture(shown, about["device"] + threads)})
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DeviceFailedError as error:
+        sys.exit(f"head.py: {error}; what was measured before is kept")

@@ -21,6 +21,7 @@ from vilu.kernels import FoldedHead, fused_head
 
 # Largest error of P(failure), CLIP's prediction equal wherever its lead is beyond rounding: the gate, by storage type.
 GATE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CONTENDERS = ("authors", "eager", "compile", "sdpa", "onnxruntime", "fused", "folded")
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # image_embedding -> P(failure), class_index
 
 
@@ -123,6 +124,13 @@ def onnx_session(module: nn.Module, v: Tensor, t: Tensor) -> Run:
     """The eager head with its text embeddings, exported and run by ONNX Runtime (CUDA where it can)."""
     import onnxruntime
 
+    wanted, settings = "CPUExecutionProvider", {}
+    if v.is_cuda:
+        # On this stream, where the events are; tf32 would fail the gate, and is this provider's default.
+        wanted = "CUDAExecutionProvider"
+        settings = {"use_tf32": "0", "user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
+    if wanted not in onnxruntime.get_available_providers():
+        raise RuntimeError(f"onnxruntime has no {wanted}")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         path = f"{folder}/head.onnx"
         warnings.simplefilter("ignore")
@@ -130,13 +138,6 @@ def onnx_session(module: nn.Module, v: Tensor, t: Tensor) -> Run:
             module.cpu().eval(), (v.cpu(), t.cpu()), path, dynamo=True, verbose=False,
             input_names=["v", "t"], output_names=["p", "i"],
         )  # fmt: skip
-        wanted, settings = "CPUExecutionProvider", {}
-        if v.is_cuda:
-            # On this stream, where the events are; tf32 would fail the gate, and is this provider's default.
-            wanted = "CUDAExecutionProvider"
-            settings = {"use_tf32": "0", "user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
-        if wanted not in onnxruntime.get_available_providers():
-            raise RuntimeError(f"onnxruntime has no {wanted}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=[(wanted, settings)])

@@ -9,6 +9,22 @@ from typing import Any
 
 import torch
 
+GRAPH_CALLS = 20  # in one graph, so that the graph's own launch is divided among them
+
+
+class DeviceFailedError(RuntimeError):
+    """The GPU reported an error: its context is lost, and with it the process's further use of it."""
+
+
+def raise_if_failed(error: Exception) -> None:
+    """Raise DeviceFailedError where the GPU has failed, whatever the error says: it answers nothing from then on."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        raise DeviceFailedError(f"the GPU failed: {str(error).splitlines()[0][:200]}") from error
+
 
 def wall(run: Callable[[], Any], *, seconds: float) -> list[float]:
     """Seconds of each call, after a warm-up, until the time is spent (2 calls at least, 2,000 at most)."""
@@ -41,8 +57,13 @@ def host(run: Callable[[], Any], repeats: int = 200) -> list[float]:
 
 
 def gpu(run: Callable[[], Any], *, cold: bool, repeats: int = 50, seconds: float = 1.0) -> list[float]:
-    """Seconds of each call on the GPU; cold: L2 is overwritten before each. Slow calls are repeated less, 5 times."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    """Seconds of each call on the GPU. Slow calls are repeated less, 5 times.
+
+    Args:
+        cold: before each call one buffer is overwritten and a second one read, each larger than L2: the first evicts
+            what the call reads, the second what the first left to be written back.
+    """
+    flush, clean = (torch.zeros(64 << 20, dtype=torch.int32, device="cuda") for _ in range(2))
     for _ in range(2):
         run()
     torch.cuda.synchronize()
@@ -54,6 +75,7 @@ def gpu(run: Callable[[], Any], *, cold: bool, repeats: int = 50, seconds: float
     for start, end in events:
         if cold:
             flush.zero_()
+            clean.amax()
         # The GPU idles about 0.5 ms, in which the host issues the call: its own time stays out of the GPU's.
         torch.cuda._sleep(1_000_000)
         start.record()
@@ -63,8 +85,8 @@ def gpu(run: Callable[[], Any], *, cold: bool, repeats: int = 50, seconds: float
     return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-def graph(run: Callable[[], Any]) -> Callable[[], None]:
-    """The call as a CUDA graph."""
+def graph(run: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
+    """So many calls, one after another, as a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -73,7 +95,8 @@ def graph(run: Callable[[], Any]) -> Callable[[], None]:
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured, stream=side):
-        run()
+        for _ in range(calls):
+            run()
     return captured.replay
 
 

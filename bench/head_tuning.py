@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from bench.authors import SCALE
+from bench.common import commit, cpu_name
 from bench.head_forms import GATE, Case, Exact
-from bench.head_timing import gpu
+from bench.head_timing import DeviceFailedError, gpu, raise_if_failed
 from vilu import atomic
 from vilu.kernels import FoldedHead, fold, fused_head
-from vilu.kernels.plan import tuned
+from vilu.kernels.plan import SOURCE, tuned
 
 CANDIDATES: dict[str, dict[str, list[int]]] = {
     "attend_image": {
@@ -47,15 +49,26 @@ TUNED_IMAGES = {
 TUNED_CLASSES = {"folded": 1000, "plain": 65536}
 
 
-def tune(device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype], path: Path) -> None:
-    """Fastest settings that pass the gate, one coordinate at a time, into the table at `path` after each search.
+def tune(
+    device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype], path: Path,
+    end: float = math.inf,
+) -> None:  # fmt: skip
+    """Write the fastest settings that pass the gate into the table at `path`, one coordinate at a time.
 
-    A plain bank is tuned at K = 65,536, a folded one at K = 1,000: where each is used. float16 takes bfloat16's.
+    The table is written after each search. A plain bank is tuned at K = 65,536, a folded one at K = 1,000: where each
+    is used. float16 takes bfloat16's settings. No search begins after `end` (time.monotonic), and one that it cuts
+    short keeps the best that it has found.
+
+    Raises:
+        DeviceFailedError: the GPU reported an error; what was found before is written.
     """
     from vilu.kernels import fused
 
     arch, _ = fused.device_of(0)
     for name, dtype, dim, layout in itertools.product(kernels, dtypes, dims, TUNED_CLASSES):
+        if time.monotonic() > end:
+            print(f"{name} {layout} {str(dtype)[6:]} D={dim}: no time left", file=sys.stderr)
+            continue
         case = Case(TUNED_IMAGES[name], TUNED_CLASSES[layout], dim, dtype)
         head, v, t = case.data(device)
         folded = fold(head, t, logit_scale=SCALE, layout=layout)
@@ -66,6 +79,8 @@ def tune(device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Itera
         best = cost(settings, folded, exact, v)
         for key, values in CANDIDATES[name].items():
             for value in values:
+                if time.monotonic() > end:
+                    break
                 trial = copy.deepcopy(settings)
                 trial[name][key] = value
                 if trial[name].get("RESIDENT"):
@@ -81,7 +96,8 @@ def tune(device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Itera
         table = json.loads(path.read_text("utf-8"))
         entries = table.setdefault(str(arch), {})
         others = [e for e in entries.get(name, []) if any(e.get(key) != condition[key] for key in condition)]
-        entries[name] = sorted([condition | settings[name], *others], key=lambda e: e.get("width", math.inf))
+        source = {SOURCE: f"{device_name(device)}, {1e6 * best:.1f} us, {commit(12)}, {time.strftime('%Y-%m-%d')}"}
+        entries[name] = sorted([condition | settings[name] | source, *others], key=lambda e: e.get("width", math.inf))
         atomic.write(path, one_line_an_entry(table))
         tuned.cache_clear()
         print(f"{found}: {1e6 * best:.1f} us with {settings[name]}", file=sys.stderr, flush=True)
@@ -100,7 +116,11 @@ def one_line_an_entry(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 
 
 def cost(settings: dict[str, dict[str, int]], folded: FoldedHead, exact: Exact, v: Tensor) -> float:
-    """Seconds of the fused head with these settings, cold; infinite where it does not compile, fit or pass the gate."""
+    """Seconds of the fused head with these settings, cold; infinite where it does not compile, fit or pass the gate.
+
+    Raises:
+        DeviceFailedError: the GPU reported an error, after which no later time means anything.
+    """
     from vilu.kernels import fused
 
     chosen = tuple((kernel, tuple(sorted(values.items()))) for kernel, values in settings.items())
@@ -114,7 +134,14 @@ def cost(settings: dict[str, dict[str, int]], folded: FoldedHead, exact: Exact, 
         if exact.error(run, v) > GATE[v.dtype]:
             return math.inf
         return statistics.median(gpu(lambda: fused_head(v, folded), cold=True))
-    except Exception:
+    except DeviceFailedError:
+        raise
+    except Exception as error:
+        raise_if_failed(error)
         return math.inf
     finally:
         fused.tuned = tuned
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()

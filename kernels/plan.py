@@ -15,6 +15,7 @@ taken, else one of "default". `python bench/head.py --tune` measures them on a G
 
     bytes, width       conditions: bytes of an element; the widest of D and the attention's values, at most
     projected, folded  conditions: projections or none; the folded layout or the plain one
+    from               where the settings come from: the GPU, time, commit and date of a measurement, or "not timed"
     TILE, BLOCK_*      tile sizes, LOW and RESIDENT: see the kernels
     STAGES             loads in flight
     num_warps          warps of a program
@@ -138,6 +139,7 @@ class Plan:
 
 Settings = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]  # of each role, hashable
 CONDITIONS = ("bytes", "width", "projected", "folded")
+SOURCE = "from"  # of an entry in tuning.json: where its settings come from
 
 
 @functools.cache
@@ -149,7 +151,7 @@ def tuned(arch: int, variant: Variant) -> Settings:
         entries = table.get(str(arch), {}).get(role, []) + table["default"][role]
         chosen = next((entry for entry in entries if _fits(entry, variant)), None)
         if chosen is not None:
-            found[role] = tuple((key, chosen[key]) for key in sorted(chosen) if key not in CONDITIONS)
+            found[role] = tuple((key, chosen[key]) for key in sorted(chosen) if key not in (*CONDITIONS, SOURCE))
     return tuple(found.items())
 
 

@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.driver")
+pytest.importorskip("open_clip")
+pytest.importorskip("tritonclient.grpc")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import cuda.bindings
 import onnx
+from click.testing import CliRunner
 from cuda.bindings import driver
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb

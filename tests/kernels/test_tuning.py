@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import head_forms, head_tuning
+from bench.head_timing import DeviceFailedError
 from tests.kernels.reference import DEVICE, runs_kernels
 from vilu import ViLUHead
 from vilu.kernels import plan
@@ -50,6 +51,7 @@ def test_tuning_takes_the_fastest_settings_that_pass_the_gate(name, chosen, tmp_
     head_tuning.tune(DEVICE, [name], [64], [torch.float32], path)
     best, kept = json.loads(path.read_text())[arch][name]
     assert {key: best[key] for key in (*condition, *chosen)} == condition | chosen
+    assert f"{1e6 * (20 - len(chosen)):.1f} us" in best["from"]
     assert kept == old[1], "an entry for other conditions stays"
 
     before = path.read_text()
@@ -59,6 +61,31 @@ def test_tuning_takes_the_fastest_settings_that_pass_the_gate(name, chosen, tmp_
     assert fused.tuned is plan.tuned
 
 
+def test_a_failed_gpu_ends_the_search(tmp_path, monkeypatch):
+    """A CUDA error is no slow setting: it fails everything that comes after it."""
+
+    def fail(run, *, cold):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(head_tuning, "CANDIDATES", {"combine": {"CHUNK": [16]}})
+    monkeypatch.setattr(head_tuning, "TUNED_CLASSES", {"plain": 40})
+    monkeypatch.setattr(head_tuning, "TUNED_IMAGES", {"combine": 9})
+    monkeypatch.setattr(head_forms, "ViLUHead", functools.partial(ViLUHead, hidden=(24, 8)))
+    monkeypatch.setattr(head_tuning, "gpu", fail)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", functools.partial(fail, None, cold=True))
+    path = tmp_path / "tuning.json"
+    path.write_text("{}")
+    with pytest.raises(DeviceFailedError, match="illegal memory access"):
+        head_tuning.tune(DEVICE, ["combine"], [64], [torch.float32], path)
+    assert path.read_text() == "{}"
+    head_tuning.tune(DEVICE, ["combine"], [64], [torch.float32], path, end=0.0)
+    assert path.read_text() == "{}", "no search begins when the time is over"
+
+
 def test_the_committed_table_is_written_as_it_is_read():
     text = Path(plan.__file__).with_name("tuning.json").read_text()
     assert head_tuning.one_line_an_entry(json.loads(text)) == text
+    for roles in json.loads(text).values():
+        for entry in (entry for entries in roles.values() for entry in entries):
+            assert entry["from"], "every entry says where its settings come from"
