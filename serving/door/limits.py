@@ -39,7 +39,7 @@ class Limits:
     idle_seconds: float = 75.0
     connections: int = 2048
     connections_per_address: int = 512
-    per_connection: int = 128
+    per_connection: int = 256
     timeout: float = 60.0
 
     def __post_init__(self) -> None:

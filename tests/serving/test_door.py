@@ -317,6 +317,14 @@ def test_what_is_too_large_too_slow_or_too_much_is_refused(server, photos):
             assert client.ask(photos[:1])[0].label
 
 
+def test_a_new_connection_may_ask_as_much_as_the_door_takes(front, photos):
+    """HTTP/2 lets a client begin before it knows how many requests it may have at a time."""
+    with grpc.insecure_channel(front.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        ask = stubs.GRPCInferenceServiceStub(channel).ModelInfer
+        many = [ask.future(question(photos[i % 4]), timeout=60) for i in range(Limits().in_flight - 20)]
+        assert {one.code().name for one in many} == {"OK"}
+
+
 def test_connections_of_one_address_are_limited(server, photos):
     limits = Limits(connections_per_address=5)
     with opened(Door(options(upstreams=[server.grpc_url], limits=limits))) as ports:

@@ -42,7 +42,7 @@ door_options = all_of(
     _limit("body_seconds", SECONDS, "Seconds that a request may take to arrive.", "30"),
     _limit("connections", COUNT, "Open connections to each protocol.", "2048"),
     _limit("connections_per_address", COUNT, "Open connections of one address to each protocol.", "512"),
-    _limit("per_connection", COUNT, "Requests at a time on one gRPC connection.", "128"),
+    _limit("per_connection", COUNT, "Requests at a time on one gRPC connection.", "256"),
     _limit("timeout", SECONDS, "Seconds that a question may take.", "60"),
 )
 
