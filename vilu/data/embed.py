@@ -173,7 +173,7 @@ def _embed_images(
     batch_size: int,
     workers: int | None,
 ) -> Iterator[Block]:
-    lines = [line for _, line in skipped]
+    lines = [*source.skipped, *(line for _, line in skipped)]
     read_one = reader(source, transformed(tower.clip.transform))
 
     def block(rows: Sequence[int], pixels: Sequence[Pixels]) -> Block:
@@ -195,7 +195,7 @@ def _embed_images(
     with closing(_blocks(source, tower, block, read_one, start, batch_size, workers)) as blocks:
         for position, arrays, bad in blocks:
             lines += [line for _, line in bad]
-            too_many(source.name, lines, len(source))
+            too_many(source.name, lines, len(source) + len(source.skipped))
             yield position, arrays, bad
 
 

@@ -1,74 +1,122 @@
-"""Sources of image files: a folder with one directory per class, or a table of paths and captions."""
+"""Folders of images: one directory per class, alone or in each split."""
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from vilu.data.image_files import SUFFIXES
-from vilu.data.source import FileSource, inside
+from vilu.data.image_files import SUFFIXES, ignored, walk
+from vilu.data.source import FileSource
+from vilu.data.splits import no_split, split_named
 from vilu.errors import UserError
-
-TABLES = (".csv", ".tsv", ".parquet")
 
 
 def open_folder(folder: Path, split: str) -> FileSource:
     """Open a folder with one directory per class. A class's images may be anywhere below its directory.
 
-    The directory's name is the class name, with _ read as a space. Hidden files are ignored. A folder that holds only
-    directories named train, val or test, at least two of them and each with class directories, has these splits. Any
-    other folder gives the same data for every split.
+    The directory's name is the class name, with _ read as a space. Hidden files, __MACOSX and directories without
+    images are ignored. Directories named as splits (train, training, val, valid, validation, dev, test, testing, ... in
+    any case) that hold class directories are splits. A folder without them gives the same data for every split.
 
     Args:
         folder: the folder.
         split: "train", "val" or "test".
 
     Raises:
-        UserError: the folder does not exist, holds no images or fewer than two classes, lacks the split, or its splits
-            have different classes.
+        UserError: the folder does not exist, holds no images or fewer than two classes, lacks the split, its splits
+            have different classes, or a directory named as a split stands beside or below class directories.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
-    children = set(_directories(folder))
-    splits = children & {"train", "val", "test"}
-    if len(splits) > 1 and splits == children and all(_directories(folder / name) for name in splits):
+    name, names = folder.name or str(folder), _with_images(folder)
+    splits = _split_folders(folder, names)
+    if splits:
         if split not in splits:
-            raise UserError(f"{folder}: has no split {split!r}, only {', '.join(sorted(splits))}")
-        classes = set(_directories(folder / split))
-        for other in sorted(splits - {split}):
-            odd = sorted(classes ^ set(_directories(folder / other)))
-            if odd:
-                raise UserError(
-                    f"{folder}: class names do not match: {split} and {other} differ in {', '.join(map(repr, odd[:5]))}"
-                )
-        folder = folder / split
-    paths, labels, names = read_classes(folder, _directories(folder))
-    if not paths:
+            raise no_split(folder, split, splits)
+        names = _class_folders(splits, split)
+        folder = splits[split]
+    if not names:
         raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} files in class directories")
     if len(names) < 2:
-        raise UserError(f"{folder}: needs at least two class directories with images, found {len(names)}")
+        hint = f"; is the data in {folder / names[0]}?" if len(_with_images(folder / names[0])) > 1 else ""
+        raise UserError(f"{folder}: needs at least two class directories with images, found 1{hint}")
+    paths, labels, found = read_classes(folder, names)
+    number = np.array([names.index(one) for one in found], np.int64)
     return FileSource(
-        name=folder.name or str(folder),
+        name=name,
         root=folder,
         paths=paths,
-        labels=np.array(labels, np.int64),
-        class_names=tuple(name.replace("_", " ") for name in names),
+        labels=number[labels],
+        class_names=tuple(one.replace("_", " ") for one in names),
     )
 
 
+def _split_folders(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Return the folder of each split, or nothing where no directory is named as a split."""
+    splits: dict[str, Path] = {}
+    for name in names:
+        split = split_named(name)
+        if split is None:
+            continue
+        if split in splits:
+            raise UserError(f"{folder}: {splits[split].name!r} and {name!r} both name the {split} split; keep one")
+        splits[split] = folder / name
+    others = [name for name in names if split_named(name) is None]
+    if splits and others:
+        one = next(iter(splits.values()))
+        raise UserError(
+            f"{folder}: {one.name!r} is named as a split, {others[0]!r} beside it is not. If {one.name!r} is a class, "
+            f"rename its folder; if it is a split, name one split's folder ({one}) or keep only splits in this folder"
+        )
+    for split, path in splits.items():
+        inner = _with_images(path)
+        if [split_named(name) for name in inner] == [split]:  # as in seg_train/seg_train/CLASS
+            splits[split] = path / inner[0]
+    return splits
+
+
+def _class_folders(splits: dict[str, Path], split: str) -> list[str]:
+    """Return the names of the class directories, those of the train split where there is one."""
+    classes = {one: _with_images(path) for one, path in splits.items()}
+    for one, names in classes.items():
+        if inner := next((name for name in names if split_named(name)), ""):
+            raise UserError(
+                f"{splits[one] / inner}: is named as a split and lies in another; rename it if it is a class"
+            )
+    if not classes[split]:
+        raise UserError(
+            f"{splits[split]}: is named as a split, but its images are not in class directories; rename it if it is "
+            "a class"
+        )
+    known = classes.get("train") or sorted(set().union(*classes.values()))
+    # A split may lack a class. One without any class directory holds unlabelled images and is not asked for here.
+    for one in (split, *classes) if split == "train" else (split,):
+        if set(classes[one]) - set(known):
+            odd = ", ".join(map(repr, sorted(set(classes[one]) ^ set(known))[:5]))
+            raise UserError(f"{splits[one]}: class names do not match those of {splits['train']}: they differ in {odd}")
+    return known
+
+
 def read_classes(folder: Path, directories: list[str]) -> tuple[list[str], list[int], list[str]]:
-    """Return the paths relative to folder, their labels, and the names of the directories that hold an image."""
+    """Return the paths relative to folder, their labels, and the names of the directories that hold an image.
+
+    Raises:
+        UserError: a directory below a class is named as a split.
+    """
     paths: list[str] = []
     labels: list[int] = []
     names: list[str] = []
     for directory in directories:
         found = sorted(_images(folder, directory))
+        inner = {part for parent in {os.path.dirname(path) for path in found} for part in parent.split(os.sep)[1:]}
+        if splits := sorted(part for part in inner if split_named(part)):
+            raise UserError(
+                f"{folder / directory}: holds {splits[0]!r}, which is named as a split, below a class; put the splits "
+                f"above the classes ({splits[0]}/{directory}), or rename {splits[0]!r} if it is none"
+            )
         if found:
             paths += found
             labels += [len(names)] * len(found)
@@ -79,100 +127,17 @@ def read_classes(folder: Path, directories: list[str]) -> tuple[list[str], list[
 def _directories(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            return sorted(entry.name for entry in entries if entry.is_dir() and not ignored(entry.name))
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
 
 
+def _with_images(folder: Path) -> list[str]:
+    """List the directories that hold an image, at any depth."""
+    return [name for name in _directories(folder) if next(_images(folder, name), None) is not None]
+
+
 def _images(folder: Path, directory: str) -> Iterator[str]:
     # A class directory may be a link. Links below it are not followed, because they could form a circle.
-    for parent, below, files in os.walk(folder / directory):
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.relpath(os.path.join(parent, name), folder)
-
-
-def open_table(path: Path, image_column: str, caption_column: str) -> FileSource:
-    """Open a table of image paths and captions: CSV with commas, .tsv with tabs, or Parquet.
-
-    A CSV or .tsv file is UTF-8 and starts with a header. Paths are relative to the table's folder.
-
-    Args:
-        path: the table.
-        image_column: name of the column of paths.
-        caption_column: name of the column of captions.
-
-    Raises:
-        UserError: the table cannot be read, lacks a column, has no rows or an empty caption, or a path leaves its
-            folder.
-    """
-    rows = _parquet(path, image_column, caption_column) if path.suffix == ".parquet" else None
-    paths: list[str] = []
-    captions: list[str] = []
-    for where, image, caption in rows or _csv(path, image_column, caption_column):
-        if not caption or not caption.strip():
-            raise UserError(f"{where}: empty caption")
-        paths.append(inside(path.parent, image or "", where))
-        captions.append(caption.strip())
-    if not paths:
-        raise UserError(f"{path}: holds no rows")
-    return FileSource(name=path.stem, root=path.parent, paths=paths, captions=captions)
-
-
-Row = tuple[str, str | None, str | None]
-
-
-def _csv(path: Path, image_column: str, caption_column: str) -> Iterator[Row]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-            _need_columns(path, reader.fieldnames or (), image_column, caption_column)
-            for row in reader:
-                yield f"{path}: line {reader.line_num}", row[image_column], row[caption_column]
-    except UserError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 CSV ({error})") from None
-
-
-def _parquet(path: Path, image_column: str, caption_column: str) -> Iterator[Row]:
-    file = open_parquet(path)
-    _need_columns(path, file.schema_arrow.names, image_column, caption_column)
-    try:
-        number = 0
-        for batch in file.iter_batches(columns=[image_column, caption_column]):
-            for row in batch.to_pylist():
-                number += 1
-                image, caption = row[image_column], row[caption_column]
-                if not isinstance(image, str | None) or not isinstance(caption, str | None):
-                    raise UserError(f"{path}: columns {image_column!r} and {caption_column!r} must hold text")
-                yield f"{path}: row {number}", image, caption
-    except UserError:
-        raise
-    except Exception as error:  # Arrow raises many types on damaged files; the user gets one message for all
-        raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
-
-
-def open_parquet(path: Path) -> Any:
-    """Open pyarrow's ParquetFile. Raises UserError without pyarrow, or for a file that is not Parquet."""
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install 'vilu[parquet]'") from None
-    try:
-        return parquet.ParquetFile(path)
-    except Exception as error:  # as in `_parquet`
-        raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's type where the message is empty."""
-    return next(islice(str(error).splitlines(), 1), "") or type(error).__name__
-
-
-def _need_columns(path: Path, columns: Iterable[str], *needed: str) -> None:
-    names = list(columns)
-    for column in needed:
-        if column not in names:
-            raise UserError(f"{path}: has no column {column!r}, only {', '.join(map(repr, names[:8])) or 'none'}")
+    for path in walk(folder / directory):
+        yield os.path.join(directory, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,32 @@ from vilu.errors import UserError
 from vilu.preprocess.image import FORMATS
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+JUNK = ("__macosx", "@eadir", "__pycache__", "$recycle.bin")  # folders that systems make; ".name" is hidden anyway
+
+
+def ignored(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or made by a system, so that no image is looked for in it."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """Yield the paths of the images below a folder, relative to it, in no order. Links to folders are not followed."""
+    for parent, below, files in os.walk(folder):
+        below[:] = [name for name in below if not ignored(name)]
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not ignored(name):
+                yield os.path.relpath(os.path.join(parent, name), folder)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the JPEG, PNG and WebP files below a folder, sorted by path. Raises UserError where there is none."""
+    """List the JPEG, PNG and WebP files below a folder, sorted by path, as `walk` finds them.
+
+    Raises:
+        UserError: there is none.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(path for name in walk(folder) if (path := folder / name).is_file())
     if not files:
         raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} files")
     return files

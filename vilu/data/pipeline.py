@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from vilu.data.source import Source
+from vilu.data.source import LIMIT, Source
 from vilu.errors import UserError
 from vilu.preprocess.image import FORMATS, ImageError, Transform, decode, pixels
 
@@ -25,7 +25,6 @@ T = TypeVar("T")
 Pixels = np.ndarray | ImageError  # an ImageError says why there are no pixels
 AHEAD = 3  # batches that threads decode before the caller asks for them
 SLICE = 8  # images per task, because a task for each would cost more than decoding a small image
-LIMIT = 0.1  # share of unreadable images above which a data set is refused
 
 
 def cores() -> int:

@@ -8,10 +8,12 @@ from functools import cache as remembered
 from pathlib import Path
 
 from vilu.data.cifar import LAYOUTS, open_cifar
-from vilu.data.coop import SPLIT_FILES, SPLITS, open_aircraft, open_imagenet, open_split
-from vilu.data.files import TABLES, open_folder, open_table
+from vilu.data.coop import SPLIT_FILES, open_aircraft, open_imagenet, open_split
+from vilu.data.files import open_folder
 from vilu.data.shards import find_shards, open_shards
-from vilu.data.source import ArraySource, Source
+from vilu.data.source import ArraySource, Source, check_text, refuse_url
+from vilu.data.splits import check_split
+from vilu.data.tables import TABLES, open_table
 from vilu.errors import UserError
 from vilu.tiny import data as tiny
 
@@ -47,8 +49,9 @@ def open_source(
             .tar file, a folder of them, a glob, or a pattern such as "shards/{000..010}.tar".
         dataset: an embedded data set ("digits", "shapes" or "shapes-captions"), or one of the paper's 13 below `root`.
         root: folder that holds the paper's data sets.
-        split: "train", "val" or "test". A table, shards, and a folder without split folders ignore it.
-        image_column: column of a table that holds the paths. They are relative to the table's folder.
+        split: "train", "val" or "test", or a synonym such as "valid". It chooses among split folders, among shards with
+            splits in their names, and among the rows of a table with a column "split". Other data ignore it.
+        image_column: column of a table that holds the paths: absolute ones, or relative to the table's folder.
         caption_column: column of a table, or key of a JSON caption in shards, that holds the captions.
         cache: folder that keeps the indexes of shards; None keeps none.
 
@@ -63,29 +66,33 @@ def open_source(
     """
     if data is not None and dataset is not None:
         raise UserError(NAME_ONE)
-    if split not in SPLITS:
-        raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    split = check_split(split)
     if dataset is not None:
         return _named(dataset, root, split)
     if data is None:
         raise UserError(NAME_ONE)
     if root is not None:
         raise UserError("--root is for --dataset; give --data a whole path")
+    refuse_url(data, "--data")
+    check_text(data)
     path = Path(data)
     if path.suffix.lower() in EMBEDDING_FILES:
         raise UserError(f"{data}: holds embeddings, not images")
     if path.suffix.lower() in TABLES:
         if not path.is_file():
             raise UserError(f"{data}: no such file")
-        return open_table(path, image_column, caption_column)
-    shards = find_shards(data)
+        return open_table(path, image_column, caption_column, split)
+    shards = find_shards(data, split)
     if shards is not None:
         return open_shards(
             path.stem if len(shards) == 1 else path.parent.name or "shards", shards, caption_column, cache
         )
     if path.is_dir():
         return open_folder(path, split)
-    raise UserError(f"{data}: {'not a folder, a table or shards' if path.exists() else 'no such file or folder'}")
+    if not path.exists():
+        raise UserError(f"{data}: no such file or folder")
+    packed = ".tar." in path.name.lower() or path.suffix.lower() in (".tgz", ".zip")
+    raise UserError(f"{data}: {'is compressed; unpack it first' if packed else 'not a folder, a table or shards'}")
 
 
 def _named(dataset: str, root: Path | None, split: str) -> Source:

@@ -18,15 +18,17 @@ import numpy as np
 
 from vilu import atomic
 from vilu.class_set import read_names
-from vilu.data.files import first_line
-from vilu.data.image_files import SUFFIXES
-from vilu.data.source import READ_LIMIT, Source, stamp
+from vilu.data.image_files import SUFFIXES, ignored
+from vilu.data.source import LIMIT, READ_LIMIT, Source, check_text, stamp
+from vilu.data.splits import no_split, split_within
+from vilu.data.tables import first_line
 from vilu.errors import UserError
 from vilu.preprocess.image import ImageError
 
+TEXTS = (".txt", ".json", ".cls")
 MAX_SHARDS = 1_000_000
 MAX_TEXT = 1 << 20  # bytes of a caption file that are read
-INDEX = 1  # format of an index in the cache
+INDEX = 2  # format of an index in the cache
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,29 +70,48 @@ class TarSource(Source):
 
 @dataclass
 class _Sample:
-    """The members of a shard that share a basename.
+    """The members of a shard that share a key.
 
-    member: name of the image for messages, or the basename without an image.
+    member: name of the image for messages, or the key without an image.
     image: offset and size of the image in bytes; None without an image.
     caption: text of its caption; None without one.
     label: its class; None without one.
+    problem: why it is no sample; "" where it is one. `image` and `member` are then those of one image that is left out.
     """
 
     member: str
     image: tuple[int, int] | None = None
     caption: str | None = None
     label: int | None = None
+    problem: str = ""
 
 
-def find_shards(data: str) -> list[Path] | None:
+def find_shards(data: str, split: str) -> list[Path] | None:
     """Return the shards that a path, a folder, a glob or a {000..010} pattern names; None where it names no tar files.
 
+    Where words in their names stand for several splits, as in cc3m-train-0001.tar, only those of `split` are returned.
+
     Raises:
-        UserError: the pattern matches nothing, or a shard that it names is missing.
+        UserError: the pattern matches nothing, a shard that it names is missing, or the shards have several splits,
+            but not the one that is asked for, or some of them have none.
     """
+    found = _named_shards(data)
+    splits = {split_within(path.stem) for path in found or ()}
+    if found is None or len(splits) < 2:
+        return found
+    if None in splits:
+        odd = next(path for path in found if split_within(path.stem) is None)
+        raise UserError(f"{data}: {odd.name} names no split, other shards do; name the shards of one split")
+    if split not in splits:
+        raise no_split(data, split, filter(None, splits))
+    return [path for path in found if split_within(path.stem) == split]
+
+
+def _named_shards(data: str) -> list[Path] | None:
     if Path(data).is_dir():
-        return sorted(path for path in Path(data).glob("*.tar") if not path.name.startswith(".")) or None
-    if not data.endswith(".tar"):
+        found = [path for path in Path(data).iterdir() if path.suffix.lower() == ".tar" and not ignored(path.name)]
+        return sorted(found) or None
+    if not data.lower().endswith(".tar"):
         return None
     if Path(data).is_file():
         return [Path(data)]
@@ -130,11 +151,12 @@ def _expand(pattern: str) -> list[str]:
 
 
 def open_shards(name: str, shards: list[Path], caption_column: str, cache: Path | None) -> TarSource:
-    """Open shards. Members with the same basename belong together: an image, and its .txt, .json or .cls file.
+    """Open shards. Members with the same key belong together: an image, and its .txt, .json or .cls file.
 
-    If a file classes.txt (one class name per line) lies beside the first shard, the .cls files give labels and captions
-    are ignored. Otherwise the .txt or .json files give captions. An image without its label or caption is left out and
-    listed in `skipped`.
+    A key is a path up to the first dot of its basename, as in the webdataset library. If a file classes.txt (one class
+    name per line) lies beside the first shard, the .cls files give labels and captions are ignored. Otherwise the .txt
+    or .json files give captions. What cannot be paired is left out and listed in `skipped`: an image without its label
+    or caption, a text without an image, a key with several members of one kind, and an image with a dot in its name.
 
     Args:
         name: name of the data in tables.
@@ -150,27 +172,30 @@ def open_shards(name: str, shards: list[Path], caption_column: str, cache: Path 
     closed = classes.is_file()
     columns: tuple[list, list, list, list, list] = ([], [], [], [], [])
     skipped = []
-    total = 0
+    total = images = 0
     for number, shard in enumerate(shards):
+        check_text(str(shard))
         for sample in _samples(shard, caption_column, cache):
-            if sample.image is None:
+            text = sample.label if closed else sample.caption
+            if sample.image is None and text is None and not sample.problem:
                 continue
             total += 1
-            text = sample.label if closed else sample.caption
-            if text is None:
-                skipped.append(f"{shard}: {sample.member}: has no {'.cls label' if closed else 'caption'}")
+            images += sample.image is not None
+            problem = sample.problem or (f"has no {'.cls label' if closed else 'caption'}" if text is None else "")
+            if problem or sample.image is None:
+                skipped.append(f"{shard}: {sample.member}: {problem or 'has a text, but no image'}")
                 continue
             for column, value in zip(columns, (number, *sample.image, sample.member, text), strict=True):
                 column.append(value)
-    if not total:
+    if not images:
         raise UserError(f"{name}: the shards hold no {', '.join(SUFFIXES)} members")
-    if not columns[0]:
+    if not columns[0] and all(line.endswith((": has no caption", ": has no .cls label")) for line in skipped):
         raise UserError(
             f"{name}: {total} images have neither .txt or .json captions (column {caption_column!r}) "
             f"nor .cls labels with a classes.txt beside the shards"
         )
-    if len(skipped) > total / 10:
-        raise UserError(f"{name}: {len(skipped)} of {total} images have no text; the first: {skipped[0]}")
+    if len(skipped) > LIMIT * total:
+        raise UserError(f"{name}: {len(skipped)} of {total} samples cannot be paired; the first: {skipped[0]}")
     return TarSource(
         name=name,
         shards=tuple(shards),
@@ -206,8 +231,18 @@ def _samples(shard: Path, caption_column: str, cache: Path | None) -> list[_Samp
     return found
 
 
+@dataclass
+class _Member:
+    """A member of a shard: its printable name, its place and its size in bytes, and its text where it is one."""
+
+    name: str
+    offset: int
+    size: int
+    text: str | None = None
+
+
 def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
-    samples: dict[str, _Sample] = {}
+    keys: dict[str, dict[str, list[_Member]]] = {}  # key -> extension -> members
     try:
         with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
             length = os.fstat(file.fileno()).st_size
@@ -215,26 +250,18 @@ def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 # A sparse member's bytes are not in one piece; a link or device has none. Only plain files count.
-                if not member.isreg() or member.sparse is not None or not stem:
+                if not member.isreg() or member.sparse is not None or not stem or stem.startswith("__"):
                     continue
                 if member.offset_data + member.size > length:
                     raise UserError(f"{shard}: is cut short within {_printable(member.name)}")
                 kind = "." + extension.lower()
-                name = f"{folder}/{stem}"
-                sample = samples.setdefault(name, _Sample(_printable(name.lstrip("/"))))
-                if kind in SUFFIXES:
-                    if sample.image is None:
-                        sample.image = (member.offset_data, member.size)
-                        sample.member = _printable(member.name)
-                elif kind in (".txt", ".json", ".cls"):
+                if not kind.endswith((*SUFFIXES, *TEXTS)):
+                    continue
+                found = _Member(_printable(member.name), member.offset_data, member.size)
+                if kind in TEXTS:
                     file.seek(member.offset_data)
-                    text = file.read(min(member.size, MAX_TEXT)).decode("utf-8", "replace").strip()
-                    if kind == ".txt":
-                        sample.caption = text or sample.caption
-                    elif kind == ".json":
-                        sample.caption = sample.caption or _caption(text, caption_column)
-                    elif re.fullmatch(r"\d{1,9}", text, re.ASCII):
-                        sample.label = int(text)
+                    found.text = _decoded(file.read(min(member.size, MAX_TEXT + 1)))
+                keys.setdefault(f"{folder}/{stem}", {}).setdefault(kind, []).append(found)
             # tarfile takes a damaged or cut header for the end of the file. The true end is a block of zeros.
             file.seek(tar.offset)
             if file.read(512) != bytes(512):
@@ -243,7 +270,48 @@ def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, MemoryError) as error:
         raise UserError(f"{shard}: cannot be read as a plain, uncompressed tar file ({first_line(error)})") from None
-    yield from samples.values()
+    for key, kinds in keys.items():
+        yield from _samples_of(_printable(key.lstrip("/")), kinds, caption_column)
+
+
+def _samples_of(key: str, kinds: dict[str, list[_Member]], caption_column: str) -> Iterator[_Sample]:
+    """Yield the sample of a key, and one with a problem for each image that is left out."""
+    images = [kind for kind in kinds if kind in SUFFIXES]
+    for kind, members in kinds.items():
+        # "left.jpg" beside a plain "jpg" is another view, which has no text of its own.
+        own_text = any(kind.rpartition(".")[0] + suffix in kinds for suffix in TEXTS)
+        if kind.endswith(SUFFIXES) and kind not in SUFFIXES and (own_text or not images):
+            for one in members:
+                problem = f"has the key {key!r}, which ends at the first dot of a name; rename it without the dot"
+                yield _Sample(one.name, (one.offset, one.size), problem=problem)
+    texts = {kind: members[0].text for kind, members in kinds.items() if kind in TEXTS}
+    if not images and not texts:
+        return
+    repeated = next((kind for kind in (*images, *texts) if len(kinds[kind]) > 1), None)
+    if repeated is not None:
+        problem = f"its key {key!r} has {len(kinds[repeated])} {repeated} members, so its text is not known"
+        members = [one for kind in images[:1] for one in kinds[kind]]
+        for one in members or kinds[repeated][:1]:
+            yield _Sample(one.name, (one.offset, one.size) if members else None, problem=problem)
+        return
+    sample = _Sample(key)
+    if images:
+        image = kinds[images[0]][0]
+        sample.member, sample.image = image.name, (image.offset, image.size)
+    if any(text is None for text in texts.values()):
+        sample.problem = f"its text is not UTF-8, or longer than {MAX_TEXT} bytes"
+    sample.caption = texts.get(".txt") or _caption(texts.get(".json") or "", caption_column)
+    if re.fullmatch(r"\d{1,9}", texts.get(".cls") or "", re.ASCII):
+        sample.label = int(texts[".cls"] or "")
+    yield sample
+
+
+def _decoded(data: bytes) -> str | None:
+    """Return a member's text; None where it is too long or not UTF-8."""
+    try:
+        return data.decode("utf-8-sig").strip() if len(data) <= MAX_TEXT else None
+    except UnicodeDecodeError:
+        return None
 
 
 def _caption(text: str, column: str) -> str | None:

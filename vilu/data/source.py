@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from vilu.preprocess.image import ImageError, Transform
 
 # One byte more than `decode` accepts, so that it refuses a larger file and the file is never read whole.
 READ_LIMIT = Transform(1).max_bytes + 1
+LIMIT = 0.1  # share of images that cannot be read or paired above which a data set is refused
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,8 +56,6 @@ class Source(ABC):
         if self.labels is None:
             raise UserError(f"{self.name}: needs labels or captions, one of the two")
         check_names(self.class_names, self.name)
-        if len(self.class_names) < 2:
-            raise UserError(f"{self.name}: needs at least two classes, found only {self.class_names[0]!r}")
         if self.labels.shape != (len(self),) or self.labels.dtype != np.int64:
             raise UserError(f"{self.name}: {len(self)} images need as many int64 labels")
         low, high = int(self.labels.min()), int(self.labels.max())
@@ -102,11 +102,19 @@ class FileSource(Source):
     all of ImageNet would take longer than training a head.
 
     root: folder that the paths start from.
-    paths: N paths relative to root.
+    paths: N paths, absolute or relative to root.
+
+    Raises:
+        UserError: as `Source`, or a path is not UTF-8.
     """
 
     root: Path
     paths: Sequence[str]
+
+    def __post_init__(self) -> None:
+        for path in self.paths:
+            check_text(os.path.join(self.root, path))
+        super().__post_init__()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -149,6 +157,32 @@ class ArraySource(Source):
         digest.update(np.ascontiguousarray(self.images))
 
 
+def check_text(path: str) -> None:
+    """Check that a path is text, which the checkpoint, the reports and the server's files can hold.
+
+    Raises:
+        UserError: the path has bytes that are not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "replace")
+        raise UserError(f"{shown}: its name is not UTF-8; rename it") from None
+
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:\w+/")
+
+
+def refuse_url(path: str, where: str) -> None:
+    """Raise UserError for a URL in the place of a path."""
+    if URL.match(path.strip()):
+        shown = path if len(path) <= 80 else path[:79] + "…"
+        raise UserError(
+            f"{where}: {shown!r} is a URL, and vilu reads files only: download the images first (img2dataset does, and "
+            "writes shards that --data takes)"
+        )
+
+
 def stamp(path: str | os.PathLike[str]) -> bytes:
     """Return a file's size and modification time as 16 bytes for a key. They are all zero where the file is missing."""
     try:
@@ -159,7 +193,7 @@ def stamp(path: str | os.PathLike[str]) -> bytes:
 
 
 def inside(root: Path, path: str, where: str) -> str:
-    """Check a path from a split file or a table, and return it relative to the root.
+    """Check a relative path from a split file or a table, and return it relative to the root.
 
     Only the text of the path is checked. Links inside the root are allowed, because users lay out data with them, as
     CoOp advises.
