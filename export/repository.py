@@ -132,6 +132,7 @@ def write_embeddings(folder: Path, served: Served) -> None:
     `vilu.export.open_vocabulary` and `vilu.export.details` write its graphs, ragged.onnx and details.onnx.
     """
     _write_head_files(folder, served.class_set, "vilu_embeddings/model.py")
+    shutil.copyfile(Path(vilu.preprocess.class_names.__file__), folder / "1" / "class_names.py")
     dim, limits = served.dim, served.limits
     candidates: Tensors = {**LABELS, "TEXT_EMBEDDINGS": ("TYPE_FP32", [-1, dim])}
     write_config(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vilu.errors import UserError
+from vilu.preprocess.class_names import names_problem
 
 OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
@@ -88,7 +89,7 @@ class Question:
 
     Raises:
         TypeError: labels that are no sequence of strings, or a class set's name that is no string.
-        UserError: a label that UTF-8 cannot hold.
+        UserError: a label that UTF-8 cannot hold, or one label alone, which would be the answer to any image.
     """
 
     labels: Sequence[str] | None = None
@@ -102,6 +103,8 @@ class Question:
         for label in self.labels or ():
             if not isinstance(label, str):
                 raise TypeError(f"labels must be strings, not {label!r}")
+        if self.labels is not None and len(self.labels) == 1:
+            raise UserError(f"labels: {names_problem([*self.labels], 'label')}")
         if not isinstance(self.class_set, str | None):
             raise TypeError(f"class_set must be a string, not {self.class_set!r}")
         self.encoded_labels()

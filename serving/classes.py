@@ -152,10 +152,11 @@ def read_set(path: Path) -> SetFile:
     Raises:
         UserError: not such a file.
     """
-    if path.suffix not in (".npz", ".safetensors"):
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".safetensors"):
         return SetFile(read_names(path))
     try:
-        if path.suffix == ".npz":
+        if suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 found = {name: file[name] for name in ("text_embeddings", "class_names", "fingerprint") if name in file}
             rows, names = found.get("text_embeddings"), found.get("class_names")

@@ -59,7 +59,7 @@ def token_from(option: str | None, variable: str) -> str | None:
         if not source:
             raise UserError("token: the name of a file is missing after @")
         try:
-            value = Path(source).read_text("utf-8").strip(" \t\r\n")
+            value = Path(source).read_text("utf-8-sig").strip(" \t\r\n")
         except (OSError, ValueError) as error:
             raise UserError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return check_header_value(value, source)

@@ -26,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vilu.errors import UserError
+from vilu.preprocess.class_names import names_problem
 from vilu.preprocess.image import Transform
 from vilu.serving.answers import Answer, DeadlineExceeded, RequestRefused, ServerUnavailable
 from vilu.serving.async_client import AsyncClient
@@ -145,6 +146,8 @@ async def read_question(request: Request, max_bytes: int) -> tuple[dict[str, Any
             name.encode("utf-8")  # JSON may hold half a surrogate pair
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise PageError(400, "labels must be a list of names, and the class set a name") from None
+    if labels and (problem := names_problem(labels, "label")):
+        raise PageError(400, f"labels: {problem}")
     return {"labels": labels, "class_set": class_set}, image
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vilu.errors import UserError
-from vilu.preprocess.class_names import names_problem, prompts, templates_problem
+from vilu.preprocess.class_names import names_problem, prompts, rows_problem, templates_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DEFAULT_TEMPLATES", "ClassSet", "check_names", "check_templates", "prompts", "read_names"]
+__all__ = ["DEFAULT_TEMPLATES", "ClassSet", "check_names", "check_rows", "check_templates", "prompts", "read_names"]
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -30,8 +30,8 @@ class ClassSet:
     text_embeddings: (K, D) float32; row k is the normalised mean of the prompt embeddings of class k.
 
     Raises:
-        UserError: there is no name, a name is empty or repeated, a template does not hold exactly one `{}`, or
-            text_embeddings does not have one finite row of norm 1 for each name.
+        UserError: there are fewer than two names, a name is empty, two names are the same to the tokenizer, a template
+            does not hold exactly one `{}`, or text_embeddings does not have one finite row of norm 1 for each name.
 
     Examples:
         >>> import torch
@@ -62,6 +62,7 @@ class ClassSet:
             raise UserError(
                 f"class set: text embedding of {self.names[worst]!r} has norm {norms[worst]:.4f}, expected 1"
             )
+        check_rows(self.names, t)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,9 +76,25 @@ def check_names(names: Sequence[str], where: str = "class set") -> None:
         where: what the message names first, such as a file or a data set.
 
     Raises:
-        UserError: there is no name, or a name is empty, repeated or not UTF-8.
+        UserError: there are fewer than two names, a name is empty or not UTF-8, or two names are the same to CLIP's
+            tokenizer.
     """
     if problem := names_problem(names):
+        raise UserError(f"{where}: {problem}")
+
+
+def check_rows(names: Sequence[str], text_embeddings: Tensor, where: str = "class set") -> None:
+    """Check that no two classes have the same text embedding, as names that differ only at a cut-off end have.
+
+    Args:
+        names: K class names.
+        text_embeddings: (K, D), rows of norm 1.
+        where: what the message names first, such as a file or a data set.
+
+    Raises:
+        UserError: two rows are the same.
+    """
+    if problem := rows_problem(names, text_embeddings.detach().cpu().float().numpy()):
         raise UserError(f"{where}: {problem}")
 
 
@@ -96,13 +113,15 @@ def check_templates(templates: Sequence[str], where: str = "class set") -> None:
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Read class names from a UTF-8 text file with one name per line. Blank lines at the end do not count.
+    """Read class names from a UTF-8 text file with one name per line.
+
+    Blank lines at the end and a byte order mark do not count.
 
     Raises:
         UserError: the file cannot be read, or `check_names` refuses its names.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     except OSError as error:

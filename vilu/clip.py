@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vilu import tiny
 from vilu.checkpoint import Checkpoint, ClipSpec
-from vilu.class_set import DEFAULT_TEMPLATES, ClassSet, prompts
+from vilu.class_set import DEFAULT_TEMPLATES, ClassSet, check_names, prompts
 from vilu.errors import UserError
 from vilu.preprocess.image import RESIZE_MODES, Transform
 from vilu.seeding import seeded
@@ -127,6 +127,7 @@ class Clip(nn.Module):
         Raises:
             UserError: the names or the templates break a rule of `ClassSet`.
         """
+        check_names(names)
         texts = prompts(names, templates)
         rows = [self.encode_tokens(self.tokenize(texts[i : i + 256])) for i in range(0, len(texts), 256)]
         grouped = torch.cat(rows).view(len(names), len(templates), -1)

@@ -102,6 +102,7 @@ class Generator:
             ),
             "labels, empty": ((1, 2), pack_strings(b"a", b"  ")),
             "labels, twice": ((1, 2), pack_strings(b"a", b"a")),
+            "labels, one alone": ((1, 1), pack_strings(b"a")),
             "labels, for other images": ((2, 2), pack_strings(b"a", b"b", b"c", b"d")),
             "labels, rank 1": ((2,), pack_strings(b"a", b"b")),
             "labels, rank 3": ((1, 2, 1), pack_strings(b"a", b"b")),

@@ -77,11 +77,11 @@ def digits_and_shapes(count: int, seed: int = 0) -> list[bytes]:
 
 
 def label_sets(count: int, seed: int = 0, largest: int = 40) -> list[list[str]]:
-    """`count` candidate sets of 1 to `largest` labels, drawn from one vocabulary, some beyond ASCII; many sets share a
+    """`count` candidate sets of 2 to `largest` labels, drawn from one vocabulary, some beyond ASCII; many sets share a
     size."""
     draw = np.random.default_rng(seed)
     words = [f"handwritten {word}" for word in data.DIGITS]
     words += [f"{z} {c} {s}" for z in data.SIZES for c in data.COLOURS for s in data.SHAPES]
     words += ["a cat", "ein Bär", "кот", "猫", "naïve café", "x" * 200]
-    sizes = [size for size in (1, 2, 3, 5, 10, 20, largest) if size <= largest]
+    sizes = [size for size in (2, 3, 5, 10, 20, largest) if size <= largest]
     return [[words[i] for i in draw.permutation(len(words))[: sizes[n % len(sizes)]]] for n in range(count)]

@@ -11,6 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from vilu.preprocess.class_names import names_problem
 from vilu.serving.answers import Question
 from vilu.serving.door.check import LONGEST_NAME
 from vilu.serving.door.refused import MALFORMED, Refused
@@ -35,6 +36,8 @@ async def read_upload(request: Request, body: bytes) -> tuple[bytes, Question]:
     class_sets = [value for key, value in given if key == "class_set"]
     if len(class_sets) > 1 or (labels and class_sets):
         raise Refused("give labels, or one class_set")
+    if labels and (problem := names_problem(labels, "label")):
+        raise Refused(f"labels: {problem}")
     with_details, with_embedding = (_flag(given, key) for key in ("details", "embedding"))
     return image, Question(labels or None, class_sets[0] if class_sets else None, with_details, with_embedding)
 

@@ -131,6 +131,9 @@ def change_of(**change):
     [
         ({"names": ["a", "a"]}, r"class name 2 \('a'\) repeats class name 1"),
         ({"names": ["a", " "]}, "class name 2 is empty"),
+        ({"names": ["a"], "rows": np.ones((1, DIM))}, "at least two classes, found only 'a'"),
+        ({"names": ["Caf\u00e9", "cafe\u0301"]}, "is the same to CLIP's tokenizer as class name 1"),
+        ({"rows": np.ones((2, DIM))}, "has the same text embedding as class name 1"),
         ({"names": []}, "no class names"),
         ({"names": "ab"}, "no class names"),
         ({"names": ["a", 7]}, "class name 2 is empty"),
@@ -178,7 +181,7 @@ def test_what_is_not_there_cannot_be_removed_and_without_the_token_nothing_chang
             with pytest.raises(AccessDenied, match="needs the control token of"):
                 run(steered, remove_set, "kept", control_token=token, url=url)
     with pytest.raises(AccessDenied, match="needs the control token of"):
-        run(server, put_set, "mine", ["a"], control_token=CONTROL)  # model control was not opened
+        run(server, put_set, "mine", ["a", "b"], control_token=CONTROL)  # model control was not opened
     for bad, told in ((["a", "b", "a"], r"class name 3 \('a'\) repeats class name 1"), ([], "no class names")):
         with pytest.raises(UserError, match=told):
             put(steered, "mine", bad)
@@ -217,7 +220,7 @@ def test_sets_and_candidates_of_ones_own_are_not_asked_for_together(steered, pho
 
 def test_every_answer_is_of_one_whole_set_while_it_is_replaced(steered, photos, expected):
     """Sets of other names, sizes and thresholds follow each other; all that an answer says is of the one it names."""
-    sizes = [1, 3, 12, 5]
+    sizes = [2, 3, 12, 5]
     banks: dict[int, torch.Tensor] = {}
     thresholds: dict[int, float] = {}
     found: list[tuple[bytes, Answer]] = []

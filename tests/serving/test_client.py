@@ -239,6 +239,8 @@ def test_a_fault_of_the_program_is_not_reported_as_the_servers(server, photos, p
             client.ask(photos[:1], "cat")
         with pytest.raises(TypeError, match="class_set"):
             client.ask(photos[:1], class_set=3)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="labels: needs at least two labels, found only 'a cat'"):
+            client.ask(photos[:1], ["a cat"])
         with pytest.raises(UserError, match="surrogate"):
             client.ask(photos[:1], ["a cat", "\ud800"])
         with monkeypatch.context() as patch:
@@ -246,7 +248,7 @@ def test_a_fault_of_the_program_is_not_reported_as_the_servers(server, photos, p
             with pytest.raises(TypeError):
                 client.ask(photos[:1])
         # Bytes of a command line that are not UTF-8 are the server's to refuse.
-        assert "UTF-8" in client.ask(photos[:1], ["caf\udce9"])[0].error
+        assert "UTF-8" in client.ask(photos[:1], ["a cat", "caf\udce9"])[0].error
         assert client.ask(photos[:1])[0].error is None
 
 

@@ -67,8 +67,8 @@ def jpeg(width: int, height: int, size: int = 0) -> bytes:
         (jpeg(SIDE, SIDE + 1), None, f"{SIDE}x{SIDE + 1} pixels, the limit is {SIDE * SIDE}"),
         (jpeg(8, 8), ["a", "b", "c"], None),
         (jpeg(8, 8), ["a", "b", "c", "d"], "4 labels, the limit is 3"),
-        (jpeg(8, 8), ["éé1"], None),
-        (jpeg(8, 8), ["ééé"], "6 bytes, the limit is 5"),
+        (jpeg(8, 8), ["éé1", "b"], None),
+        (jpeg(8, 8), ["ééé", "b"], "6 bytes, the limit is 5"),
     ],
     ids=["bytes", "bytes+1", "pixels", "pixels+1", "labels", "labels+1", "label bytes", "label bytes+1"],
 )

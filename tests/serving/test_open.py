@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 SETS = (
     ("a cat", "a dog"),
     ("handwritten three", "handwritten eight", "red circle", "blue star", "a cat"),
-    ("only one",),
+    ("only one", "or another"),
     tuple(f"thing number {i}" for i in range(40)),
 )
 
@@ -250,6 +250,7 @@ def test_embeddings_over_the_class_set_and_over_rows_of_ones_own(server, checkpo
 
 DIM = 128
 ONE = np.ones((1, DIM), np.float32)
+TWO = np.ones((1, 2, DIM), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -258,14 +259,18 @@ ONE = np.ones((1, DIM), np.float32)
         ({"IMAGE_EMBEDDING": ONE * np.nan}, "IMAGE_EMBEDDING holds a value that is not finite"),
         ({"IMAGE_EMBEDDING": ONE * np.inf}, "IMAGE_EMBEDDING holds a value that is not finite"),
         ({"IMAGE_EMBEDDING": ONE * 0}, "IMAGE_EMBEDDING holds a row of zeros"),
-        ({"IMAGE_EMBEDDING": ONE, "TEXT_EMBEDDINGS": ONE[None] * np.nan}, "TEXT_EMBEDDINGS holds a value"),
+        ({"IMAGE_EMBEDDING": ONE, "TEXT_EMBEDDINGS": TWO * np.nan}, "TEXT_EMBEDDINGS holds a value"),
         ({"IMAGE_EMBEDDING": ONE, "TEXT_EMBEDDINGS": np.ones((1, 0, DIM), np.float32)}, "candidate"),
         ({"IMAGE_EMBEDDING": ONE, "TEXT_EMBEDDINGS": np.ones((1, 1001, DIM), np.float32)}, "the limit is 1000"),
         ({"IMAGE_EMBEDDING": ONE, "LABELS": np.full((1, 1001), b"x", object)}, "the limit is 1000"),
         ({"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"x" * 257]], object)}, "the limit is 256"),
         ({"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"\xff\xfe"]], object)}, "not UTF-8"),
-        ({"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"  ", b"x"]], object)}, "a label is empty"),
-        ({"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"x", b"y", b"x"]], object)}, "'x' is there twice"),
+        ({"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"  ", b"x"]], object)}, "label 1 is empty"),
+        ({"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"x"]], object)}, "at least two labels, found only 'x'"),
+        ({"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"X", b" x"]], object)}, "the same to CLIP's tokenizer"),
+        ({"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"a " * 90 + b"x", b"a " * 90]], object)}, "text embedding"),
+        ({"IMAGE_EMBEDDING": ONE, "TEXT_EMBEDDINGS": ONE[None]}, "at least two candidates, found 1"),
+        ({"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"x", b"y", b"x"]], object)}, "repeats label 1"),
         (
             {"IMAGE_EMBEDDING": ONE, "LABELS": np.array([[b"x"]], object), "TEXT_EMBEDDINGS": ONE[None]},
             "not both",

@@ -95,7 +95,7 @@ def test_own_labels_are_the_only_candidates(page, photos):
         (b'{"class_set": 3}\nx', 400, "labels must be"),
         (b"{}\n", 400, "empty (0 bytes)"),
         (b"{}\ngarbage", 400, "not a JPEG, PNG or WEBP image"),
-        (b'{"labels": ["a", "a"]}\n{png}', 400, "'a' is there twice"),
+        (b'{"labels": ["a", "a"]}\n{png}', 400, "label 2 ('a') repeats label 1"),
         (b"{}\n" + bytes(LIMIT), 400, "not a JPEG"),
         (b"{}\n" + bytes(LIMIT + 1), 413, f"the limit is {LIMIT} bytes"),
     ],
@@ -278,7 +278,7 @@ def test_errors_are_one_line_in_the_page(browser, tmp_path, files):
         assert text in browser.text("#error")
         assert browser.run("result.hidden")
     browser.run("own.checked = true; document.querySelector('#ask').click()")
-    assert "at least one label" in browser.text("#error")
+    assert "at least two labels" in browser.text("#error")
     browser.run("document.querySelector('#served').checked = true")
     browser.choose_file("#file", files[0])
     browser.wait("answer !== null")

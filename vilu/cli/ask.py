@@ -119,7 +119,7 @@ def find_images(given: Iterable[str]) -> Iterator[str]:
 
     for name in given:
         if name == "-":
-            yield from (line for line in sys.stdin.read().splitlines() if line)
+            yield from (line for line in sys.stdin.read().removeprefix("\ufeff").splitlines() if line)
         elif os.path.isdir(name):
             yield from some(name, (str(p) for p in sorted(Path(name).rglob("*")) if p.suffix.lower() in SUFFIXES))
         elif not os.path.exists(name) and glob.has_magic(name):

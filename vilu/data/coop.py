@@ -17,9 +17,8 @@ import numpy as np
 
 from vilu.data.files import _directories, read_classes
 from vilu.data.source import FileSource, inside
+from vilu.data.splits import SPLITS
 from vilu.errors import UserError
-
-SPLITS = ("train", "val", "test")
 
 # data set -> (folder under the root, folder of the images inside it, split file)
 SPLIT_FILES = {
@@ -82,7 +81,7 @@ def _read_split(file: Path) -> dict[str, list[tuple[str, int, str]]]:
         raise UserError(f"{file}: is no CoOp split file: {what}")
 
     try:
-        content: Any = json.loads(file.read_text("utf-8"))
+        content: Any = json.loads(file.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         malformed(str(error).splitlines()[0])
     if not isinstance(content, dict):
@@ -179,6 +178,6 @@ def find(root: Path, folder: str, file: str) -> Path:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line.strip() for line in file.read_text("utf-8").splitlines()]
+        return [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from None

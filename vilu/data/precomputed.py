@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vilu.class_set import check_names, read_names
-from vilu.data.files import first_line, open_parquet
+from vilu.data.source import check_text
+from vilu.data.tables import first_line, open_parquet
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
 from vilu.errors import UserError
 
@@ -40,15 +41,17 @@ def load_embeddings(path: Path) -> EmbeddedSet:
         UserError: the path is not such a file or folder, an array is missing or has another shape, or a row is zero or
             not finite.
     """
+    check_text(str(path))
+    suffix = path.suffix.lower()
     if path.is_dir():
         found = _folder(path)
     elif not path.is_file():
         raise UserError(f"{path}: no such file or folder")
-    elif path.suffix == ".npz":
+    elif suffix == ".npz":
         found = _npz(path)
-    elif path.suffix == ".safetensors":
+    elif suffix == ".safetensors":
         found = _safetensors(path)
-    elif path.suffix == ".parquet":
+    elif suffix == ".parquet":
         found = _parquet(path)
     else:
         raise UserError(f"{path}: embeddings are read from .npz, .safetensors, .parquet or a folder of .npy")

@@ -133,6 +133,8 @@ class TritonPythonModel:
             rows = sets.normalise(np.frombuffer(data, "<f4").reshape(len(names), dim), "text_embeddings")
         except sets.RequestError as error:
             refuse(str(error))
+        if problem := class_names.rows_problem(names, rows):
+            refuse(problem)
         header = {"names": names, "templates": templates, "threshold": threshold, "fingerprint": mine}
         return header, rows
 

@@ -8,7 +8,8 @@ import json
 from collections import OrderedDict
 from typing import Any
 
-import head  # the export copies head.py and sets.py beside this file
+import class_names  # the export copies vilu/preprocess/class_names.py, head.py and sets.py beside this file
+import head
 import numpy as np
 import sets
 import triton_python_backend_utils as pb_utils
@@ -71,8 +72,8 @@ class TritonPythonModel(head.Head):
         if labels is not None:
             return [self._from_labels(row, made) for row in labels.as_numpy().reshape(images, -1)]
         rows = own.as_numpy()
-        if not rows.shape[1]:
-            raise RequestError("TEXT_EMBEDDINGS holds no candidate")
+        if rows.shape[1] < 2:
+            raise RequestError(f"TEXT_EMBEDDINGS: needs at least two candidates, found {rows.shape[1]}")
         if rows.shape[1] > self.max_labels:
             raise RequestError(f"TEXT_EMBEDDINGS holds {rows.shape[1]} candidates, the limit is {self.max_labels}")
         return [self._from_rows(normalise(each, "TEXT_EMBEDDINGS"), made) for each in rows]
@@ -84,8 +85,6 @@ class TritonPythonModel(head.Head):
         return made[key]
 
     def _from_labels(self, row: np.ndarray, made: dict[Any, Any]) -> Any:
-        if not len(row):
-            raise RequestError("LABELS is empty")
         if len(row) > self.max_labels:
             raise RequestError(f"LABELS holds {len(row)} labels, the limit is {self.max_labels}")
         names = []
@@ -97,11 +96,8 @@ class TritonPythonModel(head.Head):
                 names.append(label.decode("utf-8").strip())
             except UnicodeDecodeError:
                 raise RequestError("a label is not UTF-8") from None
-        if not all(names):
-            raise RequestError("a label is empty")
-        if len(set(names)) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise RequestError(f"the label {twice!r} is there twice")
+        if problem := class_names.names_problem(names, "label"):
+            raise RequestError(f"LABELS: {problem}")
         key = tuple(names)
         if key not in made:
             made[key] = Candidates([name.encode() for name in names], self._embed(names), self.default.threshold)
@@ -141,4 +137,6 @@ class TritonPythonModel(head.Head):
             self.kept.popitem(last=False)
         grouped = np.stack(rows).reshape(len(names), len(self.templates), -1)
         embeddings: np.ndarray = normalise(grouped.mean(axis=1), "the text tower's answer")
+        if problem := class_names.rows_problem(names, embeddings, "label"):
+            raise RequestError(f"LABELS: {problem}")
         return embeddings

@@ -1,5 +1,6 @@
 """All commands: what listing and helping need, what a missing package or a mistake says, how help texts read."""
 
+import io
 import re
 import subprocess
 import sys
@@ -224,16 +225,23 @@ def test_an_error_names_the_new_option_alone():
 def test_data_options(tmp_path, monkeypatch):
     @click.command()
     @data_options
-    def command(data, dataset, root, cache):
-        click.echo(f"{data} {dataset} {root} {cache}")
+    def command(data, dataset, root, image_column, caption_column, cache):
+        click.echo(f"{data} {dataset} {root} {image_column} {caption_column} {cache}")
 
     monkeypatch.delenv("VILU_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    result = CliRunner().invoke(command, ["--data", "{0..1}.tar", "--cache", "c", "--root", "r"])
-    assert result.output == "{0..1}.tar None r c\n"
-    assert CliRunner().invoke(command, []).output == f"None None None {tmp_path / 'vilu'}\n"
+    result = CliRunner().invoke(command, ["--data", "{0..1}.tar", "--cache", "c", "--root", "r", "--image-column", "f"])
+    assert result.output == "{0..1}.tar None r f caption c\n"
+    assert CliRunner().invoke(command, []).output == f"None None None path caption {tmp_path / 'vilu'}\n"
     monkeypatch.setenv("VILU_CACHE", "elsewhere")
-    assert CliRunner().invoke(command, []).output == "None None None elsewhere\n"
+    assert CliRunner().invoke(command, []).output == "None None None path caption elsewhere\n"
+
+
+def test_names_on_standard_input_may_begin_with_a_byte_order_mark(monkeypatch):
+    from vilu.cli.ask import find_images
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffa.jpg\n\nb c.jpg\n"))
+    assert list(find_images(["-"])) == ["a.jpg", "b c.jpg"]
 
 
 def test_defaults_are_those_of_the_library():
