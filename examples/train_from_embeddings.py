@@ -15,6 +15,7 @@ from vilu import Checkpoint, ClassSet, load_clip, save_checkpoint
 from vilu.data import embed, load_embeddings, open_source
 from vilu.evaluation.evaluate import correct
 from vilu.evaluation.metrics import auroc
+from vilu.fingerprints import remembered
 from vilu.scores import SCORES
 from vilu.train import fit
 
@@ -50,7 +51,8 @@ def main() -> None:
 
         # A head without a CLIP can be evaluated and calibrated; to be exported it needs the CLIP's name, too.
         class_set = ClassSet(train.class_names, ("{}",), train.text.normalised.float())
-        save_checkpoint(Checkpoint(head, class_set=class_set), Path(folder) / "head.safetensors")
+        samples = remembered(train.image.normalised)  # so that `vilu eval` and `vilu calibrate` know them again
+        save_checkpoint(Checkpoint(head, class_set=class_set, samples=samples), Path(folder) / "head.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Checkpoints: this project's safetensors format, and a safe reader of the authors' `.ckpt` files.
 
 A file of format "vilu", version 1, is a safetensors file. Its tensors are the head's (`head.*`) and the class set's
-text_embeddings. Its metadata holds one JSON document under the key "vilu", with the head's configuration, the CLIP, the
-class names, the templates, the threshold and meta.
+text_embeddings, and, where it was trained by this program, the fingerprints of its training samples. Its metadata holds
+one JSON document under the key "vilu", with the head's configuration, the CLIP, the class names, the templates, the
+threshold and meta.
 
 Pickle can run any code. So the authors' files are read with torch's weights-only reader, which allows only the NumPy
 globals that these files need.
@@ -29,6 +30,7 @@ from vilu import atomic
 from vilu.class_set import ClassSet
 from vilu.embeddings import EmbeddedSet
 from vilu.errors import UserError
+from vilu.fingerprints import COLUMNS, LIMIT
 from vilu.head import PARTS, ViLUHead
 
 VERSION = 1
@@ -36,6 +38,7 @@ DEFAULT_THRESHOLD = 0.5
 MAX_WIDTH = 1 << 16
 MAX_OFFICIAL_BYTES = 1 << 30
 TEXT = "class_set.text_embeddings"
+SAMPLES = "training.fingerprints"
 ANOTHER_CLIP = 0.7  # a lower cosine of class embeddings means another CLIP; other prompts alone give a higher one
 
 
@@ -64,6 +67,8 @@ class Checkpoint:
     class_set: classes that the head was trained on; None for captions and for the authors' files.
     threshold: failure probability below which an answer is accepted.
     meta: notes that JSON can hold, such as the data, the recipe and the calibration.
+    samples: fingerprints of the training samples, (M, 8) int16, from `vilu.fingerprints.remembered`; None where they
+        are not known, as in the authors' files.
     """
 
     head: ViLUHead
@@ -71,6 +76,7 @@ class Checkpoint:
     class_set: ClassSet | None = None
     threshold: float = DEFAULT_THRESHOLD
     meta: Mapping[str, Any] = field(default_factory=dict)
+    samples: Tensor | None = None
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
@@ -104,6 +110,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
             "templates": list(checkpoint.class_set.templates),
         }
     _check_finite(path, tensors)
+    if checkpoint.samples is not None:
+        tensors[SAMPLES] = checkpoint.samples.cpu().contiguous()
     metadata = {"format": "pt", "vilu": json.dumps(header, allow_nan=False)}
     with atomic.file(path) as part:
         try:
@@ -215,8 +223,16 @@ def _load_vilu(path: Path) -> Checkpoint:
                 expected[TEXT] = (len(classes["names"]), head.dim)
             # Shapes are compared in the file's header, before a byte of tensor data is read.
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            samples = found.pop(SAMPLES, None)
             _check_shapes(path, expected, found)
+            if samples is not None:
+                kind = file.get_slice(SAMPLES).get_dtype()
+                if kind != "I16" or samples[1:] != (COLUMNS,) or samples[0] > LIMIT:
+                    raise UserError(
+                        f"{path}: tensor {SAMPLES} is {kind} {samples}, expected I16 (at most {LIMIT}, {COLUMNS})"
+                    )
             tensors = {name: file.get_tensor(name) for name in found}
+            known = None if samples is None else file.get_tensor(SAMPLES)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a checkpoint, or cut short ({error})") from None
     for name, tensor in tensors.items():
@@ -233,7 +249,7 @@ def _load_vilu(path: Path) -> Checkpoint:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     clip = ClipSpec(**header["clip"]) if header["clip"] is not None else None
-    return Checkpoint(head, clip, class_set, float(header["threshold"]), header["meta"])
+    return Checkpoint(head, clip, class_set, float(header["threshold"]), header["meta"], known)
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from bench.authors import AuthorsHead
 from tests.support.embeddings import unit_rows
 from tests.support.public_data import DATA
 from vilu import Checkpoint, ClassSet, ClipSpec, UserError, ViLUHead, load_checkpoint, save_checkpoint
+from vilu.checkpoint import SAMPLES, TEXT
 
 
 def make_checkpoint(**head_options):
@@ -18,7 +19,8 @@ def make_checkpoint(**head_options):
     head = ViLUHead(16, hidden=(8, 4), **head_options)
     class_set = ClassSet(("cat", "dog", "owl"), ("a photo of a {}.",), unit_rows(3, 16, 1).float())
     clip = ClipSpec("ViT-B-32", "openai", 99.5, "ab" * 32)
-    return Checkpoint(head.eval(), clip, class_set, 0.25, {"auroc": 0.9})
+    samples = torch.arange(24, dtype=torch.int16).view(3, 8)
+    return Checkpoint(head.eval(), clip, class_set, 0.25, {"auroc": 0.9}, samples)
 
 
 @pytest.mark.parametrize("projection", ["identity", "shared", "separate"])
@@ -29,10 +31,17 @@ def test_round_trip(tmp_path, projection, parts):
     after = load_checkpoint(tmp_path / "a.safetensors")
     assert (after.clip, after.threshold, after.meta) == (before.clip, 0.25, {"auroc": 0.9})
     assert (after.class_set.names, after.class_set.templates) == (before.class_set.names, before.class_set.templates)
+    assert torch.equal(after.samples, before.samples)
     assert torch.equal(after.class_set.text_embeddings, before.class_set.text_embeddings)
     v, t = unit_rows(5, 16, 2).float(), before.class_set.text_embeddings
     assert torch.equal(after.head(v, t), before.head(v, t))
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_checkpoint_without_fingerprints_still_loads(tmp_path):
+    save_checkpoint(make_checkpoint(), tmp_path / "a.safetensors")
+    rewrite(tmp_path / "a.safetensors", lambda tensors, header: tensors.pop(SAMPLES))
+    assert load_checkpoint(tmp_path / "a.safetensors").samples is None
 
 
 def test_nothing_is_written_over_a_good_file_when_saving_fails(tmp_path):
@@ -76,6 +85,20 @@ HOSTILE = {
     "clip": (lambda t, h: h.update(clip={"name": 1}), "bad clip"),
     "names": (lambda t, h: h["class_set"].update(names=["cat", "cat", "owl"]), "repeats"),
     "too few names": (lambda t, h: h["class_set"].update(names=["cat"]), r"shape \(3, 16\), expected \(1, 16\)"),
+    "one class": (
+        lambda t, h: (h["class_set"].update(names=["cat"]), t.update({TEXT: t[TEXT][:1]})),
+        "at least two classes, found only 'cat'",
+    ),
+    "wide fingerprints": (
+        lambda t, h: t.update({SAMPLES: torch.zeros(3, 9, dtype=torch.int16)}),
+        "fingerprints is I16",
+    ),
+    "flat fingerprints": (lambda t, h: t.update({SAMPLES: torch.zeros(8, dtype=torch.int16)}), "fingerprints is I16"),
+    "float fingerprints": (lambda t, h: t.update({SAMPLES: torch.zeros(3, 8)}), "fingerprints is F32"),
+    "many fingerprints": (
+        lambda t, h: t.update({SAMPLES: torch.zeros((1 << 20) + 1, 8, dtype=torch.int16)}),
+        r"expected I16 \(at most 1048576, 8\)",
+    ),
     "extra field": (lambda t, h: h.update(run="rm -rf"), "set of fields"),
 }
 

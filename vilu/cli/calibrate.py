@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vilu.cli.command import Command, RenamedOption
-from vilu.cli.options import PATH, data_options, dtype_option, embeddings_option
+from vilu.cli.options import PATH, data_options, drop_known_option, dtype_option, embeddings_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
 if TYPE_CHECKING:
+    from vilu.checkpoint import Checkpoint
     from vilu.embeddings import EmbeddedSet
 
 
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
 @data_options
 @embeddings_option
 @click.option(
-    "--split", default="val", show_default=True, help="Split of the data to use. The head must not be trained on it."
+    "--split",
+    default="val",
+    show_default=True,
+    help="Split of the data to use: train, val or test. The head must not be trained on it.",
 )
+@drop_known_option
 @click.option(
     "--target-risk",
     type=click.FloatRange(0, 1, True, True),
@@ -56,9 +61,12 @@ def calibrate_command(
     data: str | None,
     dataset: str | None,
     root: Path | None,
+    image_column: str,
+    caption_column: str,
     cache: Path,
     embeddings: Path | None,
     split: str,
+    drop_known: bool,
     target_risk: float | None,
     confidence: float,
     target_coverage: float | None,
@@ -70,7 +78,8 @@ def calibrate_command(
 ) -> None:
     """Choose the threshold below which answers are accepted.
 
-    The data must be data that the head was not trained on. --target-risk is a guarantee: with probability --confidence
+    The data must be data that the head was not trained on: the command knows the training samples, and promises nothing
+    on them. --target-risk is a guarantee: with probability --confidence
     over the draw of this data, accepted answers from the same source are wrong at most that often. The checkpoint
     stores the choice and the data it was made on.
     """
@@ -84,15 +93,18 @@ def calibrate_command(
     if len(wanted) > 1 or (not wanted and probability == "none"):
         raise UserError("give one of --target-risk, --target-coverage and --target-tpr, or --probability-calibration")
     checkpoint = load_checkpoint(ckpt)
-    held = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype)
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    held = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype, columns)
     check_fits(ckpt, checkpoint, held)
     for line in held.skipped:
         click.echo(f"skipped {line}", err=True)
+    held, trained_on = _not_trained_on(checkpoint, ckpt, held, drop_known, target_risk is not None)
     order = np.random.default_rng(seed).permutation(len(held))
     halves = np.array_split(order, 2) if probability != "none" and wanted else [order, order]
 
     head, correct, group = checkpoint.head, *_correct(held)
     note: dict[str, Any] = {"data": held.name, "split": split, "samples": len(correct), "candidates": group}
+    note["trained_on"] = trained_on
     with torch.no_grad():
         failure = _failure_probability(head, held, group)
     if probability != "none":
@@ -143,6 +155,7 @@ def _held_out(
     embeddings: Path | None,
     split: str,
     dtype: str,
+    columns: dict[str, str],
 ) -> EmbeddedSet:
     from vilu.class_set import DEFAULT_TEMPLATES
     from vilu.clip import load_clip_for
@@ -152,11 +165,47 @@ def _held_out(
         if data or dataset:
             raise UserError("--embeddings takes the place of --data and --dataset")
         return load_embeddings(embeddings)
-    source = open_source(data, dataset=dataset, root=root, split=split, cache=cache)
+    source = open_source(data, dataset=dataset, root=root, split=split, cache=cache, **columns)
     clip = load_clip_for(checkpoint, ckpt, missing="give --embeddings")
     templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
     with progress_bar() as bar:
         return embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
+
+
+def _not_trained_on(
+    checkpoint: Checkpoint, ckpt: Path, held: EmbeddedSet, drop: bool, promise: bool
+) -> tuple[EmbeddedSet, int]:
+    """Say how many samples the head was trained on, and leave them out where that is asked for.
+
+    Returns:
+        The samples to use, and how many of them the head was trained on.
+
+    Raises:
+        UserError: a promise is asked for on samples that the head was trained on, or no others are left.
+    """
+    from vilu.fingerprints import known, too_many
+
+    if checkpoint.samples is None:
+        click.echo(
+            f"{ckpt}: does not say which samples it was trained on; {held.name} must not be among them", err=True
+        )
+        return held, 0
+    rows = known(held.image.normalised, checkpoint.samples)
+    count = int(rows.sum())
+    if not count:
+        return held, 0
+    said = f"{ckpt}: was trained on {count} of the {len(held)} samples of {held.name}"
+    if drop:
+        if count == len(held):
+            raise UserError(f"{said}; none is left")
+        click.echo(f"{said}; these are left out", err=True)
+        return held[(~rows).nonzero()[:, 0]], 0
+    if promise and too_many(count, len(held)):
+        raise UserError(
+            f"{said}: no risk can be promised on them; name held-out data, or leave them out (--drop-known)"
+        )
+    click.echo(f"{said}: its answers there are better than on new data (--drop-known leaves them out)", err=True)
+    return held, count
 
 
 CAPTION_GROUP = 1024  # candidates per group of captions, as in the published tables

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from vilu.cli.command import Command
-from vilu.cli.options import PATH, clip_options, dtype_option
+from vilu.cli.options import PATH, clip_options, column_options, drop_known_option, dtype_option
 from vilu.cli.progress import Bar, progress_bar
 from vilu.errors import UserError
 
@@ -49,6 +49,9 @@ CURVE_RESAMPLES = 400  # the most for a learning curve, which resamples for ever
     help="File of embeddings to test on (.npz, .safetensors, .parquet). Repeat it for several.",
 )
 @click.option("--root", type=PATH, help="Folder that holds the named data sets.")
+@column_options
+@click.option("--split", default="test", show_default=True, help="Split of the data to test on: train, val or test.")
+@drop_known_option
 @click.option(
     "--train-data",
     multiple=True,
@@ -104,6 +107,10 @@ def eval_command(
     datasets: tuple[str, ...],
     embeddings: tuple[Path, ...],
     root: Path | None,
+    image_column: str,
+    caption_column: str,
+    split: str,
+    drop_known: bool,
     train_data: tuple[str, ...],
     train_datasets: tuple[str, ...],
     train_embeddings: tuple[Path, ...],
@@ -130,6 +137,7 @@ def eval_command(
     train sets.
     """
     from vilu.checkpoint import check_fits, load_checkpoint
+    from vilu.data.splits import check_split
     from vilu.evaluation.evaluate import CANDIDATES, Case, evaluate, unique_names
     from vilu.evaluation.report import tables as report
     from vilu.recipes import recipe_named
@@ -151,9 +159,11 @@ def eval_command(
         trains = [named if named[0] == "dataset" else None for named in tests]
     checkpoints = one_each([load_checkpoint(path) for path in ckpts], len(tests), "--ckpt")
     cases: list[Case] = []
+    lines: list[str] = []
     curves: dict[str, LearningCurve] = {}
     with progress_bar() as bar:
-        reader = _Reader(root, cache, dtype, "BayesVLM" in chosen, clip_name, pretrained, bar)
+        columns = {"image_column": image_column, "caption_column": caption_column}
+        reader = _Reader(root, cache, dtype, "BayesVLM" in chosen, clip_name, pretrained, bar, columns)
         for test_of, train_of, checkpoint, path in zip(
             tests,
             one_each(trains, len(tests), "train sets"),
@@ -161,7 +171,7 @@ def eval_command(
             one_each(list(ckpts), len(tests), "--ckpt"),
             strict=True,
         ):
-            test = reader.read(*test_of, "test", checkpoint, path)
+            test = reader.read(*test_of, check_split(split), checkpoint, path)
             train = None if train_of is None else reader.read(*train_of, "train", checkpoint, path)
             other = not own_train and train is not None and train.class_names != test.class_names
             check_fits(
@@ -171,7 +181,11 @@ def eval_command(
                 same_classes=not (cross_dataset or other),
                 hint="; give --cross-dataset if that is meant",
             )
-            cases.append(Case(test, train, checkpoint.head))
+            test, known, said = not_trained_on(checkpoint, path, test, train, drop_known)
+            lines += said
+            if known and curve:
+                raise UserError(f"--learning-curve: {said[-1]}")
+            cases.append(Case(test, train, checkpoint.head, known))
         evaluation = evaluate(cases, chosen, candidates=groups, resamples=resamples, seed=seed, progress=bar)
         if curve:
             for case, name in zip(cases, unique_names(cases), strict=True):
@@ -197,8 +211,8 @@ def eval_command(
         if output is not None:
             bar("drawing", 0, 1)
             report.write(evaluation, output)
-    for line in reader.skipped:
-        click.echo(f"skipped {line}", err=True)
+    for line in [*(f"skipped {line}" for line in reader.skipped), *lines]:
+        click.echo(line, err=True)
     if as_json:
         click.echo(json.dumps(report.as_json(evaluation), allow_nan=False))
         return
@@ -232,9 +246,10 @@ class _Reader:
         clip_name: str | None,
         pretrained: str | None,
         bar: Bar,
+        columns: dict[str, Any],
     ) -> None:
         self.root, self.cache, self.dtype, self.projection, self.bar = root, cache, dtype, projection, bar
-        self.clip_name, self.pretrained = clip_name, pretrained
+        self.clip_name, self.pretrained, self.columns = clip_name, pretrained, columns
         self.skipped: list[str] = []
         self.clips: dict[str, Clip] = {}
         self._sets: dict[tuple[object, ...], EmbeddedSet] = {}
@@ -258,7 +273,7 @@ class _Reader:
                 embedded = str(name) in ("digits", "shapes", "shapes-captions")
                 source = open_source(dataset=str(name), root=None if embedded else self.root, split=split)
             else:
-                source = open_source(str(name), split=split, cache=self.cache)
+                source = open_source(str(name), split=split, cache=self.cache, **self.columns)
             self._sets[key] = embed(
                 source,
                 clip,
@@ -282,6 +297,52 @@ class _Reader:
             return self.clips[label]
 
         return load_clip_for(checkpoint, path, self.clip_name, self.pretrained, load=load_once)
+
+
+def not_trained_on(
+    checkpoint: Checkpoint, path: Path, test: EmbeddedSet, train: EmbeddedSet | None, drop: bool
+) -> tuple[EmbeddedSet, int, list[str]]:
+    """Find the test images that the head was trained on, or that the baselines are fitted on.
+
+    Args:
+        checkpoint: the head's checkpoint.
+        path: its name in messages.
+        test: the test images.
+        train: the data that the baselines are fitted on.
+        drop: whether to leave these images out.
+
+    Returns:
+        The images to test on, the number of those that were trained on where it forbids a comparison, else 0, and lines
+        that say so.
+
+    Raises:
+        UserError: no image is left.
+    """
+    import torch
+
+    from vilu.fingerprints import known, remembered, too_many
+
+    rows, lines = torch.zeros(len(test), dtype=torch.bool), []
+    image = test.image.normalised
+    for what, samples in (
+        (f"{path}: was trained", checkpoint.samples),
+        ("the baselines are fitted", None if train is None else remembered(train.image.normalised)),
+    ):
+        found = rows if samples is None else known(image, samples)
+        if samples is not None and found.any():
+            lines.append(f"{what} on {int(found.sum())} of the {len(test)} images of {test.name}")
+            rows = rows | found
+    count = int(rows.sum())
+    if not count:
+        return test, 0, []
+    if drop:
+        if count == len(test):
+            raise UserError(f"{lines[0]}; none is left")
+        return test[(~rows).nonzero()[:, 0]], 0, [f"{line}; these are left out" for line in lines]
+    if not too_many(count, len(test)):
+        return test, 0, lines
+    lines[-1] += ": no method is called better than another (--drop-known leaves these images out)"
+    return test, count, lines
 
 
 def _has_projections(clip: Clip) -> bool:

@@ -37,12 +37,32 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
     return add
 
 
-# A command receives these options as `data`, `dataset`, `root` and `cache`.
+# A command receives these options as `image_column` and `caption_column`.
+column_options = all_of(
+    click.option(
+        "--image-column", default="path", show_default=True, help="Column of a caption table that holds the paths."
+    ),
+    click.option(
+        "--caption-column",
+        default="caption",
+        show_default=True,
+        help="Column of a caption table, or key of the JSON files in shards, that holds the captions.",
+    ),
+)
+
+# A command receives this option as `drop_known`.
+drop_known_option = click.option(
+    "--drop-known",
+    is_flag=True,
+    help="Leave out the samples that the head was trained on, which are not held-out data.",
+)
+
+# A command receives these options as `data`, `dataset`, `root`, `image_column`, `caption_column` and `cache`.
 data_options = all_of(
     click.option(
         "--data",
-        help="Image folder (one directory per class), CSV or Parquet file with path and caption, or WebDataset shards "
-        "(a.tar, 'shards/{000..010}.tar', 'shards/*.tar').",
+        help="Image folder (one directory per class, or one per split), CSV, TSV or Parquet file of path and caption, "
+        "or WebDataset shards (a.tar, 'shards/{000..010}.tar', 'shards/*.tar').",
     ),
     click.option(
         "--dataset",
@@ -51,6 +71,7 @@ data_options = all_of(
     click.option(
         "--root", type=PATH, help="Folder that holds the named data sets, in the layout of CoOp's DATASETS.md."
     ),
+    column_options,
     click.option(
         "--cache",
         type=click.Path(path_type=Path, file_okay=False),

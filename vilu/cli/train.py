@@ -110,6 +110,8 @@ def train_command(
     data: str | None,
     dataset: str | None,
     root: Path | None,
+    image_column: str,
+    caption_column: str,
     cache: Path,
     embeddings: Path | None,
     output: Path,
@@ -136,6 +138,7 @@ def train_command(
     from vilu.class_set import DEFAULT_TEMPLATES, ClassSet
     from vilu.clip import load_clip
     from vilu.data import embed, load_embeddings, open_source
+    from vilu.fingerprints import remembered
     from vilu.train import fit
 
     changes = {name: value for name, value in settings.items() if value is not None} | {"seed": seed}
@@ -155,13 +158,24 @@ def train_command(
                 raise UserError("--embeddings takes the place of --data, --dataset, --clip and --no-cache")
             train = load_embeddings(embeddings)
         else:
-            source = open_source(data, dataset=dataset, root=root, split="train", cache=cache)
+            source = open_source(
+                data,
+                dataset=dataset,
+                root=root,
+                split="train",
+                image_column=image_column,
+                caption_column=caption_column,
+                cache=cache,
+            )
             clip = load_clip(clip_name or "vilu-tiny", pretrained)
             spec = clip.spec
             with turn:  # the first process fills the cache, and the others read it
                 train = embed(source, clip, cache=cache, dtype=dtype, templates=prompts, progress=bar)
             if no_cache:
                 augmented = _augmented(source, train, clip, seed)
+        class_set = None
+        if train.class_names:  # made before the training, so that classes which CLIP cannot tell apart are refused now
+            class_set = ClassSet(train.class_names, tuple(prompts), train.text.normalised.float())
         with _board(tensorboard if rank == 0 else None) as log:
             trained = fit(
                 train,
@@ -173,9 +187,6 @@ def train_command(
             )
     if rank != 0:
         return
-    class_set = None
-    if train.class_names:
-        class_set = ClassSet(train.class_names, tuple(prompts), train.text.normalised.float())
     meta = {
         "data": train.name,
         "samples": len(train),
@@ -184,11 +195,12 @@ def train_command(
         "best_epoch": trained.best_epoch,
         "validation": asdict(trained.validation) if trained.validation else None,
     }
+    samples = remembered(train.image.normalised)
     for line in train.skipped:
         click.echo(f"skipped {line}", err=True)
     last = output.with_name(f"{output.name.removesuffix('.safetensors')}.last.safetensors")
     for path, head in ((last, trained.last), (output, trained.head)):
-        save_checkpoint(Checkpoint(head, spec, class_set, meta=meta), path)
+        save_checkpoint(Checkpoint(head, spec, class_set, meta=meta, samples=samples), path)
     kind = "captioned images" if train.captions else f"images of {len(train.text)} classes"
     left_out = f" ({len(train.skipped)} could not be read)" if train.skipped else ""
     epochs = f"epoch {trained.best_epoch} of {len(trained.history) - 1}"

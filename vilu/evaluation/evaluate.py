@@ -274,6 +274,9 @@ def _result(
         side = "right" if right.all() else "wrong"
         titles = ", ".join(column.title for column in COLUMNS if column.two_sided)
         note = f"all {len(right)} answers are {side}: {titles} are not defined"
+    if case.known:
+        known = f"the head or a baseline was trained on {case.known} of these images, so no method is compared"
+        note = f"{note}; {known}" if note else known
     return Result(
         name=name,
         trained_on=case.train.name if case.train is not None else "",
@@ -283,8 +286,9 @@ def _result(
         dropped=len(test) - len(right),
         failures=int((~right).sum()),
         accuracy=float(right.mean()),
-        rows=_rows(scores, whole, resampled, reasons, level),
+        rows=_rows(scores, whole, resampled, reasons, level, compare=not case.known),
         note=note,
+        known=case.known,
         correct=right,
         confidences=found,
         draws=resampled,
@@ -297,6 +301,8 @@ def _rows(
     resampled: Mapping[str, Floats],
     reasons: Mapping[str, str],
     level: float,
+    *,
+    compare: bool,
 ) -> tuple[Row, ...]:
     rows = []
     for method in methods:
@@ -309,7 +315,7 @@ def _rows(
             cell = interval(whole[method][i], resampled[method][:, i], level)
             if cell is not None:
                 cells[column.key] = cell
-            if column.key in COMPARED and method != OURS and OURS in whole:
+            if compare and column.key in COMPARED and method != OURS and OURS in whole:
                 pair = comparison(
                     whole[OURS][i] - whole[method][i], resampled[OURS][:, i] - resampled[method][:, i], level
                 )
@@ -341,9 +347,10 @@ def _mean(results: Sequence[Result], methods: Sequence[str], level: float) -> Re
         dropped=sum(result.dropped for result in results),
         failures=sum(result.failures for result in results),
         accuracy=float(np.mean([result.accuracy for result in results])),
-        rows=_rows(methods, whole, resampled, reasons, level),
+        rows=_rows(methods, whole, resampled, reasons, level, compare=not any(result.known for result in results)),
         note="; ".join(f"{result.name}: {result.note}" for result in results if result.note),
         draws=resampled,
+        known=sum(result.known for result in results),
     )
 
 

@@ -27,11 +27,13 @@ class Case:
     train: the data that the baselines are fitted on; None: the methods that need fitting become rows with a reason.
         A data set other than the test set's own makes a cross-dataset evaluation; the classes are always the test's.
     head: the ViLU head; None: the ViLU row has a reason instead of numbers.
+    known: number of test images that the head or a baseline was trained on; methods are compared only where it is 0.
     """
 
     test: EmbeddedSet
     train: EmbeddedSet | None = None
     head: ViLUHead | None = None
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Result:
     dropped: number of images left out, in a last incomplete group of captions.
     failures: number of wrong answers.
     accuracy: share of right answers.
+    known: number of images that the head or a baseline was trained on; where it is not 0, no method is compared.
     rows: one row a method.
     note: what is not defined on this data set and why; "" where everything is defined.
     correct: (samples,) whether each answer is right; empty for a mean.
@@ -79,6 +82,7 @@ class Result:
     accuracy: float
     rows: tuple[Row, ...]
     note: str = ""
+    known: int = 0
     correct: Bools = field(default_factory=lambda: np.empty(0, bool), repr=False, compare=False)
     confidences: Mapping[str, Floats] = field(default_factory=dict, repr=False, compare=False)
     draws: Mapping[str, Floats] = field(default_factory=dict, repr=False, compare=False)

@@ -16,6 +16,7 @@ from vilu import atomic
 from vilu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vilu.clip import Clip
 from vilu.evaluation import metrics
+from vilu.fingerprints import remembered
 from vilu.preprocess.image import decode, pixels
 from vilu.tiny import data
 from vilu.train import Recipe, train_head
@@ -73,7 +74,7 @@ def checkpoint_of(clip: Clip, path: Path, seed: int, progress: Progress) -> Chec
         progress=lambda done, total: progress("training the head", done, total),
     )
     meta = {"data": f"digits and {TRAIN_SHAPES} shapes, split train", "seed": seed}
-    checkpoint = Checkpoint(head, clip.spec, class_set, meta=meta)
+    checkpoint = Checkpoint(head, clip.spec, class_set, meta=meta, samples=remembered(embedding))
     save_checkpoint(checkpoint, path)
     return checkpoint
 

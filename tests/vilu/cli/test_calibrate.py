@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tests.support.embeddings import unit_rows
 from vilu import Checkpoint, ClassSet, UserError, load_checkpoint, save_checkpoint, train_head
 from vilu.cli.calibrate import calibrate_command
+from vilu.fingerprints import remembered
 from vilu.recipes import Recipe
 
 
@@ -19,19 +20,24 @@ def world(tmp_path_factory):
     t = unit_rows(6, 24, 0).float()
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(6, (3000,), generator=generator)
-    noise = 0.25 * torch.rand(3000, 1, generator=generator) * torch.randn(3000, 24, generator=generator)
+    noise = (0.02 + 0.25 * torch.rand(3000, 1, generator=generator)) * torch.randn(3000, 24, generator=generator)
     v = F.normalize(t[labels] + noise, dim=1)
     head = train_head(v[:1000], labels[:1000], t, recipe=Recipe(epochs=3, min_steps=0, folds=1))
     names = tuple(f"class {i}" for i in range(6))
-    save_checkpoint(Checkpoint(head, None, ClassSet(names, ("a {}",), t)), folder / "head.safetensors")
+    class_set = ClassSet(names, ("a {}",), t)
+    save_checkpoint(Checkpoint(head, None, class_set, samples=remembered(v[:1000])), folder / "head.safetensors")
+    save_checkpoint(Checkpoint(head, None, class_set), folder / "old.safetensors")
+    for name, rows in (("train", slice(0, 1000)), ("mixed", slice(900, 3000))):
+        arrays = {"image_embedding": v[rows].half(), "labels": labels[rows], "text_embeddings": t}
+        np.savez(folder / f"{name}.npz", class_names=names, **arrays)
     held = {"image_embedding": v[1000:], "labels": labels[1000:], "text_embeddings": t}
     np.savez(folder / "held.npz", class_names=names, **held)
     np.savez(folder / "other.npz", class_names=[f"thing {i}" for i in range(6)], **held)
     return folder, v[1000:], labels[1000:], t
 
 
-def calibrate(world, *options, data="held.npz"):
-    arguments = ["--ckpt", world[0] / "head.safetensors", "--embeddings", world[0] / data, *options]
+def calibrate(world, *options, data="held.npz", ckpt="head.safetensors"):
+    arguments = ["--ckpt", world[0] / ckpt, "--embeddings", world[0] / data, *options]
     return CliRunner().invoke(
         calibrate_command, [str(a) for a in arguments], catch_exceptions=False, standalone_mode=False
     )
@@ -116,3 +122,37 @@ def test_what_cannot_be_done_changes_nothing(world):
     with pytest.raises(UserError, match="class names do not match"):
         calibrate(world, "--target-risk", 0.1, data="other.npz")
     assert (world[0] / "head.safetensors").read_bytes() == before
+
+
+def test_nothing_is_promised_on_training_samples(world, tmp_path):
+    """Half-precision copies of the training embeddings, alone and among held-out ones."""
+    output = ["--output", tmp_path / "a.safetensors"]
+    before = (world[0] / "head.safetensors").read_bytes()
+    for data, said in (("train.npz", "1000 of the 1000 samples of train"), ("mixed.npz", "100 of the 2100 samples")):
+        with pytest.raises(UserError, match=f"was trained on {said}.*no risk can be promised"):
+            calibrate(world, "--target-risk", 0.2, *output, data=data)
+    assert not (tmp_path / "a.safetensors").exists()
+    assert (world[0] / "head.safetensors").read_bytes() == before
+    # What promises nothing is done, and says so.
+    result = calibrate(world, "--target-coverage", 0.8, *output, data="mixed.npz")
+    assert "was trained on 100 of the 2100 samples of mixed: its answers there are better" in result.stderr
+    assert load_checkpoint(tmp_path / "a.safetensors").meta["calibration"]["trained_on"] == 100
+
+
+def test_training_samples_can_be_left_out(world, tmp_path):
+    for name, data in (("a", "held.npz"), ("b", "mixed.npz")):
+        drop = [] if name == "a" else ["--drop-known"]
+        result = calibrate(world, "--target-risk", 0.1, *drop, "--output", tmp_path / f"{name}.safetensors", data=data)
+    assert "100 of the 2100 samples of mixed; these are left out" in result.stderr
+    a, b = (load_checkpoint(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert b.meta["calibration"]["samples"] == 2000
+    assert a.threshold == pytest.approx(b.threshold, abs=1e-3)
+    with pytest.raises(UserError, match="1000 of the 1000 samples of train; none is left"):
+        calibrate(world, "--target-risk", 0.1, "--drop-known", data="train.npz")
+
+
+def test_an_old_checkpoint_cannot_say_what_it_was_trained_on(world, tmp_path):
+    output = ["--output", tmp_path / "a.safetensors"]
+    result = calibrate(world, "--target-risk", 0.1, *output, ckpt="old.safetensors")
+    assert "does not say which samples it was trained on; held must not be among them" in result.stderr
+    assert "promised at 95%" in result.output

@@ -13,6 +13,7 @@ from vilu.cli import run
 from vilu.cli.eval import choose_methods, eval_command, one_each, whole_numbers
 from vilu.errors import UserError
 from vilu.evaluation import metrics
+from vilu.fingerprints import remembered
 from vilu.scores import SCORES
 
 
@@ -43,6 +44,8 @@ def files(tmp_path):
     test, train = closed(), closed(seed=1)
     class_set = ClassSet(test.class_names, ("a {}",), test.text.normalised)
     save_checkpoint(Checkpoint(head(12), None, class_set), tmp_path / "head.safetensors")
+    seen = remembered(test.image.normalised[:30])
+    save_checkpoint(Checkpoint(head(12), None, class_set, samples=seen), tmp_path / "seen.safetensors")
     save_checkpoint(Checkpoint(head(16)), tmp_path / "wide.safetensors")
     save(tmp_path / "test.npz", test)
     save(tmp_path / "train.npz", train)
@@ -179,6 +182,37 @@ def test_another_data_set_where_it_is_meant(vilu, files):
         assert code == 0
         assert json.loads(out)["results"][0]["methods"]["ViLU"]["metrics"]["auc"] is not None
     assert "belongs to the classes" in json.loads(out)["results"][0]["methods"]["Rel-U"]["reason"]
+
+
+def test_no_method_is_called_better_on_training_samples(vilu, files):
+    test = ["--embeddings", files / "test.npz", "--methods", "MCM,ViLU", "--resamples", 20]
+    code, out, err = vilu("--ckpt", files / "seen.safetensors", *test, "--json")
+    assert (code, len(err.splitlines())) == (0, 1)
+    assert "was trained on 30 of the 80 images of test: no method is called better" in err
+    (result,) = json.loads(out)["results"]
+    assert result["known"] == 30
+    assert "trained on 30 of these images" in result["note"]
+    assert result["methods"]["MCM"]["vilu_minus"] == {"auc": None, "fpr95": None}
+    assert result["methods"]["MCM"]["metrics"]["auc"]["value"] > 0
+    # The report says it, too.
+    code, out, _ = vilu("--ckpt", files / "seen.safetensors", *test, "--output", files / "out")
+    assert "could not be compared" in (files / "out" / "report.html").read_text()
+    assert "so no method is compared" in out.replace("\n", " ")
+    code, out, err = vilu("--ckpt", files / "seen.safetensors", *test, "--json", "--drop-known")
+    (result,) = json.loads(out)["results"]
+    assert (result["samples"], result["known"]) == (50, 0)
+    assert result["methods"]["MCM"]["vilu_minus"]["auc"] is not None
+    assert "30 of the 80 images of test; these are left out" in err
+
+
+def test_a_baseline_may_not_be_fitted_on_the_test_set(vilu, files):
+    test = ["--embeddings", files / "test.npz", "--train-embeddings", files / "test.npz", "--resamples", 20]
+    code, out, err = vilu("--ckpt", files / "head.safetensors", *test, "--methods", "MCM,ViLU", "--json")
+    assert "the baselines are fitted on 80 of the 80 images of test" in err
+    assert json.loads(out)["results"][0]["methods"]["MCM"]["vilu_minus"]["auc"] is None
+    code, _, err = vilu("--ckpt", files / "head.safetensors", *test, "--methods", "MCM", "--learning-curve")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--learning-curve: the baselines are fitted on 80 of the 80 images" in err
 
 
 def test_names_of_methods():

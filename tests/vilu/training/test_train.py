@@ -19,6 +19,7 @@ from tests.support.embeddings import unit_rows
 from vilu import UserError, ViLUHead, load_checkpoint, train_head
 from vilu.embeddings import EmbeddedSet, Embeddings
 from vilu.evaluation import metrics
+from vilu.fingerprints import known
 from vilu.head import LOWEST_LOG_ODDS, log_odds
 from vilu.recipes import RECIPES, Recipe, recipe_named
 from vilu.train import fit
@@ -363,6 +364,8 @@ def test_the_command_writes_best_and_last_and_says_what_the_head_is_worth(prepar
     assert best.class_set.names[0] == "class 0"
     assert best.meta["recipe"]["name"] == "default"
     assert best.meta["samples"] == 400
+    assert known(F.normalize(torch.as_tensor(world(400)[0]), dim=1), best.samples).all()
+    assert torch.equal(best.samples, last.samples)
     assert best.head.config() == last.head.config()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.last.safetensors", "a.safetensors"]
 
