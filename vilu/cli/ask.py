@@ -109,7 +109,7 @@ def ask_command(
 
 def find_images(given: Iterable[str]) -> Iterator[str]:
     """Yield the image files that the user named. Raises UserError where a folder or a pattern has no image."""
-    from vilu.data.image_files import SUFFIXES
+    from vilu.data.image_files import SUFFIXES, walk
 
     def some(name: str, found: Iterable[str]) -> list[str]:
         files = [path for path in found if os.path.isfile(path)]
@@ -121,7 +121,7 @@ def find_images(given: Iterable[str]) -> Iterator[str]:
         if name == "-":
             yield from (line for line in sys.stdin.read().removeprefix("\ufeff").splitlines() if line)
         elif os.path.isdir(name):
-            yield from some(name, (str(p) for p in sorted(Path(name).rglob("*")) if p.suffix.lower() in SUFFIXES))
+            yield from some(name, map(str, sorted(Path(name) / path for path in walk(Path(name)))))
         elif not os.path.exists(name) and glob.has_magic(name):
             yield from some(name, sorted(glob.glob(name, recursive=True)))
         else:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vilu.cli.command import Command, RenamedOption
+from vilu.cli.held_out import held_out
 from vilu.cli.options import PATH, data_options, drop_known_option, dtype_option, embeddings_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
 if TYPE_CHECKING:
-    from vilu.checkpoint import Checkpoint
     from vilu.embeddings import EmbeddedSet
 
 
@@ -98,7 +98,21 @@ def calibrate_command(
     check_fits(ckpt, checkpoint, held)
     for line in held.skipped:
         click.echo(f"skipped {line}", err=True)
-    held, trained_on = _not_trained_on(checkpoint, ckpt, held, drop_known, target_risk is not None)
+    trained_on = 0
+    if checkpoint.samples is None:
+        click.echo(
+            f"{ckpt}: does not say which samples it was trained on; {held.name} must not be among them", err=True
+        )
+    else:
+        held, trained_on, lines = held_out(held, {f"{ckpt}: was trained": checkpoint.samples}, drop_known)
+        if trained_on and target_risk is not None:
+            raise UserError(
+                f"{lines[0]}: no risk can be promised on them; name held-out data, or leave them out (--drop-known)"
+            )
+        if trained_on:
+            lines[0] += ": its answers there are better than on new data (--drop-known leaves them out)"
+        for line in lines:
+            click.echo(line, err=True)
     order = np.random.default_rng(seed).permutation(len(held))
     halves = np.array_split(order, 2) if probability != "none" and wanted else [order, order]
 
@@ -170,42 +184,6 @@ def _held_out(
     templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
     with progress_bar() as bar:
         return embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
-
-
-def _not_trained_on(
-    checkpoint: Checkpoint, ckpt: Path, held: EmbeddedSet, drop: bool, promise: bool
-) -> tuple[EmbeddedSet, int]:
-    """Say how many samples the head was trained on, and leave them out where that is asked for.
-
-    Returns:
-        The samples to use, and how many of them the head was trained on.
-
-    Raises:
-        UserError: a promise is asked for on samples that the head was trained on, or no others are left.
-    """
-    from vilu.fingerprints import known, too_many
-
-    if checkpoint.samples is None:
-        click.echo(
-            f"{ckpt}: does not say which samples it was trained on; {held.name} must not be among them", err=True
-        )
-        return held, 0
-    rows = known(held.image.normalised, checkpoint.samples)
-    count = int(rows.sum())
-    if not count:
-        return held, 0
-    said = f"{ckpt}: was trained on {count} of the {len(held)} samples of {held.name}"
-    if drop:
-        if count == len(held):
-            raise UserError(f"{said}; none is left")
-        click.echo(f"{said}; these are left out", err=True)
-        return held[(~rows).nonzero()[:, 0]], 0
-    if promise and too_many(count, len(held)):
-        raise UserError(
-            f"{said}: no risk can be promised on them; name held-out data, or leave them out (--drop-known)"
-        )
-    click.echo(f"{said}: its answers there are better than on new data (--drop-known leaves them out)", err=True)
-    return held, count
 
 
 CAPTION_GROUP = 1024  # candidates per group of captions, as in the published tables

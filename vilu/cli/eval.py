@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vilu.cli.command import Command
+from vilu.cli.held_out import held_out
 from vilu.cli.options import PATH, clip_options, column_options, drop_known_option, dtype_option
 from vilu.cli.progress import Bar, progress_bar
 from vilu.errors import UserError
@@ -140,6 +141,7 @@ def eval_command(
     from vilu.data.splits import check_split
     from vilu.evaluation.evaluate import CANDIDATES, Case, evaluate, unique_names
     from vilu.evaluation.report import tables as report
+    from vilu.fingerprints import remembered
     from vilu.recipes import recipe_named
     from vilu.scores import SCORES
 
@@ -181,10 +183,15 @@ def eval_command(
                 same_classes=not (cross_dataset or other),
                 hint="; give --cross-dataset if that is meant",
             )
-            test, known, said = not_trained_on(checkpoint, path, test, train, drop_known)
-            lines += said
-            if known and curve:
-                raise UserError(f"--learning-curve: {said[-1]}")
+            trained = {} if checkpoint.samples is None else {f"{path}: was trained": checkpoint.samples}
+            if train is not None:
+                trained["the baselines are fitted"] = remembered(train.image.normalised)
+            test, known, found = held_out(test, trained, drop_known)
+            if known:
+                found[-1] += ": no method is called better than another (--drop-known leaves these samples out)"
+                if curve:
+                    raise UserError(f"--learning-curve: {found[-1]}")
+            lines += found
             cases.append(Case(test, train, checkpoint.head, known))
         evaluation = evaluate(cases, chosen, candidates=groups, resamples=resamples, seed=seed, progress=bar)
         if curve:
@@ -297,52 +304,6 @@ class _Reader:
             return self.clips[label]
 
         return load_clip_for(checkpoint, path, self.clip_name, self.pretrained, load=load_once)
-
-
-def not_trained_on(
-    checkpoint: Checkpoint, path: Path, test: EmbeddedSet, train: EmbeddedSet | None, drop: bool
-) -> tuple[EmbeddedSet, int, list[str]]:
-    """Find the test images that the head was trained on, or that the baselines are fitted on.
-
-    Args:
-        checkpoint: the head's checkpoint.
-        path: its name in messages.
-        test: the test images.
-        train: the data that the baselines are fitted on.
-        drop: whether to leave these images out.
-
-    Returns:
-        The images to test on, the number of those that were trained on where it forbids a comparison, else 0, and lines
-        that say so.
-
-    Raises:
-        UserError: no image is left.
-    """
-    import torch
-
-    from vilu.fingerprints import known, remembered, too_many
-
-    rows, lines = torch.zeros(len(test), dtype=torch.bool), []
-    image = test.image.normalised
-    for what, samples in (
-        (f"{path}: was trained", checkpoint.samples),
-        ("the baselines are fitted", None if train is None else remembered(train.image.normalised)),
-    ):
-        found = rows if samples is None else known(image, samples)
-        if samples is not None and found.any():
-            lines.append(f"{what} on {int(found.sum())} of the {len(test)} images of {test.name}")
-            rows = rows | found
-    count = int(rows.sum())
-    if not count:
-        return test, 0, []
-    if drop:
-        if count == len(test):
-            raise UserError(f"{lines[0]}; none is left")
-        return test[(~rows).nonzero()[:, 0]], 0, [f"{line}; these are left out" for line in lines]
-    if not too_many(count, len(test)):
-        return test, 0, lines
-    lines[-1] += ": no method is called better than another (--drop-known leaves these images out)"
-    return test, count, lines
 
 
 def _has_projections(clip: Clip) -> bool:

@@ -244,6 +244,23 @@ def test_names_on_standard_input_may_begin_with_a_byte_order_mark(monkeypatch):
     assert list(find_images(["-"])) == ["a.jpg", "b c.jpg"]
 
 
+def test_hidden_files_of_a_folder_are_not_asked_about(tmp_path):
+    from vilu.cli.ask import find_images
+
+    for name in (
+        "a/b.JPG",
+        "a/._b.jpg",
+        ".cache/c.jpg",
+        "__MACOSX/a/b.jpg",
+        ".ipynb_checkpoints/b.jpg",
+        "a.png",
+        "a.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"")
+    assert list(find_images([str(tmp_path)])) == [str(tmp_path / "a" / "b.JPG"), str(tmp_path / "a.png")]
+
+
 def test_defaults_are_those_of_the_library():
     """The command line states them without importing the library."""
     from vilu.preprocess.image import Transform

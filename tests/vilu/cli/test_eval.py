@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.support.evaluation import captioned, closed, head
+from tests.support.files import jpeg, put
 from vilu.checkpoint import Checkpoint, save_checkpoint
 from vilu.class_set import ClassSet
 from vilu.cli import run
@@ -188,7 +189,7 @@ def test_no_method_is_called_better_on_training_samples(vilu, files):
     test = ["--embeddings", files / "test.npz", "--methods", "MCM,ViLU", "--resamples", 20]
     code, out, err = vilu("--ckpt", files / "seen.safetensors", *test, "--json")
     assert (code, len(err.splitlines())) == (0, 1)
-    assert "was trained on 30 of the 80 images of test: no method is called better" in err
+    assert "was trained on 30 of the 80 samples of test: no method is called better" in err
     (result,) = json.loads(out)["results"]
     assert result["known"] == 30
     assert "trained on 30 of these images" in result["note"]
@@ -202,17 +203,53 @@ def test_no_method_is_called_better_on_training_samples(vilu, files):
     (result,) = json.loads(out)["results"]
     assert (result["samples"], result["known"]) == (50, 0)
     assert result["methods"]["MCM"]["vilu_minus"]["auc"] is not None
-    assert "30 of the 80 images of test; these are left out" in err
+    assert "30 of the 80 samples of test; these are left out" in err
 
 
 def test_a_baseline_may_not_be_fitted_on_the_test_set(vilu, files):
     test = ["--embeddings", files / "test.npz", "--train-embeddings", files / "test.npz", "--resamples", 20]
     code, out, err = vilu("--ckpt", files / "head.safetensors", *test, "--methods", "MCM,ViLU", "--json")
-    assert "the baselines are fitted on 80 of the 80 images of test" in err
+    assert "the baselines are fitted on 80 of the 80 samples of test" in err
     assert json.loads(out)["results"][0]["methods"]["MCM"]["vilu_minus"]["auc"] is None
     code, _, err = vilu("--ckpt", files / "head.safetensors", *test, "--methods", "MCM", "--learning-curve")
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "--learning-curve: the baselines are fitted on 80 of the 80 images" in err
+    assert "--learning-curve: the baselines are fitted on 80 of the 80 samples" in err
+
+
+def test_splits_of_a_folder_are_tested_apart(vilu, tmp_path):
+    """The head's own training split is known again, the validation split is not."""
+    from vilu.clip import load_clip
+    from vilu.data import embed, open_source
+
+    for number, split in enumerate(("train", "Valid")):
+        for i in range(12):
+            put(
+                tmp_path / "robo" / split / ("red_star", "blue_star")[i % 2] / f"{i}.jpg",
+                jpeg((20 * i, 90 * number, 50)),
+            )
+    clip = load_clip()
+    train = embed(open_source(str(tmp_path / "robo")), clip)
+    class_set = clip.class_set(train.class_names)
+    samples = remembered(train.image.normalised)
+    checkpoint = Checkpoint(head(train.image.normalised.shape[1]), clip.spec, class_set, samples=samples)
+    save_checkpoint(checkpoint, tmp_path / "head.safetensors")
+    ask = [
+        "--ckpt",
+        tmp_path / "head.safetensors",
+        "--data",
+        tmp_path / "robo",
+        "--methods",
+        "MCM,ViLU",
+        "--resamples",
+        5,
+    ]
+    code, out, err = vilu(*ask, "--json", "--split", "validation")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["results"][0]["samples"] == 12
+    assert "was trained on 12 of the 12 samples of robo" in vilu(*ask, "--json", "--split", "training")[2]
+    code, _, err = vilu(*ask)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "has no split 'test', only train, val" in err
 
 
 def test_names_of_methods():
