@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.support.files import jpeg, put, shard
 from vilu import load_clip
 from vilu.data import embed, load_embeddings, open_source
-from vilu.fingerprints import COLUMNS, fingerprints, known, remembered, too_many
+from vilu.fingerprints import COLUMNS, TOLERANCE, fingerprints, known, remembered, too_many
 
 
 def crowded(rows, dim, seed=0, spread=1.0):
@@ -36,23 +36,14 @@ def test_other_samples_are_not_known(spread):
 
 def test_rounding_at_every_edge_of_the_index():
     """Values that lie on an edge of a cell or of the 16 bits are found from either side."""
-    kept = torch.tensor([[x] * COLUMNS for x in (-32768, -32767, -128, -1, 0, 127, 128, 32767)], dtype=torch.int16)
-    v = crowded(1, 16)
-    shifts = (kept.long() - fingerprints(v).long()).double() / 8192
-    for shift in shifts:
-        # The signs are not at hand, so the embedding is moved until its projections are the wanted ones.
-        signs = torch.stack([fingerprints_of_axis(16, i) for i in range(16)])
-        moved = v.double() + (torch.linalg.lstsq(signs.T, shift[:, None]).solution).T
-        for noise in (-50, 0, 50):
-            near = moved + (torch.linalg.lstsq(signs.T, torch.full((COLUMNS, 1), noise / 8192.0).double()).solution).T
-            assert known(near, kept).all()
-
-
-def fingerprints_of_axis(dim, i):
-    """The signs (8,) of axis i."""
-    axis = torch.zeros(1, dim, dtype=torch.float64)
-    axis[0, i] = 1
-    return fingerprints(axis)[0].double() / 8192
+    edges = [[x] * COLUMNS for x in (-32768, -32767, -128, -1, 0, 127, 128, 32767)]
+    kept = torch.tensor(edges, dtype=torch.int16)
+    axes = fingerprints(torch.eye(16, dtype=torch.float64)).double()  # (16, 8): the signs, in steps
+    inverse = torch.linalg.pinv(axes)
+    for row in kept.double():
+        for noise in (-TOLERANCE, -1, 0, 1, TOLERANCE):
+            assert known(((row + noise) @ inverse)[None], kept).all()
+            assert not known(((row + noise + 20 * TOLERANCE) @ inverse)[None], kept).any()
 
 
 def test_the_number_that_is_kept_is_bounded():
