@@ -42,12 +42,10 @@ def open_table(path: Path, image_column: str, caption_column: str, split: str) -
     paths: list[str] = []
     captions: list[str] = []
     there: set[str] = set()
-    one = split
     for where, row in rows:
-        for column in row:
-            if _is_split(column, wanted):
-                there.add(one := _split(where, row[column]))
-        if there and one != split:
+        own = {_split(where, row[column]) for column in row if _is_split(column, wanted)}
+        there |= own
+        if own and own != {split}:
             continue
         image, caption = row[image_column], row[caption_column]
         if not isinstance(image, str | None) or not isinstance(caption, str | None):
