@@ -36,6 +36,10 @@ def shard(path, members, **kwargs):
     return path
 
 
+def captions_of(source) -> list[str]:
+    return list(source.captions)
+
+
 def captioned(number, colour):
     """The members of one sample of a shard."""
     return [(f"{number:04d}.jpg", jpeg(colour)), (f"{number:04d}.txt", f"caption {number}".encode())]

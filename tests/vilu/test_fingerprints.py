@@ -82,8 +82,8 @@ def test_files_shards_tables_and_embeddings_are_the_same_samples(tmp_path):
         labels=trained.labels.numpy(),
     )
     for name, batch_size, dtype in (("folder", 1, "float32"), ("a.tar", 7, "float32"), ("t.csv", 5, "float16")):
-        data = embed(open_source(str(tmp_path / name)), clip, batch_size=batch_size, dtype=dtype)
-        assert known(data.image.normalised, samples).all(), name
+        again = embed(open_source(str(tmp_path / name)), clip, batch_size=batch_size, dtype=dtype)
+        assert known(again.image.normalised, samples).all(), name
     assert known(load_embeddings(tmp_path / "e.npz").image.normalised, samples).all()
     others = embed(open_source(dataset="digits", split="test"), clip)
     assert not known(others.image.normalised, samples).any()

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.support.files import captioned, folder, jpeg, put, shard
+from tests.support.files import captioned, captions_of, folder, jpeg, put, shard
 from vilu.data import open_source
 from vilu.data.image_files import image_files
 from vilu.data.splits import split_named
@@ -84,8 +84,8 @@ def test_shards_and_rows_of_other_splits_are_left_out(tmp_path):
     for number, name in enumerate(("cc3m-train-0000", "cc3m-validation-0000", "cc3m-train-0001")):
         shard(tmp_path / f"{name}.tar", captioned(number, (9, 9, 9)))
     for data in (tmp_path, tmp_path / "*.tar"):
-        assert list(open_source(str(data)).captions) == ["caption 0", "caption 2"]
-        assert list(open_source(str(data), split="valid").captions) == ["caption 1"]
+        assert captions_of(open_source(str(data))) == ["caption 0", "caption 2"]
+        assert captions_of(open_source(str(data), split="valid")) == ["caption 1"]
         with pytest.raises(UserError, match="has no split 'test', only train, val"):
             open_source(str(data), split="test")
     shard(tmp_path / "more.tar", captioned(7, (9, 9, 9)))
@@ -93,7 +93,7 @@ def test_shards_and_rows_of_other_splits_are_left_out(tmp_path):
         open_source(str(tmp_path))
     table = tmp_path / "t.csv"
     table.write_text("path,caption,Split\na.jpg,a,train\nb.jpg,b,test\n")
-    assert list(open_source(str(table), split="test").captions) == ["b"]
+    assert captions_of(open_source(str(table), split="test")) == ["b"]
     with pytest.raises(UserError, match="has no split 'val', only test, train"):
         open_source(str(table), split="val")
     table.write_text("path,caption,split\na.jpg,a,train\nb.jpg,b,gold\n")
@@ -146,7 +146,7 @@ def test_captions_are_read_as_they_stand(tmp_path, name, text, captions, mark):
     end = "\r" if name == "mac.csv" else "\n"
     header = "path\tcaption" if name.lower().endswith(".tsv") else "path,caption"
     (tmp_path / name).write_bytes(f"{header}{end}{text}".encode(mark))
-    assert list(open_source(str(tmp_path / name)).captions) == captions
+    assert captions_of(open_source(str(tmp_path / name))) == captions
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_parquet_in_capitals(tmp_path):
 
     rows = {"url": ["https://a.org/b.jpg", "c.jpg"], "path": ["b.jpg", "c.jpg"], "caption": ["a", "b"]}
     parquet.write_table(pa.table(rows), tmp_path / "T.PARQUET")
-    assert list(open_source(str(tmp_path / "T.PARQUET")).captions) == ["a", "b"]
+    assert captions_of(open_source(str(tmp_path / "T.PARQUET"))) == ["a", "b"]
     with pytest.raises(UserError, match=r"row 1: .* is a URL"):
         open_source(str(tmp_path / "T.PARQUET"), image_column="url")
 
@@ -241,7 +241,7 @@ def test_a_key_that_is_there_twice_is_paired_with_nothing(tmp_path, kind):
     twice = [("x.jpg", jpeg((250, 0, 0))), ("x.txt", b"red"), (f"x{kind}", jpeg() if kind == ".jpg" else b"blue")]
     path = shard(tmp_path / "a.tar", [*GOOD, *twice])
     source = open_source(str(path))
-    assert list(source.captions) == [f"caption {i}" for i in range(20)]
+    assert captions_of(source) == [f"caption {i}" for i in range(20)]
     assert {line.partition("its key")[2] for line in source.skipped} == {
         f" 'x' has 2 {kind} members, so its text is not known"
     }
@@ -256,7 +256,7 @@ def test_texts_of_shards(tmp_path):
         ("lone.txt", b"no image"), ("__index__.txt", b"not a sample"), ("._bom.jpg", b"Apple's"),
     ]  # fmt: skip
     source = open_source(str(shard(tmp_path / "a.tar", [*GOOD, *more])))
-    assert source.captions[-1] == "a star"
+    assert captions_of(source)[-1] == "a star"
     assert [line.partition(".tar: ")[2] for line in source.skipped] == [
         "latin.jpg: its text is not UTF-8, or longer than 1048576 bytes",
         "lone: has a text, but no image",

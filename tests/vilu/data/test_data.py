@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.support.files import captioned, folder, jpeg, put, shard
+from tests.support.files import captioned, captions_of, folder, jpeg, put, shard
 from vilu.data import augment, batches, check_same_classes, open_source
 from vilu.data.cifar import _load
 from vilu.data.coop import SPLIT_FILES
@@ -27,10 +27,6 @@ from vilu.errors import UserError
 from vilu.preprocess.image import ImageError
 
 SMALL = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def captions_of(source):
-    return list(source.captions)
 
 
 def colour_of(source, i):

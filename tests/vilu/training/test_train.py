@@ -364,6 +364,8 @@ def test_the_command_writes_best_and_last_and_says_what_the_head_is_worth(prepar
     assert best.class_set.names[0] == "class 0"
     assert best.meta["recipe"]["name"] == "default"
     assert best.meta["samples"] == 400
+    assert best.samples is not None
+    assert last.samples is not None
     assert known(F.normalize(torch.as_tensor(world(400)[0]), dim=1), best.samples).all()
     assert torch.equal(best.samples, last.samples)
     assert best.head.config() == last.head.config()
