@@ -93,6 +93,8 @@ def test_the_ways_to_ask(front, photos):
         ("/ask?colour=red", b"x", {}, 400, "there is no parameter 'colour'"),
         ("/ask?details=perhaps", b"x", {}, 400, "details: must be true or false"),
         ("/ask?labels=a&class_set=b", b"x", {}, 400, "labels, or one class_set"),
+        ("/ask?labels=a", b"x", {}, 400, "labels: needs at least two labels, found only 'a'"),
+        ("/ask?labels=A&labels=a", b"x", {}, 400, "is the same to CLIP's tokenizer as label 1"),
         ("/ask?class_set=absent", None, {}, 400, "absent"),
         ("/ask", b"{}", {"content-type": "application/json"}, 400, "`image`"),
         ("/ask", b'{"image": "&"}', {"content-type": "application/json"}, 400, "base64"),
