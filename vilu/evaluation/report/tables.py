@@ -57,7 +57,6 @@ def _json_result(result: Result) -> dict[str, object]:
         "failures": result.failures,
         "accuracy": result.accuracy,
         "note": result.note or None,
-        "known": result.known,
         "methods": {
             row.method: {
                 "reason": row.reason or None,
