@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.helpers import ROOT
+
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")
 kubernetes_validate = pytest.importorskip("kubernetes_validate.utils")
 yaml = pytest.importorskip("yaml")
 
-ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "vilu"
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = [version for version in kubernetes_validate.all_versions() if tuple(map(int, version.split("."))) >= (1, 28)]
