@@ -2,7 +2,7 @@
 # docker run --rm --gpus 1 --read-only --tmpfs /tmp --shm-size 2g --cap-drop ALL -p 127.0.0.1:8001:8001 \
 #   -v $PWD/serving/model_repository:/models:ro vilu-gpu:0.1.0
 # TRITON is the release of NVIDIA's container. gpu.txt is for its Python, 3.12.
-ARG TRITON=25.08
+ARG TRITON=26.09
 FROM python:3.12-slim-bookworm AS build
 COPY deploy/docker/build.txt /locked/
 RUN python -m venv /opt/build \

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ class Replica:
     grpc: int
     metrics: int
     log: Path
+    said: int  # characters of the log that were there before
 
 
 def until(holds, what="it", seconds=60.0):
@@ -47,16 +49,18 @@ def start(words, log, *, ports=None, env=None, **options: Any):
     http, grpc, metrics = ports or (free_port() for _ in range(3))
     given = [*words, "--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     with Path(log).open("ab") as output:
+        said = len(Path(log).read_text())
         process = subprocess.Popen(given, env=env, stdout=output, stderr=output, **options)
-    return Replica(process, http, grpc, metrics, Path(log))
+    return Replica(process, http, grpc, metrics, Path(log), said)
 
 
 def ready(replica, seconds=90.0):
-    """Wait until it is ready."""
+    """Wait until it says that it serves, which it does after its first answer."""
 
     def holds():
-        assert replica.process.poll() is None, replica.log.read_text()[-3000:]
-        return answers(f"http://127.0.0.1:{replica.metrics}/readyz")
+        text = replica.log.read_text()[replica.said :]
+        assert replica.process.poll() is None, text[-3000:]
+        return re.search(rf"^serving .*127\.0\.0\.1:{replica.http}\b", text, re.MULTILINE) is not None
 
     until(holds, "vilu serve", seconds)
 

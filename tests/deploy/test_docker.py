@@ -1,5 +1,6 @@
 """The Dockerfiles: linted, their locked packages, and the CPU file's RUN lines without Docker."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from urllib.request import Request
 
 import pytest
@@ -93,9 +95,20 @@ def inside(root, line):
     return re.sub(r"(?<![\w.])/(opt/vilu|opt/build|locked|src|wheels)\b", rf"{root}/\1", line)
 
 
+def unprivileged():
+    """A Python 3.11 that the image's user may run, and how to become that user; root's own where there is none."""
+    if os.getuid() == 0:
+        user: dict[str, Any] = {"user": 1000, "group": 1000, "extra_groups": []}
+        for python in (sys.executable, "/usr/bin/python3.11"):
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                subprocess.run([python, "-c", "import venv"], check=True, cwd="/", capture_output=True, **user)
+                return python, user
+    return sys.executable, {}
+
+
 def commands(root):
     """Copy and run the steps of the CPU file's build stage in `root`, as far as that goes without Docker."""
-    stage = []
+    stage: list[str] = []
     for instruction, rest in steps(DOCKER / "cpu.Dockerfile"):
         if instruction == "FROM" and stage:
             return
@@ -111,7 +124,9 @@ def commands(root):
                     folder.mkdir(exist_ok=True)
                     shutil.copy(source, folder)
         elif instruction == "RUN":
-            line = inside(root, rest).replace("python -m venv", f"{shlex.quote(sys.executable)} -m venv")
+            line = inside(root, rest)
+            line = line.replace("python -m venv --without-pip", f"{unprivileged()[0]} -m venv --without-pip")
+            line = line.replace("python -m venv", f"{shlex.quote(sys.executable)} -m venv", 1)
             subprocess.run(["sh", "-ec", line], check=True, timeout=600)
 
 
@@ -151,7 +166,7 @@ def test_the_images_command_serves_without_rights(image, repository):
     assert command[:4] == ["vilu", "serve", "--host", "0.0.0.0"]
     words = [str(served) if word == "/models" else word for word in command[4:]]
     env = {"PATH": f"{image}/opt/vilu/bin:/usr/bin:/bin", "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
-    user = {"user": 1000, "group": 1000, "extra_groups": []} if os.getuid() == 0 else {}
+    _, user = unprivileged()
     log = image / "log"
     log.touch()
     before = files(image)
