@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from click import Context
 
 from tests.deploy.helpers import ROOT
+from vilu.cli import group
 
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")
 kubernetes_validate = pytest.importorskip("kubernetes_validate.utils")
@@ -125,9 +127,7 @@ def test_volumes_ports_and_selectors_fit(objects):
 
 
 def test_options_are_those_of_vilu_serve(objects):
-    from vilu.cli import group
-
-    known = {name for parameter in group.get_command(None, "serve").params for name in parameter.opts}
+    known = {name for parameter in group.get_command(Context(group), "serve").params for name in parameter.opts}
     words = container(objects)["args"]
     own = words[: words.index("--")] if "--" in words else words
     assert {word.partition("=")[0] for word in own} <= known
