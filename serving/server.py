@@ -246,6 +246,14 @@ class Server:
                 probe(self.grpc_url, timeout=timeout, token=self.access.token)
         return True
 
+    def version(self) -> str:
+        """Return its version, or "" where it does not say."""
+        try:
+            with open_directly(f"{self.http_url}/v2", timeout=PROBE_TIMEOUT) as reply:
+                return str(json.load(reply)["version"])
+        except (OSError, ValueError, KeyError):
+            return ""
+
     def inferences(self) -> int:
         """How many images all models together have answered; 0 where the server does not say."""
         try:

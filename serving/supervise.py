@@ -11,6 +11,7 @@ from collections import deque
 from vilu.errors import UserError
 from vilu.serving.answers import DeadlineExceeded, ServerUnavailable
 from vilu.serving.server import PROBE_TIMEOUT, Server
+from vilu.serving.tritonserver import describe_version
 
 PROBE_SECONDS = 3.0  # of a supervised server: a stop of its answers is seen within 10 s
 RESTARTS, RESTART_SECONDS = 5, 60
@@ -109,6 +110,8 @@ class _Waiter(threading.Thread):
             if self.server.process is not self.process:
                 return  # it was restarted meanwhile, and has another to wait for it
             self.answered = True
+            if version := self.server.version():
+                print(describe_version(version, guarded=False), file=sys.stderr, flush=True)
             print(
                 f"serving {self.server.repository}: gRPC {self.server.grpc_url}, HTTP {self.server.http_url}",
                 file=sys.stderr,

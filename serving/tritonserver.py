@@ -152,6 +152,32 @@ def check_flags(server: Tritonserver, given: Sequence[str], own: Sequence[str] =
             raise UserError(f"neither `vilu serve` nor tritonserver has an option {option}{hint}")
 
 
+# (the first release without the fault, what happens before it): tritonserver issues 7368 and 8034, and its own tests.
+KNOWN_FAULTS = (
+    ((2, 57), "clients that cancel while a queue is full can end it"),
+    ((2, 60), "a request for strings as classes ends it"),
+)
+
+
+def describe_version(version: str, *, guarded: bool) -> str:
+    """Return a line about a tritonserver's version and the faults that it is known for.
+
+    Args:
+        guarded: whether the front door stands before it, which lets neither through.
+
+    Example:
+        >>> describe_version("2.73.0", guarded=True)
+        'tritonserver 2.73.0'
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    have = (int(found[1]), int(found[2])) if found else None
+    faults = [f"before {a}.{b} {fault}" for (a, b), fault in KNOWN_FAULTS if have is not None and have < (a, b)]
+    if not faults:
+        return f"tritonserver {version}"
+    end = "the front door prevents that" if guarded else "leave out --direct to prevent that"
+    return f"tritonserver {version}: {', '.join(faults)}; {end}"
+
+
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9_./+-]+")  # tritonserver starts a stub by `sh -c`, with its paths unquoted
 
 

@@ -35,6 +35,7 @@ from vilu.serving.door.upstream import Upstream, Upstreams
 from vilu.serving.server import Server
 from vilu.serving.supervise import RESTART_SECONDS, RESTARTS
 from vilu.serving.tokens import CONTROL, GRPC_PREFIX, TOKEN
+from vilu.serving.tritonserver import describe_version
 
 SILENT_SECONDS = 3.0  # without a server that is well, before it is started again
 RELOAD_SECONDS = 2.0  # between looks at the files of tokens and certificates
@@ -353,6 +354,8 @@ async def _serve(door: Door, stop: asyncio.Event, word: str) -> int:
         places = [f"gRPC {'grpcs://' if tls else ''}{ports.grpc}" if ports.grpc else ""]
         places += [f"HTTP http{'s' if tls else ''}://{ports.http}" if ports.http else ""]
         places += [f"metrics http://{ports.metrics}/metrics" if ports.metrics else ""]
+        if door.server is not None and (version := await asyncio.to_thread(door.server.version)):
+            print(describe_version(version, guarded=True), file=sys.stderr, flush=True)
         print(f"{word} {behind}: {', '.join(filter(None, places))}", file=sys.stderr, flush=True)
         assert door.ended is not None
         waited: set[asyncio.Future[Any]] = {stopped, door.ended}

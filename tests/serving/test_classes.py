@@ -289,7 +289,7 @@ def test_answers_are_counted_by_class_set(steered, photos):
             return sum(value for row, value in found.items() if all(part in row for part in parts))
 
         return {
-            "errors": total("vilu_decode_errors"),
+            "errors": total("vilu_decode_errors_total"),
             "strangers": total("nobody"),
             **{
                 (name, key): total(f"vilu_{name}{{", f'class_set="{key}"')

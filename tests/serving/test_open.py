@@ -178,10 +178,10 @@ def test_new_labels_hold_up_no_closed_question(server, photos):
     with Client(server.grpc_url, timeout=60) as client:
         asked = [[f"new to the server {i} {j}" for j in range(1000)] for i in range(2)]
         waiting = [threading.Thread(target=client.ask, args=(photos[:1], labels)) for labels in asked]
-        before = metrics(server)["vilu_text_cache_misses"]
+        before = metrics(server)["vilu_text_cache_misses_total"]
         for thread in waiting:
             thread.start()
-        while metrics(server)["vilu_text_cache_misses"] == before:
+        while metrics(server)["vilu_text_cache_misses_total"] == before:
             time.sleep(0.01)
         assert all(answer.error is None for answer in client.ask(photos[:1], details=True))
         assert any(thread.is_alive() for thread in waiting)
@@ -203,7 +203,7 @@ def test_a_label_is_read_by_the_text_tower_once(server, photos):
         between = metrics(server)
         second = client.ask(photos[:1], ["nor this", "never asked before"])
         after = metrics(server)
-    misses, hits = "vilu_text_cache_misses", "vilu_text_cache_hits"
+    misses, hits = "vilu_text_cache_misses_total", "vilu_text_cache_hits_total"
     assert between[misses] - before[misses] == 2
     assert after[misses] == between[misses]
     assert after[hits] - between[hits] == 2

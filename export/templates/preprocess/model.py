@@ -27,7 +27,7 @@ class TritonPythonModel:
         self.errors: Any = None  # counts images that could not be decoded; None if the server keeps no metrics
         try:
             self.family = pb_utils.MetricFamily(
-                name="vilu_decode_errors",
+                name="vilu_decode_errors_total",
                 description="Images that could not be decoded",
                 kind=pb_utils.MetricFamily.COUNTER,
             )

@@ -22,9 +22,9 @@ class Metrics:
     def __init__(self, labels: dict[str, str]) -> None:
         self.counters: dict[str, tuple[Any, Any]] = {}
         for name, description in (
-            ("vilu_text_cache_hits", "Prompts whose embedding was kept"),
-            ("vilu_text_cache_misses", "Prompts that the text tower had to read"),
-            ("vilu_open_refused", "Requests with candidates that were refused"),
+            ("vilu_text_cache_hits_total", "Prompts whose embedding was kept"),
+            ("vilu_text_cache_misses_total", "Prompts that the text tower had to read"),
+            ("vilu_open_refused_total", "Requests with candidates that were refused"),
         ):
             try:
                 family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
@@ -57,7 +57,7 @@ class TritonPythonModel(head.Head):
 
     def refused(self, error: Exception) -> None:
         if isinstance(error, RequestError):
-            self.metrics.count("vilu_open_refused", 1)
+            self.metrics.count("vilu_open_refused_total", 1)
 
     def candidates(self, request: Any, images: int, made: dict[Any, Any]) -> list[Any]:
         own = pb_utils.get_input_tensor_by_name(request, "TEXT_EMBEDDINGS")
@@ -108,8 +108,8 @@ class TritonPythonModel(head.Head):
         prompts = [template.replace("{}", name) for name in names for template in self.templates]
         keys = [(self.fingerprint, prompt) for prompt in prompts]
         missing = list(dict.fromkeys(key for key in keys if key not in self.kept))
-        self.metrics.count("vilu_text_cache_misses", len(missing))
-        self.metrics.count("vilu_text_cache_hits", len(keys) - len(missing))
+        self.metrics.count("vilu_text_cache_misses_total", len(missing))
+        self.metrics.count("vilu_text_cache_hits_total", len(keys) - len(missing))
         fresh: dict[tuple[str, str], np.ndarray] = {}
         for start in range(0, len(missing), self.text_batch):
             some = missing[start : start + self.text_batch]
