@@ -105,7 +105,10 @@ def dtype_option(default: str) -> Callable[[Decorated], Decorated]:
 # A command receives these options as `clip_name` and `pretrained`.
 clip_options = all_of(
     click.option(
-        "--clip", "clip_name", help="CLIP to use: an open_clip model name or local-dir:FOLDER.  [default: vilu-tiny]"
+        "--clip",
+        "clip_name",
+        help="CLIP to use: an open_clip model name, local-dir:FOLDER (open_clip's layout) or hf-dir:FOLDER (Hugging "
+        "Face's).  [default: the checkpoint's, or vilu-tiny]",
     ),
     click.option("--pretrained", help="Weights of the CLIP: an open_clip tag, a local file, or 'random'."),
 )
