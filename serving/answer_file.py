@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vilu.errors import UserError
 from vilu.serving.answers import Answer
 
+T = TypeVar("T")
 FORMATS = (".jsonl", ".csv", ".parquet")
 FIELDS = ("source", "label", "class_index", "confidence", "failure_probability", "accept", "error")
 DETAILS = ("class_set", "top", "entropy", "doctor", "concepts")  # only where they were asked for
@@ -34,6 +36,10 @@ class AnswerFile:
 
     def add(self, answer: Answer) -> None:
         """Write one answer."""
+        self.add_row(row(answer, self.columns))
+
+    def add_row(self, cells: dict[str, Any]) -> None:
+        """Write the fields of one answer."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -42,38 +48,99 @@ class AnswerFile:
 
 
 @contextlib.contextmanager
-def open_answer_file(path: Path, columns: Sequence[str] = FIELDS) -> Iterator[AnswerFile]:
+def open_answer_file(
+    path: Path, columns: Sequence[str] = FIELDS, earlier: Sequence[dict[str, Any]] = ()
+) -> Iterator[AnswerFile]:
     """A file to add answers to. It appears under its name when it is whole.
 
-    Where the answers stop with a UserError, those until then stay in NAME.part.SUFFIX beside it, and the error says so.
+    Where the answers stop with a UserError or an interrupt, those until then stay in NAME.part.SUFFIX beside it, and
+    the error says so.
 
     Args:
         path: the name's ending chooses the format, one of FORMATS.
         columns: fields of `Answer` to write.
+        earlier: rows to begin with, as `read_part` returns them.
 
     Raises:
-        UserError: the ending is unknown, or the file cannot be written.
+        UserError: the ending is unknown, the file cannot be written, or the answers were interrupted.
     """
-    kinds: dict[str, Callable[[Sequence[str], Path], AnswerFile]] = {
-        ".jsonl": _Lines,
-        ".csv": _Csv,
-        ".parquet": _Parquet,
-    }
-    kind = kinds.get(path.suffix.lower())
-    if kind is None:
-        raise UserError(f"{path}: the name must end in {', '.join(FORMATS)}")
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    kind = _kind(path, {".jsonl": _Lines, ".csv": _Csv, ".parquet": _Parquet})
+    part = _part(path)
     try:
         file = kind(columns, part)
         try:
+            for cells in earlier:
+                file.add_row(cells)
             yield file
-        except UserError as error:
+        except (UserError, KeyboardInterrupt) as error:
             file.close()
-            raise UserError(f"{error}; the answers until then are in {part}") from None
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else error
+            kept = f"{why}; the answers until then are in {part}, and --resume goes on from there"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from None
+            raise UserError(kept) from None
         file.close()
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def read_part(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Read the answers that an interrupted run left beside `path`, or those in `path` where it ended.
+
+    Returns:
+        Rows as the file has them. Empty where there is no file.
+
+    Raises:
+        UserError: the file cannot be read, or holds other columns.
+    """
+    read = _kind(path, {".jsonl": _read_lines, ".csv": _read_csv, ".parquet": _read_parquet})
+    found = next((file for file in (_part(path), path) if file.exists()), None)
+    if found is None:
+        return []
+    try:
+        names, rows = read(found)
+    except (OSError, ValueError, csv.Error) as error:
+        reason = str(error).splitlines()[:1] or [type(error).__name__]
+        raise UserError(f"{found}: cannot be read to go on with ({reason[0]}); move it away to begin again") from None
+    if names and names != set(columns):
+        raise UserError(f"{found}: holds {', '.join(sorted(names))}, not {', '.join(sorted(columns))}")
+    return rows
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.part{path.suffix}")
+
+
+def _kind(path: Path, kinds: dict[str, T]) -> T:
+    try:
+        return kinds[path.suffix.lower()]
+    except KeyError:
+        raise UserError(f"{path}: the name must end in {', '.join(FORMATS)}") from None
+
+
+def _read_lines(path: Path) -> tuple[set[str], list[dict[str, Any]]]:
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a kill may have cut the last line
+    if not all(isinstance(cells, dict) and isinstance(cells.get("source"), str) for cells in rows):
+        raise ValueError("not rows of answers")
+    whole = [cells for cells in rows if "label" in cells]  # a row with an error has no other field
+    return set(whole[0]) if whole else set(), rows
+
+
+def _read_csv(path: Path) -> tuple[set[str], list[dict[str, Any]]]:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        text = file.read()
+    table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    rows = [{name: value or None for name, value in cells.items()} for cells in table]
+    return set(table.fieldnames or ()), rows
+
+
+def _read_parquet(path: Path) -> tuple[set[str], list[dict[str, Any]]]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    return set(table.column_names), table.to_pylist()
 
 
 class _Lines(AnswerFile):
@@ -81,8 +148,8 @@ class _Lines(AnswerFile):
         super().__init__(columns)
         self.file = path.open("w", encoding="utf-8", errors="surrogateescape")
 
-    def add(self, answer: Answer) -> None:
-        self.file.write(json.dumps(row(answer, self.columns)) + "\n")
+    def add_row(self, cells: dict[str, Any]) -> None:
+        self.file.write(json.dumps(cells) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -95,9 +162,8 @@ class _Csv(AnswerFile):
         self.table = csv.DictWriter(self.file, columns)
         self.table.writeheader()
 
-    def add(self, answer: Answer) -> None:
-        cells = row(answer, self.columns).items()
-        self.table.writerow({k: json.dumps(value) if isinstance(value, tuple) else value for k, value in cells})
+    def add_row(self, cells: dict[str, Any]) -> None:
+        self.table.writerow({k: json.dumps(v) if isinstance(v, tuple) else v for k, v in cells.items()})
 
     def close(self) -> None:
         self.file.close()
@@ -124,6 +190,9 @@ class _Parquet(AnswerFile):
         cells = row(answer, self.columns)
         for name in {"top", "concepts"} & cells.keys():
             cells[name] = [{"label": label, "weight": weight} for label, weight in cells[name]]
+        self.add_row(cells)
+
+    def add_row(self, cells: dict[str, Any]) -> None:
         self.rows.append(cells)
         if len(self.rows) == ROWS:
             self._write()

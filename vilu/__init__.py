@@ -4,6 +4,8 @@ Python imports each name's module when the name is first used. So `import vilu` 
 which has no torch, can import its own folder.
 """
 
+import os
+import pwd
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,18 @@ __all__ = [
     "save_checkpoint",
     "train_head",
 ]
+
+
+def _name_the_user() -> None:
+    """Give a user without a name one, as in a container that runs under a number: torch asks for it at import."""
+    if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            os.environ["LOGNAME"] = str(os.getuid())
+
+
+_name_the_user()
 
 
 def __getattr__(name: str) -> Any:

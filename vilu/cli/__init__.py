@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
+import os
 import sys
 from importlib import import_module
 
@@ -24,6 +28,8 @@ COMMANDS = (
     "versions",
     "web",
 )
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EPIPE)  # what a failed write may say
 
 
 class _Lazy(click.Group):
@@ -50,8 +56,10 @@ def group() -> None:
 
 def run(command: click.Command, name: str) -> None:
     """Run a command and exit. A user's mistake prints one line on stderr and gives exit code 2."""
+    _print_anything()
     try:
         code = command.main(prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         click.echo(f"{name}: {error}", err=True)
         sys.exit(2)
@@ -63,9 +71,37 @@ def run(command: click.Command, name: str) -> None:
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        # click turns an interrupt into Abort, whose cause may say what was kept.
+        kept = str(error.__cause__ or error.__context__ or error)
+        if kept:
+            click.echo(f"{name}: {kept}", err=True)
         sys.exit(130)
+    except OSError as error:
+        if error.filename is not None or error.errno not in FULL:
+            raise
+        # What is left in the buffer cannot be written either, and Python would complain of it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno != errno.EPIPE:  # who closed the pipe knows it
+            click.echo(f"{name}: its output cannot be written ({error.strerror})", err=True)
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_anything() -> None:
+    """Let standard output take every text: "?" where a terminal's encoding lacks a character.
+
+    A file's name that is not UTF-8 keeps its bytes.
+    """
+
+    def encoded(error: UnicodeError) -> tuple[bytes, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        text = error.object[error.start : error.end]
+        return b"".join(bytes([ord(c) & 255]) if "\udc80" <= c <= "\udcff" else b"?" for c in text), error.end
+
+    codecs.register_error("vilu", encoded)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="vilu")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 )
 @click.option("--in-flight", type=click.IntRange(1), default=4, show_default=True, help="Number of requests at a time.")
 @click.option("--output", type=PATH, help="File to write the answers to: .jsonl, .csv or .parquet.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where an earlier run with this --output stopped: ask only what is left.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per image.")
 def ask_command(
     images: tuple[str, ...],
@@ -54,6 +60,7 @@ def ask_command(
     batch_size: int,
     in_flight: int,
     output: Path | None,
+    resume: bool,
     as_json: bool,
     **tls: Any,
 ) -> int:
@@ -65,17 +72,23 @@ def ask_command(
     from standard input, one per line. The exit code is 0 when every image was answered, and 2 when one was not.
     """
     from vilu.serving import Client
-    from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, row
+    from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, read_part, row
     from vilu.serving.tokens import token_from
 
     if output is not None and as_json:
         raise UserError("--json and --output: give one or the other")
+    if resume and output is None:
+        raise UserError("--resume needs the --output to go on with")
     if labels and class_set is not None:
         raise UserError("--label and --class-set: give one or the other")
     columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
     names = list(find_images(images))
-    answers: list[Answer] = []  # filled only where answers are printed
-    bad = 0
+    total, answers = len(names), list[Answer]()  # answers are kept only where they are printed
+    earlier = read_part(output, columns) if output is not None and resume else []
+    bad = sum(answer.get("error") is not None for answer in earlier)
+    if earlier:
+        names = _unasked(names, earlier)
+        click.echo(f"{len(earlier)} answers are there, {len(names)} images are left to ask", err=True)
     with (
         Client(
             url,
@@ -87,7 +100,7 @@ def ask_command(
             **tls,
         ) as client,
         progress_bar() as bar,
-        contextlib.nullcontext() if output is None else open_answer_file(output, columns) as file,
+        contextlib.nullcontext() if output is None else open_answer_file(output, columns, earlier) as file,
     ):
         add = answers.append if file is None else file.add
         for done, answer in enumerate(client.stream(names, labels or None, class_set=class_set, details=details), 1):
@@ -97,7 +110,7 @@ def ask_command(
                 click.echo(f"{answer.source}: {answer.error}", err=True)
             bar("asking", done, len(names))
     if output is not None:
-        click.echo(f"{output}: {len(names)} images, {bad} without an answer")
+        click.echo(f"{output}: {total} images, {bad} without an answer")
     elif as_json:
         click.echo(json.dumps([row(answer, columns) for answer in answers], indent=2))
     elif len(answers) > bad:
@@ -105,6 +118,18 @@ def ask_command(
 
         print_answers([answer for answer in answers if answer.error is None])
     return 2 if bad else 0
+
+
+def _unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
+    """Return the names without those that have an answer. A name that was given twice is answered twice."""
+    left = Counter(answer["source"] for answer in earlier)
+    rest = []
+    for name in names:
+        if left[name]:
+            left[name] -= 1
+        else:
+            rest.append(name)
+    return rest
 
 
 def find_images(given: Iterable[str]) -> Iterator[str]:
@@ -121,7 +146,7 @@ def find_images(given: Iterable[str]) -> Iterator[str]:
         if name == "-":
             yield from (line for line in sys.stdin.read().removeprefix("\ufeff").splitlines() if line)
         elif os.path.isdir(name):
-            yield from some(name, map(str, sorted(Path(name) / path for path in walk(Path(name)))))
+            yield from some(name, map(str, sorted(Path(name) / path for path in walk(Path(name), links=True))))
         elif not os.path.exists(name) and glob.has_magic(name):
             yield from some(name, sorted(glob.glob(name, recursive=True)))
         else:
