@@ -87,7 +87,8 @@ def markdown(parts: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         f"`make table`: percent, mean ± sd over {seeds} seed{'s' * (seeds > 1)}; success is the positive class. p: "
         "two-sided, that ViLU and the method are equal, from a paired bootstrap over the test images of the mean over "
-        f"seeds ({any_part['resamples']} draws). What stands here is what came out.",
+        f"seeds ({any_part['resamples']} draws). Cross-validation on the train split chooses Rel-U's lambda and T and "
+        "C of the class bias. What stands here is what came out.",
         "",
         *(f"- {line}" for line in findings(parts)),
     ]

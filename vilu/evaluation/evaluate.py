@@ -26,7 +26,7 @@ from vilu.scores import SCORES, Score
 
 CANDIDATES = (128, 256, 512, 1024, 2048, 4096, 8192)
 PUBLISHED_CANDIDATES = 1024  # of the published caption tables: the K nearest to it is the headline
-CLASS_BOUND = ("Rel-U",)  # what they learn belongs to the classes they were fitted on
+CLASS_BOUND = ("Rel-U", "TrustVLM", "class bias")  # what they learn belongs to the classes they were fitted on
 Progress = Callable[[str, int, int], None]
 
 

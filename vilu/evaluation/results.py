@@ -13,7 +13,7 @@ from vilu.evaluation.metrics import Bools, Floats
 from vilu.head import ViLUHead
 
 # Methods whose confidence is a probability that the answer is right, so that ECE and Brier mean something.
-PROBABILITIES = ("MCM", "LVU-BCE", "LVU-MSE", "ConfidNet", "BayesVLM", "ViLU")
+PROBABILITIES = ("MCM", "class bias", "LVU-BCE", "LVU-MSE", "ConfidNet", "BayesVLM", "ViLU")
 OURS = "ViLU"
 COMPARED = ("auc", "fpr95")  # the metrics in which ViLU is compared with every other method
 SIGNIFICANCE = 0.05

@@ -21,6 +21,7 @@ from vilu.scores.bayes import BayesVLM
 from vilu.scores.closed_form import MCM, Doctor, Entropy, RelU
 from vilu.scores.learned import LVU, ConfidNet, ViLU
 from vilu.scores.network import Training
+from vilu.scores.per_class import ClassBias, TrustVLM
 from vilu.scores.probvlm import ProbVLM
 
 SCORES: dict[str, Callable[..., Score]] = {
@@ -28,6 +29,8 @@ SCORES: dict[str, Callable[..., Score]] = {
     "Entropy": Entropy,
     "Doctor": Doctor,
     "Rel-U": RelU,
+    "TrustVLM": TrustVLM,
+    "class bias": ClassBias,
     "LVU-BCE": lambda **options: LVU("bce", **options),
     "LVU-MSE": lambda **options: LVU("mse", **options),
     "ConfidNet": ConfidNet,
@@ -41,6 +44,7 @@ __all__ = [
     "MCM",
     "SCORES",
     "BayesVLM",
+    "ClassBias",
     "ConfidNet",
     "Doctor",
     "Embeddings",
@@ -49,5 +53,6 @@ __all__ = [
     "RelU",
     "Score",
     "Training",
+    "TrustVLM",
     "ViLU",
 ]

@@ -109,7 +109,7 @@ def test_every_method_side_by_side():
     assert evaluation.mean is None
     assert not evaluation.sweeps
     stated = {one.method for one in result.rows if "ece" in one.cells}
-    assert stated == {"MCM", "LVU-BCE", "LVU-MSE", "ConfidNet", "BayesVLM", "ViLU"}
+    assert stated == {"MCM", "class bias", "LVU-BCE", "LVU-MSE", "ConfidNet", "BayesVLM", "ViLU"}
     right = correct(test)
     assert (result.samples, result.failures, result.accuracy) == (80, int((~right).sum()), right.mean())
     mcm = MCM().confidence(test.image, test.text, 100.0).double().numpy()

@@ -10,9 +10,22 @@ from scipy import stats
 from vilu import ViLUHead
 from vilu.errors import UserError
 from vilu.evaluation import metrics
-from vilu.scores import LVU, SCORES, BayesVLM, ConfidNet, Embeddings, ProbVLM, RelU, Training, ViLU
+from vilu.scores import (
+    LVU,
+    SCORES,
+    BayesVLM,
+    ClassBias,
+    ConfidNet,
+    Embeddings,
+    ProbVLM,
+    RelU,
+    Training,
+    TrustVLM,
+    ViLU,
+)
 from vilu.scores.bayes import best_prior_precision, gauss_newton
 from vilu.scores.network import Batch
+from vilu.scores.per_class import choose_penalty, stratified_folds
 from vilu.scores.probvlm import generalised_gaussian_nll
 
 # Absolute error on scores of order 1. float16 inputs are read exactly, so both compute in float32.
@@ -29,6 +42,10 @@ def world(count=60, classes=5, dim=16, noise=0.3, dtype=torch.float32, seed=0):
     labels = torch.randint(classes, (count,), generator=generator)
     image = text[labels] + noise * torch.randn(count, dim, generator=generator)
     return torch.nn.functional.normalize(image, dim=1).to(dtype), labels, text.to(dtype)
+
+
+def with_noise():
+    return world(noise=0.6)
 
 
 def towers(count=60, classes=5, dim=12, widths=(20, 16), seed=0, noise=0.5):
@@ -128,14 +145,14 @@ def test_rel_u(lam, classes, dtype):
     image, labels, text = world(80, classes, noise=0.6, dtype=dtype)
     matrix = slow_rel_u(image, labels, text, 20.0, lam)
     expected = [-(p @ matrix @ p) for p in slow_probabilities(image, text, 20.0)]
-    answer = RelU(lam).fit(image, labels, text, 20.0).confidence(image, text, 20.0)
+    answer = RelU(lam, 1.0).fit(image, labels, text, 20.0).confidence(image, text, 20.0)
     assert np.allclose(f64(answer), expected, atol=TOLERANCE[dtype])
     assert torch.isfinite(answer).all()
 
 
 def test_rel_u_reads_the_last_of_an_odd_number_of_classes():
     image, labels, text = world(200, 5, noise=0.6)
-    matrix = RelU(0.9).fit(image, labels, text, 20.0).matrix
+    matrix = RelU(0.9, 1.0).fit(image, labels, text, 20.0).matrix
     assert matrix.shape == (5, 5)
     assert matrix[4].any()
 
@@ -143,9 +160,103 @@ def test_rel_u_reads_the_last_of_an_odd_number_of_classes():
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
 def test_rel_u_temperature_divides_the_scale(temperature):
     image, labels, text = world(noise=0.6)
-    warm = RelU(temperature=temperature).fit(image, labels, text, 20.0).confidence(image, text, 20.0)
-    plain = RelU().fit(image, labels, text, 20.0 / temperature).confidence(image, text, 20.0 / temperature)
+    warm = RelU(0.5, temperature).fit(image, labels, text, 20.0).confidence(image, text, 20.0)
+    plain = RelU(0.5, 1.0).fit(image, labels, text, 20.0 / temperature).confidence(image, text, 20.0 / temperature)
     assert torch.allclose(warm, plain)
+
+
+def test_rel_u_is_cross_validated(monkeypatch):
+    """λ and T are those of the highest mean AUC over folds, with each fold's matrix from the other folds."""
+    lams, temperatures = (0.1, 0.5, 0.9), (1.0, 4.0)
+    monkeypatch.setattr("vilu.scores.closed_form.LAMBDAS", lams)
+    monkeypatch.setattr("vilu.scores.closed_form.TEMPERATURES", temperatures)
+    image, labels, text = world(150, 4, noise=0.9, seed=3)
+    wrong = (image @ text.T).argmax(dim=1) != labels
+    place = stratified_folds(wrong, 5, 0)
+    assert all(wrong[place == fold].any() and not wrong[place == fold].all() for fold in range(5))
+    auc = {}
+    for lam in lams:
+        for temperature in temperatures:
+            parts = []
+            for fold in range(5):
+                rest, held = place != fold, place == fold
+                matrix = slow_rel_u(image[rest], labels[rest], text, 20.0 / temperature, lam)
+                confidence = [-(p @ matrix @ p) for p in slow_probabilities(image[held], text, 20.0 / temperature)]
+                parts.append(metrics.auroc(confidence, ~wrong[held].numpy()))
+            auc[lam, temperature] = np.mean(parts)
+    chosen = RelU().fit(image, labels, text, 20.0).chosen
+    assert auc[chosen] == pytest.approx(max(auc.values()))
+    assert min(auc.values()) < max(auc.values()) - 0.01
+    assert RelU(temperature=2.0).fit(image, labels, text, 20.0).chosen[1] == 2
+
+
+def with_hard_classes(count=400):
+    """Two of six classes are nearly always answered wrong, at the same MCM as the others."""
+    image, _, text = world(count, 6, noise=0.5)
+    predicted = (image @ text.T).argmax(dim=1)
+    draws = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    return image, torch.where((predicted < 2) & (draws < 0.8), (predicted + 1) % 6, predicted), text
+
+
+@pytest.mark.parametrize("inverse_c", [0.3, 10.0])
+def test_class_bias_is_the_logistic_regression(inverse_c):
+    """scikit-learn on the log-odds, so large that their weight is not shrunk, and a column per class."""
+    from sklearn.linear_model import LogisticRegression
+
+    image, labels, text = with_hard_classes()
+    p = np.array(slow_probabilities(image, text, 20.0))
+    predicted, top = p.argmax(axis=1), p.max(axis=1)
+    odds, large = np.log((1 - top) / top), 1e3
+    x = np.concatenate([large * odds[:, None], np.eye(6)[predicted]], axis=1)
+    other = LogisticRegression(C=1 / inverse_c, tol=1e-10, max_iter=10_000).fit(x, predicted != labels.numpy())
+    score = ClassBias(inverse_c).fit(image, labels, text, 20.0)
+    logit = -f64(score.confidence(image, text, 20.0).logit())
+    np.testing.assert_allclose(logit, x @ other.coef_[0] + other.intercept_[0], atol=2e-2)
+    assert score.chosen == inverse_c
+
+
+def test_class_bias_chooses_c_by_cross_validation():
+    image, labels, text = with_hard_classes(1400)
+    score = ClassBias().fit(image[:400], labels[:400], text, 20.0)
+    assert 0 < score.chosen < math.inf
+    fresh = image[400:]
+    right = ((fresh @ text.T).argmax(dim=1) == labels[400:]).numpy()
+    with_bias = metrics.auroc(score.confidence(fresh, text, 20.0).numpy(), right)
+    mcm = metrics.auroc(SCORES["MCM"]().confidence(fresh, text, 20.0).numpy(), right)
+    assert with_bias > mcm + 0.05
+    # Mistakes that have nothing to do with the class: nearly no class weights, and so nearly MCM's ranking.
+    odds = torch.linspace(-3, 3, 2000, dtype=torch.float64)
+    wrong = (torch.sigmoid(odds) > torch.rand(2000, generator=torch.Generator().manual_seed(0))).double()
+    assert choose_penalty(odds, torch.arange(2000) % 40, wrong, 40, 0) >= 100
+
+
+def test_class_bias_refuses():
+    image, labels, text = world()
+    with pytest.raises(UserError, match="captions cannot fit it"):
+        ClassBias().fit(image, None, text[labels])
+    with pytest.raises(UserError, match="fitted on 5 classes, got 4"):
+        ClassBias().fit(*with_noise()).confidence(image, text[:4])
+    predicted = (image @ text.T).argmax(dim=1)
+    for side, given in (("right", predicted), ("wrong", (predicted + 1) % 5)):
+        with pytest.raises(UserError, match=f"CLIP is {side} on all 60"):
+            ClassBias().fit(image, given, text)
+
+
+def test_trustvlm():
+    image, labels, text = with_noise()
+    labels = torch.where(labels == 3, 2, labels)  # class 3 has no image
+    expected = []
+    for v, p in zip(f64(image), slow_probabilities(image, text, 20.0), strict=True):
+        members = f64(image)[labels.numpy() == p.argmax()] if p.argmax() != 3 else f64(image)
+        prototype = members.mean(axis=0)
+        expected.append(p.max() + 0.7 * float(v @ prototype) / np.linalg.norm(prototype))
+    assert {int(p.argmax()) for p in slow_probabilities(image, text, 20.0)} >= {2, 3}
+    answer = TrustVLM(0.7).fit(image, labels, text, 20.0).confidence(image, text, 20.0)
+    np.testing.assert_allclose(f64(answer), expected, atol=1e-5)
+    with pytest.raises(UserError, match="captions cannot fit it"):
+        TrustVLM().fit(image, None, text[labels])
+    with pytest.raises(UserError, match="fitted on 5 classes, got 4"):
+        TrustVLM().fit(image, labels, text).confidence(image, text[:4])
 
 
 def test_rel_u_one_sided():
@@ -551,6 +662,8 @@ def test_bad_options():
     for build in (
         lambda: RelU(lam=1.5),
         lambda: RelU(temperature=0),
+        lambda: ClassBias(inverse_c=0),
+        lambda: TrustVLM(weight=0),
         lambda: LVU("hinge"),
         lambda: ConfidNet(failure_weight=0),
         lambda: ProbVLM(passes=1),

@@ -24,6 +24,8 @@ COLOURS = {
     "Entropy": "#bcbd22",
     "Doctor": "#8c564b",
     "Rel-U": "#17becf",
+    "TrustVLM": "#d62728",
+    "class bias": "#393b79",
     "LVU-BCE": "#2ca02c",
     "LVU-MSE": "#98df8a",
     "ConfidNet": "#9467bd",
