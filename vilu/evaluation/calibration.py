@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 
 # guaranteed_risk chooses from these thresholds: P(failure) at every 1/16 of a logit from −16 to 12, and 1. The
 # guarantee needs them fixed before any data are seen, and also STARTS, the thresholds that begin with a share of the
-# level.
+# half of the level that the start at P = target leaves.
 LOGITS = np.arange(-16, 12 + 1 / 32, 1 / 16)
 GRID = np.append(1 / (1 + np.exp(-LOGITS)), 1.0).astype(np.float32).astype(np.float64)
 STARTS = np.append(np.isin(LOGITS, range(-8, 5)), False)
+MORE = (2, 4, 8, 16)  # outlook looks at so many times the data
 
 
 @dataclass(frozen=True)
 class Threshold:
     """A threshold, the rule that chose it, and its effect on the data it was chosen on.
 
-    rule: "risk", "coverage" or "tpr".
+    rule: "risk", "coverage" or "tpr"; "observed" in an `Outlook`.
     target: the value of the rule that was asked for, a fraction.
     threshold: an answer is accepted where failure_probability < threshold.
     coverage: share of the samples that is accepted.
@@ -78,11 +79,13 @@ def guaranteed_risk(
 
     The method: for each θ of a grid fixed in advance (`GRID`), with n accepted samples and e failures among them, the
     hypothesis "risk(θ) > target_risk" has the exact p-value P(Binomial(n, target_risk) ≤ e). The hypotheses are tested
-    from the lowest θ up by the fallback procedure. Thirteen of them (`STARTS`) begin with an equal share of
-    1 − confidence. A rejected hypothesis hands its whole level to the next one, so the level grows along a run of
-    rejections. The probability of any false rejection stays at most 1 − confidence, however the tests depend on each
-    other. The highest rejected θ is returned, which has the largest coverage. (Geifman and El-Yaniv bound a binary
-    search that depends on the data by Bonferroni over its steps; a fixed grid needs no such argument.)
+    from the lowest θ up by the fallback procedure. The first θ from `target_risk` up begins with half of
+    1 − confidence: with a good P(failure), the answers below it meet the target. Thirteen others (`STARTS`) share the
+    other half, for a P(failure) that is too high or too low. A rejected hypothesis hands its whole level to the next
+    one, so the level grows along a run of rejections. The probability of any false rejection stays at most
+    1 − confidence, however the tests depend on each other. The highest rejected θ is returned, which has the largest
+    coverage. (Geifman and El-Yaniv bound a binary search that depends on the data by Bonferroni over its steps; a fixed
+    grid needs no such argument.)
 
     Args:
         failure_probability: (N,) in [0, 1], on held-out data.
@@ -109,11 +112,10 @@ def guaranteed_risk(
     probability, right = _read(failure_probability, correct)
     for name, value in (("target_risk", target_risk), ("confidence", confidence)):
         _share(name, value)
-    order = np.sort(probability)
-    accepted = np.searchsorted(order, GRID, side="left")
-    failed = np.searchsorted(np.sort(probability[~right]), GRID, side="left")
-    at, level = _highest_rejected(accepted, failed, target_risk, 1 - confidence)
-    if at is None:
+    accepted, failed = _counts(probability, right)
+    place, levels = _rejected(accepted, failed, np.array([target_risk]), 1 - confidence)
+    at, level = int(place[0]), float(levels[0])
+    if at < 0:
         lowest = _lowest_risk(accepted, failed, 1 - confidence)
         possible = (
             f"no risk below 1 can be promised from these {len(right)} samples"
@@ -130,6 +132,43 @@ def guaranteed_risk(
     return _describe(
         "risk", target_risk, float(GRID[at]), probability, right, confidence, float(beta.ppf(1 - level, e + 1, n - e))
     )
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a target risk would bring without the guarantee, and with more data of the same source.
+
+    observed: the threshold with the largest coverage whose risk on these samples is at most the target, rule
+        "observed"; None where there is none. It promises nothing, and on new data its risk is often higher.
+    more: by number of samples, the coverage that the guarantee would reach if that many samples had the same
+        P(failure) and mistakes in the same shares as these; 0 where the target cannot be promised. An estimate.
+    """
+
+    observed: Threshold | None
+    more: dict[int, float]
+
+
+def outlook(
+    failure_probability: ArrayLike, correct: ArrayLike, target_risk: float, confidence: float = 0.95
+) -> Outlook:
+    """What `guaranteed_risk` leaves unsaid; arguments and errors as there, but a target that is not met is no error.
+
+    Example:
+        >>> found = outlook([0.01] * 30 + [0.9] * 10, [True] * 30 + [False] * 10, 0.05)
+        >>> found.observed.coverage, found.more
+        (0.75, {80: 0.0, 160: 0.75, 320: 0.75, 640: 0.75})
+    """
+    probability, right = _read(failure_probability, correct)
+    for name, value in (("target_risk", target_risk), ("confidence", confidence)):
+        _share(name, value)
+    accepted, failed = _counts(probability, right)
+    met = np.flatnonzero((accepted > 0) & (failed <= target_risk * accepted))
+    observed = _describe("observed", target_risk, float(GRID[met[-1]]), probability, right) if len(met) else None
+    more = {}
+    for times in MORE:
+        at = int(_rejected(times * accepted, times * failed, np.array([target_risk]), 1 - confidence)[0][0])
+        more[times * len(right)] = float(accepted[at] / len(right)) if at >= 0 else 0.0
+    return Outlook(observed, more)
 
 
 def for_coverage(failure_probability: ArrayLike, correct: ArrayLike, coverage: float) -> Threshold:
@@ -273,33 +312,59 @@ def _fit_calibration(failure_probability: ArrayLike, correct: ArrayLike, shift: 
     return Calibration(float(found.x[0]), float(found.x[1]))
 
 
-def _highest_rejected(
-    accepted: NDArray[np.int64], failed: NDArray[np.int64], target_risk: float, level: float
-) -> tuple[int | None, float]:
-    """The index of the highest threshold at which the fallback procedure rejects "risk > target", and its level."""
-    from scipy.stats import binom
+def _counts(probability: Floats, right: Bools) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(G,) numbers of accepted samples, and of failures among them, at each threshold of the grid."""
+    accepted, failed = (np.searchsorted(np.sort(p), GRID, side="left") for p in (probability, probability[~right]))
+    return accepted, failed
 
-    p_values = np.where(accepted > 0, binom.cdf(failed, np.maximum(accepted, 1), target_risk), 1.0)
-    shares = level * STARTS / STARTS.sum()
-    highest, highest_level, spent = None, 0.0, 0.0
-    for at, (share, p_value) in enumerate(zip(shares, p_values, strict=True)):
-        here = share + spent
-        spent = here if p_value <= here else 0.0
-        if spent:
-            highest, highest_level = at, here
+
+def _rejected(
+    accepted: NDArray[np.int64], failed: NDArray[np.int64], target_risk: Floats, level: float
+) -> tuple[NDArray[np.int64], Floats]:
+    """The fallback procedure for each target.
+
+    Args:
+        accepted, failed: (G,) numbers of accepted samples, and of failures among them, at each threshold of the grid.
+        target_risk: (M,).
+        level: probability of a false rejection.
+
+    Returns:
+        (M,) the place of the highest threshold at which "risk > target" is rejected, −1 for none, and its level (M,).
+    """
+    from scipy.special import bdtr
+
+    first = np.searchsorted(GRID, target_risk)  # the first threshold from the target up
+    shares = np.tile(level / 2 * STARTS / STARTS.sum(), (len(target_risk), 1))
+    shares[np.arange(len(target_risk)), first] += level / 2
+    # Between two events the counts and the level stay, and so does the decision. Where nothing is accepted, nothing is
+    # rejected.
+    changed = (np.diff(accepted, prepend=0) > 0) | (np.diff(failed, prepend=0) > 0) | (shares > 0).any(axis=0)
+    events = np.flatnonzero(changed & (accepted > 0))
+    highest, highest_level = np.full(len(target_risk), -1), np.zeros(len(target_risk))
+    spent = np.zeros(len(target_risk))
+    for at, last in zip(events, np.append(events[1:], len(GRID)) - 1, strict=True):
+        here = shares[:, at] + spent
+        spent = np.where(bdtr(float(failed[at]), accepted[at], target_risk) <= here, here, 0.0)
+        highest, highest_level = np.where(spent > 0, last, highest), np.where(spent > 0, here, highest_level)
     return highest, highest_level
 
 
 def _lowest_risk(accepted: NDArray[np.int64], failed: NDArray[np.int64], level: float) -> float | None:
-    """The smallest target risk that is met, rounded up to 1e-4; None where not even 0.9999 is."""
-    low, high = 0, 10_000
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _highest_rejected(accepted, failed, middle / 10_000, level)[0] is None:
-            low = middle
-        else:
-            high = middle
-    return None if high == 10_000 else high / 10_000
+    """The smallest target risk that is met, in steps of 1e-4; None where not even 0.9999 is."""
+    from scipy.special import bdtri
+
+    possible = failed < accepted
+    if not possible.any():
+        return None
+    # No target below the least bound at the whole level is met. Above it, each one is tried: the start at P = target
+    # moves with the target, so a higher target can fail where a lower one is met.
+    least = bdtri(failed[possible].astype(float), accepted[possible], level).min()
+    for first in range(max(1, math.floor(1e4 * least)), 10_000, 50):
+        targets = np.arange(first, min(first + 50, 10_000)) / 10_000
+        met = _rejected(accepted, failed, targets, level)[0] >= 0
+        if met.any():
+            return float(targets[met.argmax()])
+    return None
 
 
 def _above(probability: Floats, value: float) -> float | None:

@@ -85,15 +85,17 @@ def test_the_guarantee_is_of_use():
     assert (found.rule, found.target, found.samples, found.failures) == ("risk", 0.1, 5000, (~correct).sum())
 
 
-def slow_guaranteed_risk(probability, correct, target, delta):
+def slow_guaranteed_risk(probability, correct, target, delta, at_target=0.5):
     """The fallback procedure, threshold by threshold, with binomial sums written out."""
     chosen, carried = None, 0.0
     rounded = np.asarray(probability, np.float32)
-    for theta, start in zip(GRID, STARTS, strict=True):
+    shares = (1 - at_target) * STARTS / STARTS.sum()
+    shares[next(i for i, theta in enumerate(GRID) if theta >= target)] += at_target
+    for theta, share in zip(GRID, shares, strict=True):
         accepted = [bool(right) for p, right in zip(rounded, correct, strict=True) if p < theta]
         n, failed = len(accepted), accepted.count(False)
         p_value = sum(math.comb(n, k) * target**k * (1 - target) ** (n - k) for k in range(failed + 1))
-        level = carried + (delta / STARTS.sum() if start else 0)
+        level = carried + delta * share
         carried = level if n and p_value <= level else 0.0
         chosen = theta if carried else chosen
     return chosen
@@ -116,11 +118,33 @@ def test_the_procedure(seed):
 
 def test_the_bound_is_clopper_pearson():
     # All right, so every threshold above P(failure) = 0.001 is rejected. Its logit is −6.9: of the 13 starts, −8
-    # and −7 accept nothing and their share is lost, so the last test has 11/13 of δ. With no failure among n
+    # and −7 accept nothing and their share is lost, so the last test has 1/2 + 11/26 of δ. With no failure among n
     # the upper bound b solves (1 − b)^n = level.
     found = calibration.guaranteed_risk([0.001] * 200, [True] * 200, 0.1, 0.95)
     assert (found.threshold, found.coverage, found.risk, found.tpr) == (1, 1, 0, 1)
-    assert found.bound == pytest.approx(1 - (0.05 * 11 / 13) ** (1 / 200))
+    assert found.bound == pytest.approx(1 - (0.05 * 24 / 26) ** (1 / 200))
+
+
+def test_the_start_at_the_target_is_of_use_with_few_samples():
+    rng = np.random.default_rng(0)
+    found = {0.0: 0.0, 0.5: 0.0}
+    for _ in range(12):
+        probability, correct = draw(rng, lambda z: 1 / (1 + np.exp(-z)), 150)
+        for at_target in found:
+            threshold = slow_guaranteed_risk(probability, correct, 0.1, 0.05, at_target)
+            found[at_target] += 0 if threshold is None else (probability < threshold).mean() / 12
+    assert found[0.5] > 0.1 > 2 * found[0.0]
+
+
+def test_the_outlook():
+    # 30 right answers at 0.01. At half the level the target needs ln 0.025 / ln 0.95 = 71.9 samples without a failure.
+    found = calibration.outlook([0.01] * 30 + [0.9] * 10, [True] * 30 + [False] * 10, 0.05)
+    assert found.more == {80: 0, 160: 0.75, 320: 0.75, 640: 0.75}
+    assert found.observed is not None
+    assert (found.observed.rule, found.observed.coverage, found.observed.risk) == ("observed", 0.75, 0)
+    assert found.observed.bound is None
+    hopeless = calibration.outlook([0.01] * 30, [False] * 30, 0.05)
+    assert (hopeless.observed, set(hopeless.more.values())) == (None, {0.0})
 
 
 def test_a_sample_at_the_threshold_is_not_accepted():
