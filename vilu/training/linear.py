@@ -116,15 +116,7 @@ def _features(columns: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], tu
     phi = torch.cat([block for block, _ in blocks], dim=1)
     mean = phi.mean(dim=0)
     phi = phi - mean
-    if len(phi) < phi.shape[1]:
-        _, singular, axes = torch.linalg.svd(phi, full_matrices=False)
-        energy = singular.square()
-    else:
-        energy, axes = torch.linalg.eigh(phi.T @ phi)
-        energy, axes = energy.flip(0).clamp(min=0), axes.T.flip(0)
-    total = energy.sum().clamp(min=1e-12)
-    kept = min(int((energy.cumsum(0) / total < ENERGY).sum()) + 1, COMPONENTS)
-    axes = axes[:kept]
+    axes = _principal_axes(phi)
 
     def to_weight(beta: Tensor) -> tuple[Tensor, float]:
         per_feature = beta @ axes
@@ -136,6 +128,24 @@ def _features(columns: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], tu
         return torch.cat([out[part] for part in columns]), -float(per_feature @ mean)
 
     return phi @ axes.T, to_weight
+
+
+def _principal_axes(phi: Tensor) -> Tensor:
+    """(R, W) orthonormal rows: the fewest principal axes of phi (N, W) that keep ENERGY, at most COMPONENTS."""
+    from scipy.linalg import eigh
+
+    wide = len(phi) < phi.shape[1]
+    gram = (phi @ phi.T if wide else phi.T @ phi).numpy()
+    size = len(gram)
+    energy, vectors = (
+        torch.from_numpy(part.copy())
+        for part in eigh(gram, subset_by_index=(max(0, size - COMPONENTS), size - 1), check_finite=False)
+    )
+    energy, vectors = energy.flip(0).clamp(min=0), vectors.T.flip(0)
+    total = max(float(gram.trace()), 1e-12)
+    kept = min(int((energy.cumsum(0) / total < ENERGY).sum()) + 1, len(energy))
+    axes = vectors[:kept]
+    return F.normalize(axes @ phi, dim=1) if wide else axes
 
 
 def _choose_penalty(x: Tensor, y: Tensor, w: Tensor, seed: int) -> float:
@@ -163,7 +173,7 @@ def _choose_penalty(x: Tensor, y: Tensor, w: Tensor, seed: int) -> float:
     return PENALTIES[best]
 
 
-def _newton(x: Tensor, y: Tensor, w: Tensor, penalty: float, start: Tensor | None, steps: int = 30) -> Tensor:
+def _newton(x: Tensor, y: Tensor, w: Tensor, penalty: float, start: Tensor | None, steps: int = 60) -> Tensor:
     """Weights (2 + R,) of the penalised logistic regression; a weak pull of the slope to 1 keeps it finite."""
     columns = 2 if math.isinf(penalty) else x.shape[1]
     full, x = x.shape[1], x[:, :columns]
@@ -178,17 +188,26 @@ def _newton(x: Tensor, y: Tensor, w: Tensor, penalty: float, start: Tensor | Non
         return data + 0.5 * (pull * (at - rest).square()).sum()
 
     value = loss(beta)
+    factor, fresh = None, False
     for _ in range(steps):
         p = torch.sigmoid(x @ beta)
         gradient = x.T @ (w * (p - y)) + pull * (beta - rest)
-        curvature = (x * (w * p * (1 - p)).clamp(min=1e-9)[:, None]).T @ x + torch.diag(pull)
-        move = torch.linalg.solve(curvature, gradient)
+        if factor is None:
+            curvature = (x * (w * p * (1 - p)).clamp(min=1e-9)[:, None]).T @ x + torch.diag(pull)
+            factor, fresh = torch.linalg.cholesky(curvature), True
+        move = torch.cholesky_solve(gradient[:, None], factor).squeeze(1)
         size = 1.0
         while size > 1e-4 and (trial := loss(beta - size * move)) > value:
             size /= 2
         if size <= 1e-4:
+            if fresh:
+                break
+            factor = None
+            continue
+        expected = 0.5 * float(gradient @ move)  # the gain of a quadratic loss
+        beta, gain, value = beta - size * move, float(value - trial), trial
+        if max(gain, expected) < 1e-7 * len(x):
             break
-        beta, gain, value = beta - size * move, value - trial, trial
-        if float(gain) < 1e-7 * len(x):
-            break
+        # The curvature is what costs. It serves again as long as it foretells the gain.
+        factor, fresh = (factor, False) if size == 1 and gain > 0.7 * expected else (None, False)
     return F.pad(beta, (0, full - columns))
