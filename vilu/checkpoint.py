@@ -1,9 +1,10 @@
 """Checkpoints: this project's safetensors format, and a safe reader of the authors' `.ckpt` files.
 
-A file of format "vilu", version 1, is a safetensors file. Its tensors are the head's (`head.*`) and the class set's
-text_embeddings, and, where it was trained by this program, the fingerprints of its training samples. Its metadata holds
-one JSON document under the key "vilu", with the head's configuration, the CLIP, the class names, the templates, the
-threshold and meta.
+A file of format "vilu", version 1, is a safetensors file. Its tensors are the head's (`head.*`), the class set's
+text_embeddings and, where there are any, the fingerprints of the training samples and the outlier score's tensors
+(`outlier.*`). Its metadata holds one JSON document under the key "vilu", with the head's configuration, the CLIP, the
+class names, the templates, the threshold and meta, and for an outlier score its number of prototypes, its threshold and
+its refused share.
 
 Pickle can run any code. So the authors' files are read with torch's weights-only reader, which allows only the NumPy
 globals that these files need.
@@ -32,13 +33,26 @@ from vilu.embeddings import EmbeddedSet
 from vilu.errors import UserError
 from vilu.fingerprints import COLUMNS, LIMIT
 from vilu.head import PARTS, ViLUHead
+from vilu.outlier import Outlier
 
 VERSION = 1
 DEFAULT_THRESHOLD = 0.5
 MAX_WIDTH = 1 << 16
+# What the authors' MLP can read, in its order: columns side by side (",") or added up ("+"), by their options concat,
+# use_attention and use_predicted_caption.
+OFFICIAL_INPUTS = (
+    "image",
+    "image,predicted",
+    "image,attended",
+    "image+attended",
+    "image+attended,predicted",
+    "image,attended,predicted",
+)
 MAX_OFFICIAL_BYTES = 1 << 30
 TEXT = "class_set.text_embeddings"
 SAMPLES = "training.fingerprints"
+OUTLIER = "outlier."
+OUTLIER_TENSORS = (f"{OUTLIER}mean", f"{OUTLIER}factor", f"{OUTLIER}prototypes")
 ANOTHER_CLIP = 0.7  # a lower cosine of class embeddings means another CLIP; other prompts alone give a higher one
 
 
@@ -69,6 +83,7 @@ class Checkpoint:
     meta: notes that JSON can hold, such as the data, the recipe and the calibration.
     samples: fingerprints of the training samples, (M, 8) int16, from `vilu.fingerprints.remembered`; None where they
         are not known, as in the authors' files.
+    outlier: score of images that show none of the classes; None where it was not asked for.
     """
 
     head: ViLUHead
@@ -77,6 +92,7 @@ class Checkpoint:
     threshold: float = DEFAULT_THRESHOLD
     meta: Mapping[str, Any] = field(default_factory=dict)
     samples: Tensor | None = None
+    outlier: Outlier | None = None
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
@@ -108,6 +124,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
         header["class_set"] = {
             "names": list(checkpoint.class_set.names),
             "templates": list(checkpoint.class_set.templates),
+        }
+    if checkpoint.outlier is not None:
+        score = checkpoint.outlier
+        tensors |= {name: getattr(score, name.removeprefix(OUTLIER)).float().contiguous() for name in OUTLIER_TENSORS}
+        header["outlier"] = {
+            "prototypes": len(score.prototypes),
+            "threshold": score.threshold,
+            "refused": score.refused,
         }
     _check_finite(path, tensors)
     if checkpoint.samples is not None:
@@ -171,6 +195,7 @@ def load_checkpoint(
     keep_frozen: bool = False,
     n_iter_freeze_proj: int = 1000,
     logit_scale: float = 100.0,
+    inputs: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of this project, or a `.ckpt` file of the authors (github.com/ykrmm/ViLU).
 
@@ -182,6 +207,8 @@ def load_checkpoint(
         n_iter_freeze_proj: number of training steps with frozen projections (1000 in the authors' CIFAR-10 script).
             The projections count only if the file's `iteration_count` is larger.
         logit_scale: scale of the head's attention logits.
+        inputs: what the authors' MLP reads, one of `OFFICIAL_INPUTS`; None: as the widths of the tensors say. Two forms
+            with attention have an MLP 2·dim wide, so such a file needs this option.
 
     Returns:
         A Checkpoint whose head is float32, on the CPU and in evaluation mode.
@@ -205,7 +232,7 @@ def load_checkpoint(
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if magic[:2] == b"PK":
-        return _load_official(path, keep_frozen, n_iter_freeze_proj, logit_scale)
+        return _load_official(path, keep_frozen, n_iter_freeze_proj, logit_scale, inputs)
     return _load_vilu(path)
 
 
@@ -221,6 +248,10 @@ def _load_vilu(path: Path) -> Checkpoint:
             classes = header["class_set"]
             if classes is not None:
                 expected[TEXT] = (len(classes["names"]), head.dim)
+            outlier = header.get("outlier")
+            if outlier is not None:
+                shapes = (head.dim,), (head.dim, head.dim), (outlier["prototypes"], head.dim)
+                expected |= dict(zip(OUTLIER_TENSORS, shapes, strict=True))
             # Shapes are compared in the file's header, before a byte of tensor data is read.
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             samples = found.pop(SAMPLES, None)
@@ -239,17 +270,20 @@ def _load_vilu(path: Path) -> Checkpoint:
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected a float type")
     _check_finite(path, tensors)
-    weights = {n.removeprefix("head."): t.float() for n, t in tensors.items() if n != TEXT}
+    weights = {n.removeprefix("head."): t.float() for n, t in tensors.items() if n.startswith("head.")}
     head.load_state_dict(weights, assign=True)
     head.eval().requires_grad_(False)
-    class_set = None
-    if classes is not None:
-        try:
+    class_set = score = None
+    try:
+        if classes is not None:
             class_set = ClassSet(tuple(classes["names"]), tuple(classes["templates"]), tensors[TEXT].float())
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        if outlier is not None:
+            mean, factor, prototypes = (tensors[name].float() for name in OUTLIER_TENSORS)
+            score = Outlier(mean, factor, prototypes, outlier["threshold"], outlier["refused"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     clip = ClipSpec(**header["clip"]) if header["clip"] is not None else None
-    return Checkpoint(head, clip, class_set, float(header["threshold"]), header["meta"], known)
+    return Checkpoint(head, clip, class_set, float(header["threshold"]), header["meta"], known, score)
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:
@@ -273,7 +307,8 @@ def _header(path: Path, text: str) -> dict[str, Any]:
     check(isinstance(header.get("version"), int), "version")
     if header["version"] != VERSION:
         raise UserError(f"{path}: checkpoint version {header['version']}, this program reads version {VERSION}")
-    check(set(header) == {"version", "head", "clip", "class_set", "threshold", "meta"}, "set of fields")
+    fields = {"version", "head", "clip", "class_set", "threshold", "meta"}
+    check(set(header) - {"outlier"} == fields, "set of fields")
     check(isinstance(header["meta"], dict), "meta")
     check(number(header["threshold"]), "threshold")
     clip, classes = header["clip"], header["class_set"]
@@ -285,6 +320,13 @@ def _header(path: Path, text: str) -> dict[str, Any]:
     if classes is not None:
         check(isinstance(classes, dict) and set(classes) == {"names", "templates"}, "class_set")
         check(strings(classes["names"]) and strings(classes["templates"]), "class_set")
+    outlier = header.get("outlier")
+    if outlier is not None:
+        check(isinstance(outlier, dict) and set(outlier) == {"prototypes", "threshold", "refused"}, "outlier")
+        count = outlier["prototypes"]
+        check(isinstance(count, int) and not isinstance(count, bool) and count > 0, "outlier.prototypes")
+        for name in ("threshold", "refused"):
+            check(outlier[name] is None or number(outlier[name]), f"outlier.{name}")
     return header
 
 
@@ -330,7 +372,9 @@ def _numpy_globals() -> list[Any]:
     ]
 
 
-def _load_official(path: Path, keep_frozen: bool, n_iter_freeze_proj: int, logit_scale: float) -> Checkpoint:
+def _load_official(
+    path: Path, keep_frozen: bool, n_iter_freeze_proj: int, logit_scale: float, inputs: str | None
+) -> Checkpoint:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(item.file_size for item in archive.infolist())
@@ -348,20 +392,59 @@ def _load_official(path: Path, keep_frozen: bool, n_iter_freeze_proj: int, logit
     state = document.get("state_dict") if isinstance(document, dict) else None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{path}: no state_dict of tensors, so not one of the authors' checkpoints")
-    head = _convert_official(path, state, keep_frozen, n_iter_freeze_proj, logit_scale)
+    head = _convert_official(path, state, keep_frozen, n_iter_freeze_proj, logit_scale, inputs)
     meta: dict[str, Any] = {"source": "ykrmm/ViLU", "file": path.name}
     if isinstance(document.get("epoch"), int):
         meta["epoch"] = document["epoch"]
     return Checkpoint(head, meta=meta)
 
 
+def _official_inputs(
+    path: Path, state: dict[str, Tensor], inputs: str | None
+) -> tuple[tuple[tuple[str, ...], ...], int]:
+    """What each block of columns of the authors' MLP reads (parts that it adds up), and the width of a block."""
+    width = state["mlp.0.weight"].shape[1]
+    attention = "in_proj_v.weight" in state
+    if inputs is not None and inputs not in OFFICIAL_INPUTS:
+        raise UserError(f"inputs must be one of {', '.join(OFFICIAL_INPUTS)}, got {inputs!r}")
+    if inputs is None and not attention:
+        inputs = "image"  # their files do not say whether the MLP also reads t_pred; it does not in the released ones
+    if inputs is None:
+        dim = state["in_proj_v.weight"].shape[0]
+        if width == 2 * dim:
+            raise UserError(
+                f"{path}: its MLP reads {width} columns beside a {dim}-wide attention, which has two meanings: give "
+                "inputs='image,attended' (concat=True) or inputs='image+attended,predicted' (concat=False) to "
+                "vilu.load_checkpoint, and save what it returns"
+            )
+        inputs = {dim: "image+attended", 3 * dim: "image,attended,predicted"}.get(width)
+        if inputs is None:
+            raise UserError(
+                f"{path}: tensor mlp.0.weight reads {width} columns, expected {dim}, {2 * dim} or {3 * dim} beside "
+                f"a {dim}-wide in_proj_v"
+            )
+    blocks = tuple(tuple(block.split("+")) for block in inputs.split(","))
+    if ("attended" in inputs) != attention:
+        raise UserError(f"{path}: inputs={inputs!r} does not fit: the file has {'an' if attention else 'no'} attention")
+    dim = width // len(blocks)
+    if dim * len(blocks) != width or (attention and dim != state["in_proj_v.weight"].shape[0]):
+        raise UserError(f"{path}: inputs={inputs!r} does not fit an MLP that reads {width} columns")
+    return blocks, dim
+
+
 def _convert_official(
-    path: Path, state: dict[str, Tensor], keep_frozen: bool, n_iter_freeze_proj: int, logit_scale: float
+    path: Path,
+    state: dict[str, Tensor],
+    keep_frozen: bool,
+    n_iter_freeze_proj: int,
+    logit_scale: float,
+    inputs: str | None,
 ) -> ViLUHead:
     """Convert the authors' state_dict to a ViLUHead that gives the same failure probabilities.
 
     The authors' logit is high for a *correct* answer, so the last layer changes its sign. Their MLP reads the columns
-    in the order [v, z_attn, t_pred], ours reads [v, t_pred, z_attn].
+    in the order [v, z_attn, t_pred], ours reads [v, t_pred, z_attn]. Where theirs reads v + z_attn, ours reads both
+    with the same weights.
     """
     depths = sorted(
         int(n.split(".")[1])
@@ -380,20 +463,8 @@ def _convert_official(
         raise UserError(
             f"{path}: tensor mlp.0.weight has shape {tuple(state['mlp.0.weight'].shape)}, expected a matrix"
         )
-    width = state["mlp.0.weight"].shape[1]
-    parts: tuple[str, ...]
-    if "in_proj_v.weight" in state:
-        dim = state["in_proj_v.weight"].shape[0]
-        by_width = {2 * dim: ("image", "attended"), 3 * dim: PARTS}
-        if width not in by_width:
-            raise UserError(
-                f"{path}: tensor mlp.0.weight reads {width} columns, expected {2 * dim} or {3 * dim} beside "
-                f"a {dim}-wide in_proj_v (the form that adds v and z_attn is not supported)"
-            )
-        parts = by_width[width]
-    else:
-        # Without attention, the authors' files do not say whether the MLP reads t_pred. It does not in released files.
-        dim, parts = width, ("image",)
+    blocks, dim = _official_inputs(path, state, inputs)
+    parts = tuple(part for part in PARTS if any(part in block for block in blocks))
     iterations = state.get("iteration_count")
     if "attended" in parts and (iterations is None or iterations.numel() != 1):
         raise UserError(f"{path}: tensor iteration_count is missing or not one number")
@@ -408,6 +479,7 @@ def _convert_official(
             attention_scale=logit_scale,
         )
         shapes = {name: tuple(t.shape) for name, t in head.state_dict().items() if name.startswith("mlp.")}
+    shapes["mlp.0.weight"] = (hidden[0], dim * len(blocks))
     if "attended" in parts:
         shapes |= {"in_proj_v.weight": (dim, dim), "in_proj_t.weight": (dim, dim)}
     found = {name: tuple(t.shape) for name, t in state.items() if name != "iteration_count"}
@@ -418,9 +490,9 @@ def _convert_official(
     last = f"mlp.{depths[-1]}"
     for name in (f"{last}.weight", f"{last}.bias"):
         weights[name] = -weights[name]
-    if parts == PARTS:
-        image, attended, predicted = weights["mlp.0.weight"].split(dim, dim=1)
-        weights["mlp.0.weight"] = torch.cat([image, predicted, attended], dim=1)
+    columns = weights["mlp.0.weight"].split(dim, dim=1)
+    by_part = {part: column for block, column in zip(blocks, columns, strict=True) for part in block}
+    weights["mlp.0.weight"] = torch.cat([by_part[part] for part in parts], dim=1)
     if head.projection == "shared":
         weights["query.weight"] = state["in_proj_v.weight"].detach().float().clone()
         weights["key.weight"] = state["in_proj_t.weight"].detach().float().clone()

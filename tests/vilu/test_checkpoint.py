@@ -1,5 +1,6 @@
 import json
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from bench.authors import AuthorsHead
 from tests.support.embeddings import unit_rows
 from tests.support.public_data import DATA
 from vilu import Checkpoint, ClassSet, ClipSpec, UserError, ViLUHead, load_checkpoint, save_checkpoint
-from vilu.checkpoint import SAMPLES, TEXT
+from vilu.checkpoint import OFFICIAL_INPUTS, SAMPLES, TEXT
+from vilu.outlier import fit_outlier
 
 
 def make_checkpoint(**head_options):
@@ -43,6 +45,32 @@ def test_a_checkpoint_without_fingerprints_still_loads(tmp_path):
     save_checkpoint(make_checkpoint(), tmp_path / "a.safetensors")
     rewrite(tmp_path / "a.safetensors", lambda tensors, header: tensors.pop(SAMPLES))
     assert load_checkpoint(tmp_path / "a.safetensors").samples is None
+
+
+def test_an_outlier_score_is_kept(tmp_path):
+    path = tmp_path / "a.safetensors"
+    score = fit_outlier(unit_rows(40, 16, 3), torch.arange(40) % 3, unit_rows(3, 16, 1))
+    for before in (score, score.calibrated(unit_rows(60, 16, 4), 0.1)):
+        save_checkpoint(replace(make_checkpoint(), outlier=before), path)
+        after = load_checkpoint(path).outlier
+        assert (after.threshold, after.refused) == (before.threshold, before.refused)
+        assert torch.equal(after.factor, before.factor)
+        assert torch.equal(after.prototypes, before.prototypes)
+        assert torch.equal(after.mean, before.mean)
+    good = path.read_bytes()
+    for change, message in (
+        (lambda t, h: t.pop("outlier.factor"), "outlier.factor is missing"),
+        (lambda t, h: h["outlier"].update(prototypes=4), r"outlier.prototypes has shape \(3, 16\), expected \(4, 16\)"),
+        (lambda t, h: h["outlier"].update(prototypes=0), "bad outlier.prototypes"),
+        (lambda t, h: h["outlier"].update(threshold="x"), "bad outlier.threshold"),
+        (lambda t, h: h["outlier"].update(refused=None), "belong together"),
+        (lambda t, h: h["outlier"].pop("refused"), "bad outlier"),
+        (lambda t, h: h.pop("outlier"), "outlier.factor does not belong"),
+    ):
+        path.write_bytes(good)
+        rewrite(path, change)
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(path)
 
 
 def test_nothing_is_written_over_a_good_file_when_saving_fails(tmp_path):
@@ -185,6 +213,37 @@ def test_official_layout_converts_exactly(tmp_path, iterations, options, project
     expected, other = by_frozen[not project], by_frozen[project]
     np.testing.assert_allclose(head.failure_probability(v, t), expected, rtol=0, atol=1e-6)
     assert (head.failure_probability(v, t) - other).abs().max() > 1e-4  # the case tells the two apart
+
+
+def official_input(inputs, v, t):
+    """What the authors' forward gives its MLP, by the options concat and use_predicted_caption."""
+    similarity = 100 * v @ t.T
+    z = torch.softmax(similarity, dim=1) @ t
+    part = {"image": v, "image+attended": v + z, "attended": z, "predicted": t[similarity.argmax(dim=1)]}
+    return torch.cat([part[block] for block in inputs.split(",")], dim=1)
+
+
+@pytest.mark.parametrize("inputs", OFFICIAL_INPUTS)
+def test_every_form_of_the_official_layout_converts_exactly(tmp_path, inputs):
+    torch.manual_seed(1)
+    width = 16 * len(inputs.split(","))
+    mlp = torch.nn.Sequential(torch.nn.Linear(width, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    state = {f"mlp.{name}": tensor for name, tensor in mlp.state_dict().items()}
+    if "attended" in inputs:
+        state |= {"in_proj_v.weight": torch.eye(16), "in_proj_t.weight": torch.eye(16)}
+    torch.save({"state_dict": state | {"iteration_count": torch.tensor(0)}}, tmp_path / "x.ckpt")
+    v, t = unit_rows(32, 16, 3).float(), unit_rows(9, 16, 4).float()
+    expected = torch.sigmoid(-mlp(official_input(inputs, v, t)).squeeze(1)).detach()
+    head = load_checkpoint(tmp_path / "x.ckpt", inputs=inputs).head
+    np.testing.assert_allclose(head.failure_probability(v, t), expected, rtol=0, atol=1e-6)
+    if "attended" in inputs and width == 32:
+        with pytest.raises(UserError, match="two meanings: give inputs='image,attended'"):
+            load_checkpoint(tmp_path / "x.ckpt")
+    elif inputs != "image,predicted":  # without attention the width alone says nothing: "image" is meant
+        assert torch.equal(load_checkpoint(tmp_path / "x.ckpt").head(v, t), head(v, t))
+    for wrong in ("image,image", "image" if "attended" in inputs else "image+attended"):
+        with pytest.raises(UserError, match="inputs"):
+            load_checkpoint(tmp_path / "x.ckpt", inputs=wrong)
 
 
 def test_official_layout_with_a_wrong_tensor(tmp_path):

@@ -24,6 +24,7 @@ from vilu.errors import UserError
 if TYPE_CHECKING:
     from vilu.checkpoint import ClipSpec
     from vilu.embeddings import EmbeddedSet
+    from vilu.evaluation.calibration import Outlook
 
 
 @click.command("calibrate", cls=Command, extra="train")
@@ -52,6 +53,11 @@ if TYPE_CHECKING:
 )
 @click.option("--target-coverage", type=click.FloatRange(0, 1, True), help="Share of all answers to accept.")
 @click.option("--target-tpr", type=click.FloatRange(0, 1, True), help="Share of the right answers to accept.")
+@click.option(
+    "--refuse-outliers",
+    type=click.FloatRange(0, 1, True, True),
+    help="Share of these images, all inside the class set, that the outlier score may refuse.",
+)
 @click.option(
     "--probability-calibration",
     "probability",
@@ -82,6 +88,7 @@ def calibrate_command(
     confidence: float,
     target_coverage: float | None,
     target_tpr: float | None,
+    refuse_outliers: float | None,
     probability: str,
     output: Path | None,
     dtype: str,
@@ -98,14 +105,27 @@ def calibrate_command(
     import torch
 
     from vilu.checkpoint import check_fits, load_checkpoint, save_checkpoint
-    from vilu.evaluation.calibration import for_coverage, for_tpr, guaranteed_risk, platt, temperature
+    from vilu.evaluation.calibration import (
+        TargetNotMetError,
+        for_coverage,
+        for_tpr,
+        guaranteed_risk,
+        outlook,
+        platt,
+        temperature,
+    )
 
     wanted = [t for t in (target_risk, target_coverage, target_tpr) if t is not None]
-    if len(wanted) > 1 or (not wanted and probability == "none"):
-        raise UserError("give one of --target-risk, --target-coverage and --target-tpr, or --probability-calibration")
+    if len(wanted) > 1 or (not wanted and probability == "none" and refuse_outliers is None):
+        raise UserError(
+            "give one of --target-risk, --target-coverage and --target-tpr, or --probability-calibration or "
+            "--refuse-outliers"
+        )
     checkpoint = load_checkpoint(ckpt)
     if embeddings is not None and (clip_name or pretrained):
         raise UserError("--embeddings takes the place of --clip and --pretrained")
+    if refuse_outliers is not None and checkpoint.outlier is None:
+        raise UserError(f"{ckpt}: has no outlier score; train it with --outlier-score")
     columns = {"image_column": image_column, "caption_column": caption_column}
     named = (clip_name, pretrained)
     held, spec = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype, columns, named)
@@ -122,6 +142,10 @@ def calibrate_command(
         if trained_on and target_risk is not None:
             raise UserError(
                 f"{lines[0]}: no risk can be promised on them; name held-out data, or leave them out (--drop-known)"
+            )
+        if trained_on and refuse_outliers is not None:
+            raise UserError(
+                f"{lines[0]}: they are less unlike the training images than new ones; leave them out (--drop-known)"
             )
         if trained_on:
             lines[0] += ": its answers there are better than on new data (--drop-known leaves them out)"
@@ -146,7 +170,7 @@ def calibrate_command(
                    f"offset {found.offset:.3f}")  # fmt: skip
     threshold = checkpoint.threshold
     before = checkpoint.meta.get("calibration") or {}
-    if not wanted and before.get("threshold"):
+    if probability != "none" and not wanted and before.get("threshold"):
         # The earlier threshold moves with the probability, so that it still accepts the same answers.
         threshold = float(np.float32(found(np.array([threshold]))[0]))
         note["threshold"] = {"data": before["data"], **before["threshold"], "threshold": threshold}
@@ -154,8 +178,14 @@ def calibrate_command(
     if wanted:
         rows = halves[1][halves[1] < len(correct)]
         given = (failure[rows], correct[rows])
+        beside: list[str] = []
         if target_risk is not None:
-            chosen = guaranteed_risk(*given, target_risk, confidence)
+            beside = _outlook_lines(outlook(*given, target_risk, confidence))
+            try:
+                chosen = guaranteed_risk(*given, target_risk, confidence)
+            except TargetNotMetError:
+                click.echo("\n".join(beside))
+                raise
         elif target_coverage is not None:
             chosen = for_coverage(*given, target_coverage)
         else:
@@ -168,9 +198,43 @@ def calibrate_command(
             f"threshold {threshold:.4f} on {chosen.samples} samples: accepts {chosen.coverage:.1%} of answers, "
             f"{chosen.risk:.2%} of them wrong{promise}"
         )
+        for line in beside:
+            click.echo(line)
+    if not wanted and probability == "none":
+        note = dict(before)  # the outlier score alone was calibrated
+    outlier = checkpoint.outlier
+    if refuse_outliers is not None and outlier is not None:
+        outlier = outlier.calibrated(held.image.normalised, refuse_outliers)
+        note["outlier"] = {
+            "data": held.name,
+            "samples": len(held),
+            "threshold": outlier.threshold,
+            "refused": refuse_outliers,
+        }
+        click.echo(
+            f"outlier score: threshold {outlier.threshold:.3f} on {len(held)} samples refuses at most "
+            f"{refuse_outliers:.1%} of images inside the class set, on average over such samples"
+        )
+    elif "outlier" in before:
+        note["outlier"] = before["outlier"]
     meta = {**checkpoint.meta, "calibration": note}
-    save_checkpoint(replace(checkpoint, head=head, clip=spec, threshold=threshold, meta=meta), output or ckpt)
+    save_checkpoint(
+        replace(checkpoint, head=head, clip=spec, threshold=threshold, meta=meta, outlier=outlier), output or ckpt
+    )
     click.echo(f"{output or ckpt}: written")
+
+
+def _outlook_lines(found: Outlook) -> list[str]:
+    """What the same samples give without the guarantee, and what more of them would bring."""
+    seen = found.observed
+    without = (
+        "without the guarantee: no threshold has this risk on these samples"
+        if seen is None
+        else f"without the guarantee: threshold {seen.threshold:.4f} accepts {seen.coverage:.1%} of these samples, "
+        f"{seen.risk:.2%} of them wrong"
+    )
+    more = ", ".join(f"{share:.1%} with {samples:,} samples" for samples, share in found.more.items())
+    return [without, f"with more samples like these, the guarantee would accept about {more}"]
 
 
 def _held_out(

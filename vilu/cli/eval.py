@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vilu.embeddings import EmbeddedSet
     from vilu.evaluation.evaluate import Case
     from vilu.evaluation.learning_curve import LearningCurve
+    from vilu.evaluation.outside import Outside
 
 T = TypeVar("T")
 Named = tuple[str, "str | Path"]  # ("data", "dataset" or "embeddings", its name or path)
@@ -65,6 +66,17 @@ CURVE_RESAMPLES = 400  # the most for a learning curve, which resamples for ever
     help="Named data set to fit the baselines on.  [default: the train split of each --dataset]",
 )
 @click.option("--train-embeddings", type=PATH, multiple=True, help="File of embeddings to fit the baselines on.")
+@click.option(
+    "--outside-data",
+    multiple=True,
+    help="Image folder, table or shards that show none of the classes: also tell how well each score sets them apart.",
+)
+@click.option(
+    "--outside-dataset", "outside_datasets", multiple=True, help="Named data set that shows none of the classes."
+)
+@click.option(
+    "--outside-embeddings", type=PATH, multiple=True, help="File of embeddings that show none of the classes."
+)
 @click.option(
     "--cross-dataset", is_flag=True, help="Allow test sets with other classes than the checkpoint was trained on."
 )
@@ -115,6 +127,9 @@ def eval_command(
     train_data: tuple[str, ...],
     train_datasets: tuple[str, ...],
     train_embeddings: tuple[Path, ...],
+    outside_data: tuple[str, ...],
+    outside_datasets: tuple[str, ...],
+    outside_embeddings: tuple[Path, ...],
     cross_dataset: bool,
     methods: str,
     output: Path | None,
@@ -140,6 +155,7 @@ def eval_command(
     from vilu.checkpoint import check_fits, load_checkpoint
     from vilu.data.splits import check_split
     from vilu.evaluation.evaluate import CANDIDATES, Case, evaluate, unique_names
+    from vilu.evaluation.outside import evaluate_outside
     from vilu.evaluation.report import tables as report
     from vilu.fingerprints import remembered
     from vilu.recipes import recipe_named
@@ -156,6 +172,8 @@ def eval_command(
     trains: list[Named | None] = [*_named_sets(train_data, train_datasets, train_embeddings)]
     if not tests:
         raise UserError("nothing to test on: give --data, --dataset or --embeddings")
+    outsiders = _named_sets(outside_data, outside_datasets, outside_embeddings)
+    outside: list[Outside] = []
     own_train = not trains
     if own_train:
         trains = [named if named[0] == "dataset" else None for named in tests]
@@ -193,6 +211,17 @@ def eval_command(
                     raise UserError(f"--learning-curve: {found[-1]}")
             lines += found
             cases.append(Case(test, train, checkpoint.head, known))
+            for named in outsiders:
+                one = evaluate_outside(
+                    test,
+                    reader.read(*named, "test", checkpoint, path),
+                    checkpoint.head,
+                    checkpoint.threshold,
+                    checkpoint.outlier,
+                    resamples=resamples,
+                    seed=seed,
+                )
+                outside.append(one)
         evaluation = evaluate(cases, chosen, candidates=groups, resamples=resamples, seed=seed, progress=bar)
         if curve:
             for case, name in zip(cases, unique_names(cases), strict=True):
@@ -221,15 +250,20 @@ def eval_command(
     for line in [*(f"skipped {line}" for line in reader.skipped), *lines]:
         click.echo(line, err=True)
     if as_json:
-        click.echo(json.dumps(report.as_json(evaluation), allow_nan=False))
+        document = report.as_json(evaluation)
+        if outsiders:
+            document["outside"] = [asdict(found) for found in outside]
+        click.echo(json.dumps(document, allow_nan=False))
         return
     from rich.console import Console
 
-    from vilu.cli.tables import WIDE, print_tables
+    from vilu.cli.tables import WIDE, print_outside, print_tables
 
     console = Console()
     # A file or a pipe has no width, so it gets every column.
-    print_tables(evaluation, console if console.is_terminal else Console(width=WIDE))
+    console = console if console.is_terminal else Console(width=WIDE)
+    print_tables(evaluation, console)
+    print_outside(outside, console)
     if output is not None:
         click.echo(f"{output / report.HTML}")
 

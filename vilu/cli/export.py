@@ -181,5 +181,7 @@ def export_command(
         f"{output}: {precision}, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
         f"P(failure) within {cost['failure_probability_error']['max']:.1e}"
     )
+    if checkpoint.outlier is not None:
+        click.echo("the checkpoint's outlier score is not part of the served models yet", err=True)
     for problem in report["over_budget"]:
         click.echo(f"over budget, kept by --allow-loss: {problem}", err=True)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from vilu.evaluation.outside import Outside
     from vilu.evaluation.results import Evaluation, Result
     from vilu.serving import Answer
 
@@ -37,6 +38,30 @@ def print_tables(evaluation: Evaluation, console: Console) -> None:
             console.print(table)
     for name, curve in evaluation.curves.items():
         console.print(escape(f"{name}: {curve.needed.text}"))
+
+
+def print_outside(found: Sequence[Outside], console: Console) -> None:
+    """Print a table for each pair of images inside and outside a class set."""
+
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.1f}"
+
+    for one in found:
+        inside, outside = one.samples
+        table = Table(
+            Column("method", no_wrap=True),
+            *(Column(name, justify="right") for name in ("AUC ↑", "FPR95 ↓", "inside\naccepted", "outside\naccepted")),
+            title=f"{escape(one.inside)} against {escape(one.outside)}, outside the class set (%)",
+            caption=f"{inside:,} images inside, {outside:,} outside",
+            box=SIMPLE_HEAD,
+        )
+        for row in one.rows:
+            auc = f"{percent(row.auc.value)} [dim]{percent(row.auc.low)}–{percent(row.auc.high)}[/]"
+            shares = percent(row.inside_accepted), percent(row.outside_accepted)
+            table.add_row(row.method, auc, percent(row.fpr95), *shares)
+        if one.both is not None:
+            table.add_row("ViLU and outlier score", "", "", *map(percent, one.both))
+        console.print(table)
 
 
 def _result_table(result: Result, width: int) -> Table:

@@ -105,6 +105,11 @@ _setting_options = all_of(
     help="Where the head is not better than MCM, estimate how many training images it needs. This trains on three "
     "parts of the data.  [default: estimate]",
 )
+@click.option(
+    "--outlier-score",
+    is_flag=True,
+    help="Also store how far an image lies from the training images, for images that show none of the classes.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the training.")
 def train_command(
     data: str | None,
@@ -125,6 +130,7 @@ def train_command(
     dtype: str,
     tensorboard: Path | None,
     estimate: bool,
+    outlier_score: bool,
     seed: int,
     **settings: Any,
 ) -> None:
@@ -139,6 +145,7 @@ def train_command(
     from vilu.clip import load_clip
     from vilu.data import embed, load_embeddings, open_source
     from vilu.fingerprints import remembered
+    from vilu.outlier import fit_outlier
     from vilu.train import fit
 
     changes = {name: value for name, value in settings.items() if value is not None} | {"seed": seed}
@@ -196,11 +203,14 @@ def train_command(
         "validation": asdict(trained.validation) if trained.validation else None,
     }
     samples = remembered(train.image.normalised)
+    outlier = None
+    if outlier_score:
+        outlier = fit_outlier(train.image.normalised, train.labels, train.text.normalised)
     for line in train.skipped:
         click.echo(f"skipped {line}", err=True)
     last = output.with_name(f"{output.name.removesuffix('.safetensors')}.last.safetensors")
     for path, head in ((last, trained.last), (output, trained.head)):
-        save_checkpoint(Checkpoint(head, spec, class_set, meta=meta, samples=samples), path)
+        save_checkpoint(Checkpoint(head, spec, class_set, meta=meta, samples=samples, outlier=outlier), path)
     kind = "captioned images" if train.captions else f"images of {len(train.text)} classes"
     left_out = f" ({len(train.skipped)} could not be read)" if train.skipped else ""
     epochs = f"epoch {trained.best_epoch} of {len(trained.history) - 1}"

@@ -12,6 +12,7 @@ from tests.support.embeddings import unit_rows
 from vilu import Checkpoint, ClassSet, UserError, load_checkpoint, save_checkpoint, train_head
 from vilu.cli.calibrate import calibrate_command
 from vilu.fingerprints import remembered
+from vilu.outlier import fit_outlier
 from vilu.recipes import Recipe
 
 
@@ -61,7 +62,26 @@ def test_a_promised_risk_is_stored_with_its_data(world, tmp_path):
     assert note["threshold"]["bound"] <= 0.1
     assert note["threshold"]["threshold"] == checkpoint.threshold
     assert "promised at 95%" in result.output
+    assert "without the guarantee: threshold 1.0000 accepts 100.0% of these samples" in result.output
+    assert "% with 32,000 samples" in result.output
     assert load_checkpoint(world[0] / "head.safetensors").threshold == 0.5
+
+
+def test_the_outlier_score_has_a_threshold_of_its_own(world, tmp_path):
+    with pytest.raises(UserError, match="train it with --outlier-score"):
+        calibrate(world, "--refuse-outliers", 0.1, "--output", tmp_path / "a.safetensors")
+    plain = load_checkpoint(world[0] / "head.safetensors")
+    with_score = replace(plain, outlier=fit_outlier(world[1][:200], world[2][:200], world[3]))
+    save_checkpoint(with_score, tmp_path / "b.safetensors")
+    for options in (["--target-coverage", 0.8], ["--refuse-outliers", 0.1], ["--target-coverage", 0.8]):
+        result = calibrate(world, "--ckpt", tmp_path / "b.safetensors", *options)
+        assert result.exit_code == 0
+    found = load_checkpoint(tmp_path / "b.safetensors")
+    assert found.outlier.refused == 0.1
+    assert float(found.outlier.refuses(world[1]).float().mean()) == pytest.approx(0.1, abs=2e-3)
+    note = found.meta["calibration"]
+    assert note["threshold"]["target"] == 0.8
+    assert note["outlier"]["threshold"] == found.outlier.threshold
 
 
 @pytest.mark.parametrize("option", ["--target-coverage", "--target-tpr"])

@@ -1,6 +1,7 @@
 """`vilu eval` on embeddings and on the embedded data, and its one-line errors."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,13 +9,14 @@ import torch
 
 from tests.support.evaluation import captioned, closed, head
 from tests.support.files import jpeg, put
-from vilu.checkpoint import Checkpoint, save_checkpoint
+from vilu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vilu.class_set import ClassSet
 from vilu.cli import run
 from vilu.cli.eval import choose_methods, eval_command, one_each, whole_numbers
 from vilu.errors import UserError
 from vilu.evaluation import metrics
 from vilu.fingerprints import remembered
+from vilu.outlier import fit_outlier
 from vilu.scores import SCORES
 
 
@@ -68,6 +70,50 @@ def test_a_table_and_a_report(vilu, files):
     assert document["settings"]["resamples"] == 30
     assert list(document["results"][0]["methods"]) == ["MCM", "Rel-U", "ViLU"]
     assert str(files / "out" / "report.html") in out.replace("\n", "")
+
+
+def test_images_outside_the_class_set(vilu, files):
+    inside, outside = closed(), closed(seed=4, noise=3.0)
+    save(files / "outside.npz", outside)
+    save(files / "narrow.npz", closed(dim=8))
+    checkpoint = load_checkpoint(files / "head.safetensors")
+    train = closed(seed=1)
+    score = fit_outlier(train.image.normalised, train.labels, train.text.normalised)
+    score = score.calibrated(closed(seed=3).image.normalised, 0.1)
+    save_checkpoint(replace(checkpoint, outlier=score, threshold=0.6), files / "with_score.safetensors")
+    options = (
+        "--ckpt", files / "with_score.safetensors", "--embeddings", files / "test.npz",
+        "--outside-embeddings", files / "outside.npz", "--methods", "mcm", "--resamples", 20,
+    )  # fmt: skip
+    code, out, err = vilu(*options, "--json")
+    assert (code, err) == (0, "")
+    (found,) = json.loads(out)["outside"]
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["MCM", "energy", "ViLU", "outlier score"]
+    assert (found["inside"], found["outside"], found["samples"]) == ("test", "outside", [80, 80])
+    both = torch.cat([inside.image.normalised, outside.image.normalised])
+    is_inside = np.arange(160) < 80
+    logits = 100 * both @ inside.text.normalised.T
+    failure = checkpoint.head.failure_probability(both, inside.text.normalised).numpy()
+    expected = {
+        "MCM": torch.softmax(logits, dim=1).amax(dim=1),
+        "energy": logits.double().exp().sum(dim=1).log(),
+        "ViLU": 1 - failure,
+        "outlier score": -score.score(both),
+    }
+    for name, confidence in expected.items():
+        assert rows[name]["auc"]["value"] == pytest.approx(metrics.auroc(np.asarray(confidence), is_inside), abs=1e-3)
+    kept = {"ViLU": failure < 0.6, "outlier score": ~score.refuses(both).numpy()}
+    for name, mask in kept.items():
+        shares = rows[name]["inside_accepted"], rows[name]["outside_accepted"]
+        assert shares == pytest.approx((mask[:80].mean(), mask[80:].mean()))
+    accepted = kept["ViLU"] & kept["outlier score"]
+    assert found["both"] == pytest.approx([accepted[:80].mean(), accepted[80:].mean()])
+    code, out, err = vilu(*options)
+    assert (code, err) == (0, "")
+    assert "test against outside, outside the class set" in out
+    code, _, err = vilu(*options[:4], "--outside-embeddings", files / "narrow.npz")
+    assert (code, err.count("\n")) == (2, 1)
 
 
 def test_json_goes_to_standard_output_alone(vilu, files):
