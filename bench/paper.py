@@ -84,19 +84,23 @@ class Data:
         self._last: tuple[str, Pair] | None = None
         self._clip: Clip | None = None
 
-    def names(self) -> list[str]:
-        return [name for name in (*ON_DISK, *CAPTIONS) if self._has(name)]
+    def names(self) -> tuple[list[str], list[str]]:
+        """The sets that can be read, and a line for each of the others."""
+        reasons = {name: self._missing(name) for name in (*ON_DISK, *CAPTIONS)}
+        return [name for name in reasons if not reasons[name]], [f"{n}: {why}" for n, why in reasons.items() if why]
 
-    def _has(self, name: str) -> bool:
+    def _missing(self, name: str) -> str:
+        """Why a set cannot be read; empty where it can."""
         if all(self._prepared(name, split) is not None for split in ("train", "test")):
-            return True
+            return ""
         if name not in ON_DISK:
-            return False
+            return f"no embeddings or shards in {self.root / name}"
         try:
-            open_source(dataset=name, root=self.root, split="test")
-        except UserError:
-            return False
-        return True
+            for split in ("train", "test"):
+                open_source(dataset=name, root=self.root, split=split)
+        except UserError as error:
+            return str(error)
+        return ""
 
     def _prepared(self, name: str, split: str) -> Path | str | None:
         folder = self.root / name
@@ -223,7 +227,9 @@ def run(root: Path, output: Path, clip: tuple[str, str | None], epochs: int | No
         if known != settings:
             raise UserError(f"{output}: was begun with other settings ({known}); name another file")
     data = Data(root, lambda: load_clip(*clip))
-    names = data.names()
+    names, left_out = data.names()
+    for line in left_out:
+        click.echo(f"left out: {line}", err=True)
     if not names:
         raise UserError(f"{root}: holds none of {', '.join((*ON_DISK, *CAPTIONS))}")
     for cell in cells(names, root / "released", epochs):

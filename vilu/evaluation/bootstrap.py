@@ -3,7 +3,8 @@
 There is one way to draw a resample (`_counts`), one interval (`interval`) and one p-value (`comparison`). There are two
 ways to compute on the resamples:
 
-* `bootstrap` and `paired_bootstrap` take any metric and call it on every resample;
+* `bootstrap` and `paired_bootstrap` take any metric and call it on every resample (AUC and FPR95 as below, which is
+  much faster);
 * `resampled_metrics` gives all metrics of `columns.COLUMNS` for many scores on the same resamples, and sorts each score
   only once. A resample is a count for each sample (a multinomial); on a sorted score every ranking metric is a sum over
   cumulative counts, and ECE and Brier are matrix products with the counts. Its numbers are those of
@@ -262,6 +263,16 @@ def _resampled(
     The functions must be defined on the whole sample: what is not would be drawn again for ever.
     """
     _check_resamples(resamples)
+    if all(function in (metrics.auroc, metrics.fpr_at_tpr) for function in functions):
+        places = [0 if function is metrics.auroc else 1 for function in functions]
+        rankings = [_Ranking(confidence, correct) for confidence in confidences]
+        return np.array(
+            [
+                [ranking(times)[place] for ranking, place in zip(rankings, places, strict=True)]
+                for _, block in _count_blocks(correct, resamples, seed)
+                for times in block
+            ]
+        )
     # Sorted once: the metrics' own sort then meets sorted values, several times cheaper on 50,000 samples.
     orders = [np.argsort(confidence, kind="stable") for confidence in confidences]
     rows: list[list[float]] = []

@@ -48,6 +48,20 @@ def test_every_draw_is_the_metric_on_the_drawn_samples(samples, seed):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("metric", [metrics.auroc, metrics.fpr_at_tpr])
+def test_the_fast_metrics_are_those_that_are_called(metric):
+    rng = np.random.default_rng(0)
+    correct = rng.random(150) < 0.8
+    a, b = (rng.normal(size=150).round(1) + weight * correct for weight in (1.0, 0.8))
+    fast = bootstrap.paired_bootstrap(metric, a, b, correct, resamples=60, seed=3)
+    called = bootstrap.paired_bootstrap(lambda c, r: metric(c, r), a, b, correct, resamples=60, seed=3)
+    assert (fast.difference, fast.low, fast.high) == pytest.approx((called.difference, called.low, called.high))
+    assert fast.p_value == called.p_value
+    for function in (metric, lambda c, r: metric(c, r)):
+        with pytest.raises(metrics.OneSidedError):
+            bootstrap.paired_bootstrap(function, a, b, np.full(150, True), resamples=5)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_intervals_are_those_of_the_metrics_bootstrap(tied):
     rng = np.random.default_rng(0)
