@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from sklearn.covariance import ledoit_wolf
 from torch.nn import functional as F
 
 from tests.support.embeddings import unit_rows
+from vilu import load_checkpoint
+from vilu.cli.train import train_command
 from vilu.errors import UserError
 from vilu.evaluation.metrics import auroc
 from vilu.outlier import PULL, TEXT, Outlier, fit_outlier
@@ -108,3 +111,20 @@ def test_it_refuses_what_it_cannot_do():
     ):
         with pytest.raises(UserError, match=message):
             build()
+
+
+def test_training_stores_it_when_asked(tmp_path):
+    v, labels = images(60)
+    noisy = F.normalize(v + 0.2 * torch.randn(60, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    names = [f"class {i}" for i in range(6)]
+    np.savez(tmp_path / "a.npz", image_embedding=noisy, labels=labels, text_embeddings=TEXTS[:6], class_names=names)
+    options = ["--embeddings", str(tmp_path / "a.npz"), "--output", str(tmp_path / "head.safetensors"), "--epochs", "1"]
+    for more, expected in ((["--outlier-score"], True), ([], False)):
+        result = CliRunner().invoke(train_command, [*options, *more, "--no-estimate-images"], catch_exceptions=False)
+        assert result.exit_code == 0
+        found = load_checkpoint(tmp_path / "head.safetensors").outlier
+        assert (found is not None) == expected
+        if found is not None:
+            torch.testing.assert_close(
+                found.score(v), fit_outlier(noisy, labels, TEXTS[:6]).score(v), rtol=0, atol=1e-2
+            )
