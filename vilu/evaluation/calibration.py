@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from vilu.head import ViLUHead
 
 # guaranteed_risk chooses from these thresholds: P(failure) at every 1/16 of a logit from −16 to 12, and 1. The
-# guarantee needs them fixed before any data are seen, and also STARTS, the thresholds that begin with a share of the
-# half of the level that the start at P = target leaves.
+# guarantee needs them fixed before any data are seen, and also those that begin with a share of the level: for each
+# (a, share) in NEAR the first one from logit(target) + a up, and with equal shares of the rest STARTS.
 LOGITS = np.arange(-16, 12 + 1 / 32, 1 / 16)
 GRID = np.append(1 / (1 + np.exp(-LOGITS)), 1.0).astype(np.float32).astype(np.float64)
 STARTS = np.append(np.isin(LOGITS, range(-8, 5)), False)
+NEAR = ((0.0, 0.5), (0.75, 0.3))
 MORE = (2, 4, 8, 16)  # outlook looks at so many times the data
 
 
@@ -80,9 +81,10 @@ def guaranteed_risk(
     The method: for each θ of a grid fixed in advance (`GRID`), with n accepted samples and e failures among them, the
     hypothesis "risk(θ) > target_risk" has the exact p-value P(Binomial(n, target_risk) ≤ e). The hypotheses are tested
     from the lowest θ up by the fallback procedure. The first θ from `target_risk` up begins with half of
-    1 − confidence: with a good P(failure), the answers below it meet the target. Thirteen others (`STARTS`) share the
-    other half, for a P(failure) that is too high or too low. A rejected hypothesis hands its whole level to the next
-    one, so the level grows along a run of rejections. The probability of any false rejection stays at most
+    1 − confidence: with a good P(failure), the answers below it meet the target. The θ that is 0.75 higher in its logit
+    begins with 0.3 of it, since a loss that weights the failures puts P(failure) about so much too high. Thirteen
+    others (`STARTS`) share the rest. A rejected hypothesis hands its whole level to the next one, so the level grows
+    along a run of rejections. The probability of any false rejection stays at most
     1 − confidence, however the tests depend on each other. The highest rejected θ is returned, which has the largest
     coverage. (Geifman and El-Yaniv bound a binary search that depends on the data by Bonferroni over its steps; a fixed
     grid needs no such argument.)
@@ -318,6 +320,16 @@ def _counts(probability: Floats, right: Bools) -> tuple[NDArray[np.int64], NDArr
     return accepted, failed
 
 
+def _shares(target_risk: Floats) -> Floats:
+    """(M, G) the share of the level that each threshold of the grid begins with, for each target (M,)."""
+    near = [np.searchsorted(GRID, _sigmoid(_logit(target_risk) + above)).clip(max=len(GRID) - 1) for above, _ in NEAR]
+    rest = 1 - sum(share for _, share in NEAR)
+    shares = np.tile(rest * STARTS / STARTS.sum(), (len(target_risk), 1))
+    for place, (_, share) in zip(near, NEAR, strict=True):
+        shares[np.arange(len(target_risk)), place] += share
+    return shares
+
+
 def _rejected(
     accepted: NDArray[np.int64], failed: NDArray[np.int64], target_risk: Floats, level: float
 ) -> tuple[NDArray[np.int64], Floats]:
@@ -333,9 +345,7 @@ def _rejected(
     """
     from scipy.special import bdtr
 
-    first = np.searchsorted(GRID, target_risk)  # the first threshold from the target up
-    shares = np.tile(level / 2 * STARTS / STARTS.sum(), (len(target_risk), 1))
-    shares[np.arange(len(target_risk)), first] += level / 2
+    shares = level * _shares(target_risk)
     # Between two events the counts and the level stay, and so does the decision. Where nothing is accepted, nothing is
     # rejected.
     changed = (np.diff(accepted, prepend=0) > 0) | (np.diff(failed, prepend=0) > 0) | (shares > 0).any(axis=0)

@@ -85,12 +85,14 @@ def test_the_guarantee_is_of_use():
     assert (found.rule, found.target, found.samples, found.failures) == ("risk", 0.1, 5000, (~correct).sum())
 
 
-def slow_guaranteed_risk(probability, correct, target, delta, at_target=0.5):
+def slow_guaranteed_risk(probability, correct, target, delta, near=((0.0, 0.5), (0.75, 0.3))):
     """The fallback procedure, threshold by threshold, with binomial sums written out."""
     chosen, carried = None, 0.0
     rounded = np.asarray(probability, np.float32)
-    shares = (1 - at_target) * STARTS / STARTS.sum()
-    shares[next(i for i, theta in enumerate(GRID) if theta >= target)] += at_target
+    shares = (1 - sum(share for _, share in near)) * STARTS / STARTS.sum()
+    for above, share in near:
+        start = 1 / (1 + math.exp(-(math.log(target / (1 - target)) + above)))
+        shares[next(i for i, theta in enumerate(GRID) if theta >= start)] += share
     for theta, share in zip(GRID, shares, strict=True):
         accepted = [bool(right) for p, right in zip(rounded, correct, strict=True) if p < theta]
         n, failed = len(accepted), accepted.count(False)
@@ -118,22 +120,23 @@ def test_the_procedure(seed):
 
 def test_the_bound_is_clopper_pearson():
     # All right, so every threshold above P(failure) = 0.001 is rejected. Its logit is −6.9: of the 13 starts, −8
-    # and −7 accept nothing and their share is lost, so the last test has 1/2 + 11/26 of δ. With no failure among n
-    # the upper bound b solves (1 − b)^n = level.
+    # and −7 accept nothing and their share is lost, so the last test has 0.8 + 0.2 · 11/13 of δ. With no failure
+    # among n the upper bound b solves (1 − b)^n = level.
     found = calibration.guaranteed_risk([0.001] * 200, [True] * 200, 0.1, 0.95)
     assert (found.threshold, found.coverage, found.risk, found.tpr) == (1, 1, 0, 1)
-    assert found.bound == pytest.approx(1 - (0.05 * 24 / 26) ** (1 / 200))
+    assert found.bound == pytest.approx(1 - (0.05 * (0.8 + 0.2 * 11 / 13)) ** (1 / 200))
 
 
 def test_the_start_at_the_target_is_of_use_with_few_samples():
     rng = np.random.default_rng(0)
-    found = {0.0: 0.0, 0.5: 0.0}
+    ours, even = 0.0, 0.0
     for _ in range(12):
         probability, correct = draw(rng, lambda z: 1 / (1 + np.exp(-z)), 150)
-        for at_target in found:
-            threshold = slow_guaranteed_risk(probability, correct, 0.1, 0.05, at_target)
-            found[at_target] += 0 if threshold is None else (probability < threshold).mean() / 12
-    assert found[0.5] > 0.1 > 2 * found[0.0]
+        with_starts = slow_guaranteed_risk(probability, correct, 0.1, 0.05)
+        without = slow_guaranteed_risk(probability, correct, 0.1, 0.05, near=())
+        ours += 0 if with_starts is None else (probability < with_starts).mean() / 12
+        even += 0 if without is None else (probability < without).mean() / 12
+    assert ours > 0.1 > 2 * even
 
 
 def test_the_outlook():
