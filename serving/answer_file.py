@@ -69,7 +69,7 @@ def open_answer_file(path: Path, columns: Sequence[str] = FIELDS) -> Iterator[An
             yield file
         except UserError as error:
             file.close()
-            raise UserError(f"{error}; the answers until then are in {part}") from None
+            raise type(error)(f"{error}; the answers until then are in {part}") from None
         file.close()
         os.replace(part, path)
     except OSError as error:

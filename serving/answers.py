@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from vilu.errors import UserError
+from vilu.errors import FailedError, UserError
 from vilu.preprocess.class_names import names_problem
 
 OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
 
 
-class ServerUnavailable(UserError):  # noqa: N818 - an answer of the server, not a fault of the program
+class ServerUnavailable(FailedError):  # noqa: N818 - an answer of the server, not a fault of the program
     """The server cannot be reached or is overloaded; the request was retried until its time was over."""
 
 
@@ -23,7 +23,7 @@ class DeadlineExceeded(ServerUnavailable):
     """No answer came within the client's timeout."""
 
 
-class RequestRefused(UserError):  # noqa: N818
+class RequestRefused(FailedError):  # noqa: N818
     """The server answered that this request is wrong: a damaged image, an unknown model."""
 
 

@@ -49,6 +49,7 @@ REFUSED = frozenset(
 REFUSED |= frozenset(["400", "404", "405", "409", "411", "413", "415", "422", "500", "501"])
 BUSY = ("UNAVAILABLE", "429", "503")
 logger = logging.getLogger(__name__)
+_NOBODY_LISTENS = re.compile(r"connection refused|\[Errno 111\]|connect call failed", re.IGNORECASE)
 
 
 class ClientOptions(TypedDict, total=False):
@@ -353,4 +354,6 @@ class AsyncClient:
             # The ensemble's own words around the message say nothing to the client.
             return RequestRefused(re.sub(r"^in ensemble '[^']*', ", "", text)), False
         again = status in BUSY or type(error).__name__ == "ClientConnectorError"
+        if again and _NOBODY_LISTENS.search(text):
+            text = "nobody listens there (connection refused); is `vilu serve` running?"
         return ServerUnavailable(f"{self.url}: {text}"), again

@@ -17,18 +17,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vilu.errors import UserError
+from vilu.errors import FailedError, UserError
 from vilu.serving.access import Access
 from vilu.serving.address import free_port, join_host_port, listen, open_directly, reachable_host
 from vilu.serving.client import Client
 from vilu.serving.overlay import Overlay
 from vilu.serving.repository import check_repository
+from vilu.serving.server_log import copy_without_alarms, has_gpu
 from vilu.serving.tritonserver import (
     build_backends,
     check_flags,
@@ -134,6 +136,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.overlay = Overlay(self.repository) if overlay else None
         self._watchdog: subprocess.Popen[bytes] | None = None
+        self._log_copy: threading.Thread | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._dead_since: dict[int, float] = {}
         # Names of its own distinguish a killed server's shared memory from other servers'.
@@ -195,15 +198,19 @@ class Server:
         given = [*ours, *self.access.flags(self.host), *self.flags]
         command = [str(self.found.binary), *default_flags(self.found, given, folder / "backends"), *given]
         output = self.log.open("wb") if self.log else None
+        filtered = not has_gpu()  # else it raises alarms about CUDA
         try:
             self.process = subprocess.Popen(
                 command,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=subprocess.STDOUT if output else None,
+                stderr=subprocess.PIPE if filtered else subprocess.STDOUT if output else None,
                 start_new_session=True,
             )
+            if self.process.stderr is not None:
+                target = os.dup(output.fileno() if output else 2)
+                self._log_copy = copy_without_alarms(self.process.stderr, os.fdopen(target, "wb"))
         finally:
             if output is not None:
                 output.close()
@@ -222,14 +229,14 @@ class Server:
         reason = "it gave no answer"
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise UserError(f"tritonserver ended at start with code {self.process.returncode}{self.log_hint()}")
+                raise FailedError(f"tritonserver ended at start with code {self.process.returncode}{self.log_hint()}")
             try:
                 if self.answers(timeout=max(1.0, deadline - time.monotonic())):
                     return
             except Exception as error:  # not up yet, or not well: the last reason is reported
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             time.sleep(0.1)
-        raise UserError(f"tritonserver did not answer in {self.startup_seconds:.0f} s: {reason}{self.log_hint()}")
+        raise FailedError(f"tritonserver did not answer in {self.startup_seconds:.0f} s: {reason}{self.log_hint()}")
 
     def answers(self, timeout: float) -> bool:
         """Whether the server is ready and, where the repository has the `vilu` ensemble, answers through it.
@@ -299,6 +306,9 @@ class Server:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # stubs that ignored the server's end, too
             process.wait()
+            if self._log_copy is not None:
+                self._log_copy.join(1)
+                self._log_copy = None
             for left in SHARED_MEMORY.glob(f"{self.prefix}*"):
                 left.unlink(missing_ok=True)
         if self._folder is not None:

@@ -296,7 +296,7 @@ def folder(tmp_path, photos):
 def test_vilu_ask_writes_every_answer_of_a_folder(server, folder, photos, eager, suffix):
     output = folder / f"answers{suffix}"
     done = vilu("ask", folder / "a", "--url", server.grpc_url, "--output", output)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.splitlines() == [f"{folder / 'a/b/3.jpg'}: not a JPEG, PNG or WEBP image"]
     rows = rows_of(output)
     assert [Path(row["source"]).name for row in rows] == ["0.jpg", "1.png", "2.webp", "3.jpg"]
@@ -307,6 +307,16 @@ def test_vilu_ask_writes_every_answer_of_a_folder(server, folder, photos, eager,
         assert float(row["failure_probability"]) == pytest.approx(failure, abs=1e-4)
     assert rows[3]["error"] == "not a JPEG, PNG or WEBP image"
     assert [path.name for path in folder.iterdir() if path.suffix == suffix] == [output.name]
+
+
+def test_vilu_ask_writes_json_lines_to_standard_output(server, folder):
+    done = vilu("ask", folder / "a", "--url", server.grpc_url, "--output", "-")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(row["source"]).name for row in rows] == ["0.jpg", "1.png", "2.webp", "3.jpg"]
+    assert rows[3]["error"] == "not a JPEG, PNG or WEBP image"
+    assert rows[0]["label"].startswith("handwritten ")
+    assert not (folder / "-").exists()
 
 
 def test_vilu_ask_takes_patterns_and_names_from_stdin(server, folder):
@@ -345,7 +355,7 @@ def test_answers_of_an_interrupted_run_are_kept(repository, folder, tmp_path):
             assert asking.poll() is None
             time.sleep(0.05)
     _, told = asking.communicate(timeout=60)
-    assert asking.returncode == 2
+    assert asking.returncode == 1
     assert "answers until then are in" in told
     assert not (folder / "out.jsonl").exists()
     assert len(rows_of(folder / "out.part.jsonl")) >= 2

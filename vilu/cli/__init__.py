@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 
 from vilu import __version__
+from vilu.cli.command import Group
 from vilu.errors import UserError
 
 COMMANDS = (
@@ -26,7 +29,7 @@ COMMANDS = (
 )
 
 
-class _Lazy(click.Group):
+class _Lazy(Group):
     """Imports the module of a command when the command is named or listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -41,30 +44,50 @@ class _Lazy(click.Group):
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vilu")
-def group() -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Show no notes and no progress, only results, warnings and errors.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Also show what the libraries log, and where in the program an error arose."
+)
+@click.option("--log-file", type=click.Path(path_type=Path), help="File to append everything to that is said.")
+def group(quiet: bool, verbose: bool, log_file: Path | None) -> None:
     """Serve CLIP's answers with the probability that each is wrong.
 
     Train a failure predictor, evaluate it, export it with CLIP, serve both, and ask the server.
+
+    Exit codes: 0 done, 1 it failed (such as a server that does not answer), 2 wrong use (such as an unknown option or a
+    bad input file), 130 interrupted.
     """
+    from vilu.cli.output import set_up
+
+    set_up(quiet, verbose, log_file)
 
 
 def run(command: click.Command, name: str) -> None:
-    """Run a command and exit. A user's mistake prints one line on stderr and gives exit code 2."""
+    """Run a command and exit.
+
+    An error prints one line on stderr. The exit code is 2 for a user's mistake, and 1 for what failed.
+    """
+    from vilu.cli import output
+
+    output.set_up()
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except UserError as error:
-        click.echo(f"{name}: {error}", err=True)
-        sys.exit(2)
+        output.failed(f"{name}: {error}")
+        sys.exit(error.exit_code)
     except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:  # click 8.2 and later
         error.show()
         sys.exit(2)
     except click.ClickException as error:
-        click.echo(f"{name}: {' '.join(error.format_message().split())}", err=True)
+        output.failed(f"{name}: {' '.join(error.format_message().split())}")
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except BrokenPipeError:  # the reader of standard output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command
 from vilu.cli.options import PATH, SECONDS, connection_options
 from vilu.cli.progress import progress_bar
@@ -40,7 +41,11 @@ if TYPE_CHECKING:
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Number of images per request."
 )
 @click.option("--in-flight", type=click.IntRange(1), default=4, show_default=True, help="Number of requests at a time.")
-@click.option("--output", type=PATH, help="File to write the answers to: .jsonl, .csv or .parquet.")
+@click.option(
+    "--output",
+    type=PATH,
+    help="File to write the answers to: .jsonl, .csv or .parquet, or - for JSON lines on standard output.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per image.")
 def ask_command(
     images: tuple[str, ...],
@@ -62,8 +67,10 @@ def ask_command(
     The server also says how likely its answer is wrong, and whether to accept it.
 
     IMAGES are files, folders (all images below them), patterns ("photos/*.jpg", ** for any depth), or - to read names
-    from standard input, one per line. The exit code is 0 when every image was answered, and 2 when one was not.
+    from standard input, one per line. A terminal shows a table. Elsewhere each image is a line of tab-separated file,
+    label, confidence, P(failure) and verdict. The exit code is 0 when every image was answered, and 1 when one was not.
     """
+    from vilu.cli.tables import print_answers, printable
     from vilu.serving import Client
     from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, row
     from vilu.serving.tokens import token_from
@@ -72,9 +79,14 @@ def ask_command(
         raise UserError("--json and --output: give one or the other")
     if labels and class_set is not None:
         raise UserError("--label and --class-set: give one or the other")
+
+    def print_line(answer: Answer) -> None:
+        said.result(json.dumps(row(answer, columns)))
+
     columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
     names = list(find_images(images))
-    answers: list[Answer] = []  # filled only where answers are printed
+    lines = output is not None and str(output) == "-"
+    answers: list[Answer] = []  # filled only where answers are printed at the end
     bad = 0
     with (
         Client(
@@ -87,24 +99,24 @@ def ask_command(
             **tls,
         ) as client,
         progress_bar() as bar,
-        contextlib.nullcontext() if output is None else open_answer_file(output, columns) as file,
+        contextlib.nullcontext() if output is None or lines else open_answer_file(output, columns) as file,
     ):
-        add = answers.append if file is None else file.add
+        add = print_line if lines else answers.append if file is None else file.add
         for done, answer in enumerate(client.stream(names, labels or None, class_set=class_set, details=details), 1):
             add(answer)
             if answer.error is not None:
                 bad += 1
-                click.echo(f"{answer.source}: {answer.error}", err=True)
+                said.warn(printable(f"{answer.source}: {answer.error}"))
             bar("asking", done, len(names))
-    if output is not None:
-        click.echo(f"{output}: {len(names)} images, {bad} without an answer")
+    if lines:
+        pass
+    elif output is not None:
+        said.result(f"{output}: {len(names)} images, {bad} without an answer")
     elif as_json:
-        click.echo(json.dumps([row(answer, columns) for answer in answers], indent=2))
+        said.document([row(answer, columns) for answer in answers])
     elif len(answers) > bad:
-        from vilu.cli.tables import print_answers
-
         print_answers([answer for answer in answers if answer.error is None])
-    return 2 if bad else 0
+    return 1 if bad else 0
 
 
 def find_images(given: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
 from vilu.cli.held_out import held_out
 from vilu.cli.options import PATH, data_options, drop_known_option, dtype_option, embeddings_option
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 @click.option("--output", type=PATH, help="Checkpoint to write.  [default: replace --ckpt]")
 @dtype_option("float32")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split into halves.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object with the results.")
 def calibrate_command(
     ckpt: Path,
     data: str | None,
@@ -75,6 +77,7 @@ def calibrate_command(
     output: Path | None,
     dtype: str,
     seed: int,
+    as_json: bool,
 ) -> None:
     """Choose the threshold below which answers are accepted.
 
@@ -89,6 +92,7 @@ def calibrate_command(
     from vilu.checkpoint import check_fits, load_checkpoint, save_checkpoint
     from vilu.evaluation.calibration import for_coverage, for_tpr, guaranteed_risk, platt, temperature
 
+    say = said.result_or_note(as_json)
     wanted = [t for t in (target_risk, target_coverage, target_tpr) if t is not None]
     if len(wanted) > 1 or (not wanted and probability == "none"):
         raise UserError("give one of --target-risk, --target-coverage and --target-tpr, or --probability-calibration")
@@ -97,12 +101,10 @@ def calibrate_command(
     held = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype, columns)
     check_fits(ckpt, checkpoint, held)
     for line in held.skipped:
-        click.echo(f"skipped {line}", err=True)
+        said.note(f"skipped {line}")
     trained_on = 0
     if checkpoint.samples is None:
-        click.echo(
-            f"{ckpt}: does not say which samples it was trained on; {held.name} must not be among them", err=True
-        )
+        said.warn(f"{ckpt}: does not say which samples it was trained on; {held.name} must not be among them")
     else:
         held, trained_on, lines = held_out(held, {f"{ckpt}: was trained": checkpoint.samples}, drop_known)
         if trained_on and target_risk is not None:
@@ -112,7 +114,7 @@ def calibrate_command(
         if trained_on:
             lines[0] += ": its answers there are better than on new data (--drop-known leaves them out)"
         for line in lines:
-            click.echo(line, err=True)
+            said.warn(line)
     order = np.random.default_rng(seed).permutation(len(held))
     halves = np.array_split(order, 2) if probability != "none" and wanted else [order, order]
 
@@ -128,7 +130,7 @@ def calibrate_command(
         with torch.no_grad():
             failure = _failure_probability(head, held, group)
         note["probability"] = {"method": probability, "samples": len(rows), **asdict(found)}
-        click.echo(f"P(failure) calibrated by {probability} on {len(rows)} samples: slope {found.slope:.3f}, "
+        say(f"P(failure) calibrated by {probability} on {len(rows)} samples: slope {found.slope:.3f}, "
                    f"offset {found.offset:.3f}")  # fmt: skip
     threshold = checkpoint.threshold
     before = checkpoint.meta.get("calibration") or {}
@@ -136,7 +138,7 @@ def calibrate_command(
         # The earlier threshold moves with the probability, so that it still accepts the same answers.
         threshold = float(np.float32(found(np.array([threshold]))[0]))
         note["threshold"] = {"data": before["data"], **before["threshold"], "threshold": threshold}
-        click.echo(f"threshold moved from {checkpoint.threshold:.4f} to {threshold:.4f}: it accepts the same answers")
+        say(f"threshold moved from {checkpoint.threshold:.4f} to {threshold:.4f}: it accepts the same answers")
     if wanted:
         rows = halves[1][halves[1] < len(correct)]
         given = (failure[rows], correct[rows])
@@ -150,13 +152,15 @@ def calibrate_command(
         threshold = chosen.threshold
         note["threshold"] = asdict(chosen)
         promise = "" if chosen.bound is None else f", promised at {confidence:.0%}: at most {chosen.target:.2%}"
-        click.echo(
+        say(
             f"threshold {threshold:.4f} on {chosen.samples} samples: accepts {chosen.coverage:.1%} of answers, "
             f"{chosen.risk:.2%} of them wrong{promise}"
         )
     meta = {**checkpoint.meta, "calibration": note}
     save_checkpoint(replace(checkpoint, head=head, threshold=threshold, meta=meta), output or ckpt)
-    click.echo(f"{output or ckpt}: written")
+    say(f"{output or ckpt}: written")
+    if as_json:
+        said.document({"checkpoint": str(output or ckpt), "threshold": threshold, "calibration": note})
 
 
 def _held_out(

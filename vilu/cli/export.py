@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
 from vilu.cli.options import PATH, REPOSITORY, clip_options, template_option
 from vilu.cli.progress import progress_bar
@@ -177,9 +178,9 @@ def export_command(
             target["images"], target["labels"] = from_folder(images, class_set.names, wanted)
         report = export(checkpoint, output, clip=clip, max_batch_size=max_batch_size, **target, progress=bar)
     cost = report["answers"][next(iter(report["answers"]))]
-    click.echo(
+    said.result(
         f"{output}: {precision}, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
         f"P(failure) within {cost['failure_probability_error']['max']:.1e}"
     )
     for problem in report["over_budget"]:
-        click.echo(f"over budget, kept by --allow-loss: {problem}", err=True)
+        said.warn(f"over budget, kept by --allow-loss: {problem}")
