@@ -102,13 +102,20 @@ def dtype_option(default: str) -> Callable[[Decorated], Decorated]:
     )
 
 
+def _clip_options(default: str) -> Callable[[Decorated], Decorated]:
+    return all_of(
+        click.option(
+            "--clip",
+            "clip_name",
+            help=f"CLIP to use: an open_clip model name, local-dir:FOLDER or vilu-tiny.  [default: {default}]",
+        ),
+        click.option("--pretrained", help="Weights of the CLIP: an open_clip tag, a local file, or 'random'."),
+    )
+
+
 # A command receives these options as `clip_name` and `pretrained`.
-clip_options = all_of(
-    click.option(
-        "--clip", "clip_name", help="CLIP to use: an open_clip model name or local-dir:FOLDER.  [default: vilu-tiny]"
-    ),
-    click.option("--pretrained", help="Weights of the CLIP: an open_clip tag, a local file, or 'random'."),
-)
+clip_options = _clip_options("the checkpoint's")
+train_clip_options = _clip_options("vilu-tiny for the embedded data sets, none for other data")
 
 # These options say how to reach a server. A command receives them as `url`, `token`, `tls_ca`, `tls_cert`, `tls_key`.
 connection_options = all_of(
