@@ -1,5 +1,7 @@
 """`vilu calibrate`: the threshold and what it rests on are stored, or nothing is changed."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,24 @@ def test_a_promised_risk_is_stored_with_its_data(world, tmp_path):
     assert note["threshold"]["threshold"] == checkpoint.threshold
     assert "promised at 95%" in result.output
     assert load_checkpoint(world[0] / "head.safetensors").threshold == 0.5
+
+
+def test_json_has_what_the_checkpoint_has(world, tmp_path):
+    result = calibrate(world, "--target-risk", 0.1, "--output", tmp_path / "a.safetensors", "--json")
+    document, checkpoint = json.loads(result.stdout), load_checkpoint(tmp_path / "a.safetensors")
+    assert document["checkpoint"] == str(tmp_path / "a.safetensors")
+    assert document["threshold"] == checkpoint.threshold
+    assert document["calibration"] == checkpoint.meta["calibration"]
+    assert "promised at 95%" in result.stderr
+
+
+def test_a_target_that_cannot_be_met_is_a_failure_not_wrong_use(world):
+    with pytest.raises(UserError) as caught:
+        calibrate(world, "--target-risk", 1e-6)
+    assert caught.value.exit_code == 1
+    with pytest.raises(UserError) as caught:
+        calibrate(world, "--target-risk", 0.1, "--target-tpr", 0.8)
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("option", ["--target-coverage", "--target-tpr"])
