@@ -1,6 +1,8 @@
 """What commands say and where: tables that fit, lines for a pipe, progress without a terminal, -q, -v, --log-file."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 
@@ -92,6 +94,15 @@ def test_a_short_step_and_a_quiet_one_print_nothing(monkeypatch, capsys):
         bar("embedding", 1, 2)
         time.sleep(0.05)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vilu", "train", "--help"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 # ------------------------------------------------------------------------------------- the group's options
