@@ -22,6 +22,8 @@ from vilu.scores import SCORES
 def vilu(monkeypatch, capsys):
     """vilu("--ckpt", ...) -> (exit code, stdout, stderr)."""
 
+    monkeypatch.setattr("vilu.cli.progress.SECONDS", 600)  # no lines of progress where this machine is slow
+
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["vilu eval", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:

@@ -18,6 +18,8 @@ from vilu.training.validation import Validation
 def vilu(monkeypatch, capsys):
     """vilu("--output", ...) -> (exit code, stdout, stderr)."""
 
+    monkeypatch.setattr("vilu.cli.progress.SECONDS", 600)  # no lines of progress where this machine is slow
+
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["vilu train", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
