@@ -199,11 +199,12 @@ def train_command(
             say(f"{_called(spec, train)}: {clip_accuracy}")
             if clip_accuracy.warning:
                 said.warn(f"warning: {clip_accuracy.warning}")
-        with _board(tensorboard if rank == 0 else None) as log:
+        state = None if no_cache else output.with_name(f".{output.name}.state")
+        with _board(tensorboard if rank == 0 else None) as log, _interrupted(state):
             trained = fit(
                 train,
                 recipe,
-                state=None if no_cache else output.with_name(f".{output.name}.state"),
+                state=state,
                 progress=lambda done, total: bar("training", done, total),
                 log=log,
                 augmented=augmented,
@@ -381,6 +382,17 @@ def _processes() -> Iterator[tuple[int, contextlib.AbstractContextManager[None]]
         yield dist.get_rank(), turn()
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _interrupted(state: Path | None) -> Iterator[None]:
+    """Say how an interrupted training goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state is not None and state.exists():
+            said.warn("interrupted: the same command goes on where it was")
+        raise
 
 
 @contextlib.contextmanager

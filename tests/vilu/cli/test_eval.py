@@ -111,6 +111,7 @@ def test_the_embedded_data_through_a_real_clip(vilu, tmp_path, monkeypatch):
     code, out, err = vilu(
         "--ckpt", path, "--dataset", "digits", "--methods", "mcm,rel-u,bayesvlm,vilu", "--resamples", 10, "--json",
         "--cache", tmp_path / "cache", "--learning-curve", "--sizes", "40,60", "--curve-seeds", 1,
+        "--output", tmp_path / "out",
     )  # fmt: skip
     assert (code, err) == (0, "")
     document = json.loads(out)
@@ -118,6 +119,10 @@ def test_the_embedded_data_through_a_real_clip(vilu, tmp_path, monkeypatch):
     assert document["results"][0]["trained_on"] == "digits"
     assert document["settings"]["CLIP"] == "vilu-tiny"
     assert [point["size"] for point in document["learning_curves"]["digits"]["points"]] == [40, 60]
+    lines = (tmp_path / "out" / "1-digits-samples.csv").read_text().splitlines()
+    assert len(lines) == 61
+    assert lines[1].startswith("0,digits[0],handwritten ")
+    assert "The most confident mistakes, of " in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

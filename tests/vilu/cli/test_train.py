@@ -97,3 +97,14 @@ def test_the_embedded_clip_is_not_taken_for_other_data(vilu, tmp_path):
     assert code == 2
     assert "name the CLIP" not in err  # two images are too few, but the CLIP is taken
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_an_interrupt_says_how_to_go_on(vilu, tmp_path, monkeypatch):
+    def fit(*arguments, state, **options):
+        state.touch()
+        raise KeyboardInterrupt
+
+    embeddings(tmp_path / "world.npz", 0.35)
+    monkeypatch.setattr("vilu.train.fit", fit)
+    code, _, err = vilu("--embeddings", tmp_path / "world.npz", "--output", tmp_path / "a.safetensors", *QUICK)
+    assert (code, err) == (130, "interrupted: the same command goes on where it was\n")
