@@ -207,8 +207,8 @@ def test_no_method_is_called_better_on_training_samples(vilu, files):
     assert "so no method is compared" in out.replace("\n", " ")
     code, out, err = vilu("--ckpt", files / "seen.safetensors", *test, "--json", "--drop-known")
     (result,) = json.loads(out)["results"]
-    assert (result["samples"], result["note"]) == (50, None)
-    assert result["methods"]["MCM"]["vilu_minus"]["auc"] is not None
+    assert (result["samples"], "trained on" in result["note"]) == (50, False)
+    assert "21 right answers among 50 answers" in result["note"]  # the other reason to compare nothing
     assert "30 of the 80 samples of test; these are left out" in err
 
 
