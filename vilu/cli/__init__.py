@@ -23,6 +23,7 @@ COMMANDS = (
     "export",
     "guard",
     "health",
+    "predict",
     "serve",
     "train",
     "versions",

@@ -77,6 +77,7 @@ for arguments in ([], *([name] for name in COMMANDS), ["classes", "list"], ["cla
         ("export --ckpt head.safetensors", "torch", "export"),
         ("guard", "tritonclient", "door"),
         ("health", "tritonclient", "client"),
+        ("predict image.jpg --ckpt head.safetensors", "torch", "train"),
         ("serve", "tritonclient", "server"),
         ("train --output head.safetensors", "torch", "train"),
         ("versions repository", None, "export"),
