@@ -23,6 +23,7 @@ COMMANDS = (
     "export",
     "guard",
     "health",
+    "info",
     "predict",
     "serve",
     "train",
