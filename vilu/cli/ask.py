@@ -20,11 +20,17 @@ from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
 if TYPE_CHECKING:
-    from vilu.serving import Answer
+    from vilu.serving import Answer, Client
 
 
 @click.command("ask", cls=Command, extra="client")
-@click.argument("images", nargs=-1, required=True)
+@click.argument("images", nargs=-1)
+@click.option(
+    "--embeddings",
+    type=PATH,
+    help="Ask about the embeddings in this file instead of images: image_embedding (N, D) in .npz, .safetensors or "
+    ".parquet.",
+)
 @connection_options
 @click.option("--model", default="vilu", show_default=True, help="Name of the served model.")
 @click.option(
@@ -50,6 +56,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per image.")
 def ask_command(
     images: tuple[str, ...],
+    embeddings: Path | None,
     url: str,
     token: str | None,
     model: str,
@@ -68,22 +75,32 @@ def ask_command(
 
     The server also says how likely its answer is wrong, and whether to accept it.
 
+    With --embeddings another program has embedded the images, and row I is named "row I" in the answers.
+
     IMAGES are files, folders (all images below them), patterns ("photos/*.jpg", ** for any depth), or - to read names
     from standard input, one per line. The exit code is 0 when every image was answered, and 2 when one was not.
     """
     from vilu.serving import Client
     from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, read_part, row
+    from vilu.serving.embedding_file import read_image_embeddings
     from vilu.serving.tokens import token_from
 
+    if bool(images) == (embeddings is not None):
+        raise click.UsageError(
+            "Missing argument 'IMAGES...'." if not images else "give IMAGES or --embeddings, not both"
+        )
     if output is not None and as_json:
         raise UserError("--json and --output: give one or the other")
     if resume and output is None:
         raise UserError("--resume needs the --output to go on with")
+    if resume and embeddings is not None:
+        raise UserError("--resume and --embeddings: only questions about images go on where they stopped")
     if labels and class_set is not None:
         raise UserError("--label and --class-set: give one or the other")
     columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
     names = list(find_images(images))
-    total, answers = len(names), list[Answer]()  # answers are kept only where they are printed
+    rows = [] if embeddings is None else read_image_embeddings(embeddings)
+    total, answers = len(names) or len(rows), list[Answer]()  # answers are kept only where they are printed
     earlier = read_part(output, columns) if output is not None and resume else []
     bad = sum(answer.get("error") is not None for answer in earlier)
     if earlier:
@@ -100,17 +117,19 @@ def ask_command(
             **tls,
         ) as client,
         progress_bar() as bar,
-        contextlib.nullcontext() if output is None else open_answer_file(output, columns, earlier) as file,
+        contextlib.nullcontext() if output is None else open_answer_file(output, columns, earlier=earlier) as file,
     ):
         add = answers.append if file is None else file.add
-        for done, answer in enumerate(client.stream(names, labels or None, class_set=class_set, details=details), 1):
+        chosen: dict[str, Any] = {"labels": labels or None, "class_set": class_set, "details": details}
+        found = client.stream(names, **chosen) if embeddings is None else _about_rows(client, rows, chosen)
+        for done, answer in enumerate(found, 1):
             add(answer)
             if answer.error is not None:
                 bad += 1
                 click.echo(f"{answer.source}: {answer.error}", err=True)
-            bar("asking", done, len(names))
+            bar("asking", done, len(names) or len(rows))
     if output is not None:
-        click.echo(f"{output}: {total} images, {bad} without an answer")
+        click.echo(f"{output}: {total} {'images' if images else 'embeddings'}, {bad} without an answer")
     elif as_json:
         click.echo(json.dumps([row(answer, columns) for answer in answers], indent=2))
     elif len(answers) > bad:
@@ -130,6 +149,16 @@ def _unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
         else:
             rest.append(name)
     return rest
+
+
+def _about_rows(client: Client, rows: Any, chosen: dict[str, Any]) -> Iterator[Answer]:
+    """Yield the answers for image embeddings (N, D), some requests at a time."""
+    from dataclasses import replace
+
+    step = 1024
+    for start in range(0, len(rows), step):
+        for index, answer in enumerate(client.ask_embeddings(rows[start : start + step], **chosen), start):
+            yield replace(answer, source=f"row {index}")
 
 
 def find_images(given: Iterable[str]) -> Iterator[str]:

@@ -191,6 +191,7 @@ def train_command(
         "data": train.name,
         "samples": len(train),
         "skipped": len(train.skipped),
+        "logit_scale": train.logit_scale,
         "recipe": {"name": recipe_name, **asdict(recipe)},
         "best_epoch": trained.best_epoch,
         "validation": asdict(trained.validation) if trained.validation else None,
