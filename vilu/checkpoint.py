@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -365,7 +366,8 @@ def _load_official(path: Path, keep_frozen: bool, n_iter_freeze_proj: int, logit
             size = sum(item.file_size for item in archive.infolist())
         if size > MAX_OFFICIAL_BYTES:
             raise UserError(f"{path}: unpacks to {size} bytes, over the limit of {MAX_OFFICIAL_BYTES}")
-        with torch.serialization.safe_globals(_numpy_globals()):
+        with torch.serialization.safe_globals(_numpy_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
             document = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise

@@ -99,8 +99,9 @@ def ask_command(
         raise UserError("--label and --class-set: give one or the other")
     columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
     names = list(find_images(images))
-    rows = [] if embeddings is None else read_image_embeddings(embeddings)
-    total, answers = len(names) or len(rows), list[Answer]()  # answers are kept only where they are printed
+    rows: Any = [] if embeddings is None else read_image_embeddings(embeddings)
+    total = len(names) or len(rows)
+    answers: list[Answer] = []  # filled only where answers are printed
     earlier = read_part(output, columns) if output is not None and resume else []
     bad = sum(answer.get("error") is not None for answer in earlier)
     if earlier:

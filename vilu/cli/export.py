@@ -177,7 +177,12 @@ def export_command(
         target["cuda_archs"] = [int(part) for part in cuda_arch.split(",")]
     checkpoint = load_checkpoint(ckpt)
     if checkpoint.clip is None and not clip_name and (checkpoint.class_set or embeddings or _is_matrix(classes)):
-        refused = {"--images": images, "--template": templates, "--provider": provider, "--cuda-arch": cuda_arch}
+        refused: dict[str, Any] = {
+            "--images": images,
+            "--template": templates,
+            "--provider": provider,
+            "--cuda-arch": cuda_arch,
+        }
         refused |= {"--precision": precision != "float32", "--device gpu": device == "gpu", "--cores": cores}
         for name in (name for name, value in refused.items() if value):
             raise UserError(f"{name}: is for CLIP's towers, and {ckpt} names no CLIP; its head is exported alone")

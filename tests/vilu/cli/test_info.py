@@ -164,6 +164,7 @@ def cut(path):
     ],
     ids=["absent", "empty", "huge header", "pickle", "pickle in zip", "cut", "pipe", "folder"],
 )
+@pytest.mark.filterwarnings("error")  # a warning would be another line
 def test_a_hostile_file_is_one_line(info, tmp_path, monkeypatch, make, said):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "it")
