@@ -103,5 +103,5 @@ def opened(image: ImageLike, index: int) -> tuple[str, bytes | Image.Image | Ans
         return name, Answer(name, error=f"not a path, bytes, a Pillow image or an array, but {type(image).__name__}")
     try:
         return name, image.convert("RGB")
-    except (OSError, ValueError) as error:  # Pillow reads a lazily opened file here
+    except Exception as error:  # Pillow reads a lazily opened file here, and raises many types on a damaged one
         return name, Answer(name, error=f"image cannot be decoded ({type(error).__name__})")

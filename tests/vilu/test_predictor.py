@@ -107,7 +107,7 @@ def test_a_bad_image_is_an_answer_with_an_error(predictor, images, tmp_path):
     said = [a.error for a in answers if a.error]
     assert "No such file" in said[0]
     assert "Is a directory" in said[1]
-    assert "cannot be decoded" in said[2]
+    assert "not a JPEG" in said[2]
     assert "0 bytes" in said[3]
     assert "(H, W, 3) uint8" in said[4]
     assert "int" in said[5]

@@ -168,6 +168,9 @@ def _training_lines(meta: Mapping[str, Any]) -> Iterable[Line]:
     if data:
         samples = known.pop("samples", None)
         yield "trained on", f"{data}{'' if samples is None else f', {samples} samples'}"
+    accuracy, chance = known.pop("accuracy", None), known.pop("chance", None)
+    if accuracy is not None:
+        yield "CLIP is right", f"on {_percent(accuracy)} of the training data (chance {_percent(chance)})"
     figures = known.pop("validation", None)
     if isinstance(figures, dict):
         yield (

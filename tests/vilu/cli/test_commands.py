@@ -75,7 +75,7 @@ for arguments in ([], *([name] for name in COMMANDS), ["classes", "list"], ["cla
         ("demo", "open_clip", "export,server"),
         ("eval --ckpt head.safetensors", "torch", "train"),
         ("export --ckpt head.safetensors", "torch", "export"),
-        ("guard", "tritonclient", "door"),
+        ("guard", None, "door"),
         ("health", "tritonclient", "client"),
         ("predict image.jpg --ckpt head.safetensors", "torch", "train"),
         ("serve", "tritonclient", "server"),

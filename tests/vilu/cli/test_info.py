@@ -28,6 +28,8 @@ NOTE = {
 META = {
     "data": "digits",
     "samples": 1000,
+    "accuracy": 0.92,
+    "chance": 0.1,
     "recipe": {"name": "default", "seed": 3},
     "best_epoch": 7,
     "validation": {"auc": 0.91, "mcm_auc": 0.88, "fpr95": 0.3, "mcm_fpr95": 0.4, "samples": 1000, "failures": 80},
@@ -69,6 +71,7 @@ def test_a_checkpoint(info, checkpoint, tmp_path):
         in (lines["promise"])
     )
     assert lines["trained on"] == "digits, 1000 samples"
+    assert lines["CLIP is right"] == "on 92% of the training data (chance 10%)"
     assert "AUC 91% (MCM 88%), FPR95 30% (MCM 40%) on 1000 samples with 80 failures" in lines["figures"]
     assert lines["recipe"] == "default, seed 3, best epoch 7"
     assert f"vilu {vilu.__version__}" in lines["written with"]
