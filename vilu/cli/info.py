@@ -63,6 +63,7 @@ def _about_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "threshold": checkpoint.threshold,
         "calibration": meta.pop("calibration", None),
         "training": meta,
+        "fingerprints": None if checkpoint.samples is None else len(checkpoint.samples),
     }
 
 
@@ -80,6 +81,8 @@ def _checkpoint_lines(about: Mapping[str, Any]) -> Iterable[Line]:
     )
     yield from _threshold_lines(about)
     yield from _training_lines(about["training"])
+    if about["fingerprints"] is not None:
+        yield "remembers", f"{about['fingerprints']} of its training samples, so that eval and calibrate know them"
     yield from _libraries_line(about["libraries"])
 
 
