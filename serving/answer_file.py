@@ -75,7 +75,9 @@ def open_answer_file(
             except (UserError, KeyboardInterrupt) as error:
                 file.close()
                 why = "interrupted" if isinstance(error, KeyboardInterrupt) else error
-                raise type(error)(f"{why}; the answers until then are in {part}, and --resume goes on from there") from None
+                raise type(error)(
+                    f"{why}; the answers until then are in {part}, and --resume goes on from there"
+                ) from None
             file.close()
         os.replace(part, path)
     except OSError as error:
