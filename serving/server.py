@@ -24,9 +24,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
+from vilu.answers import RequestRefused
 from vilu.errors import FailedError, UserError
 from vilu.serving.access import Access
 from vilu.serving.address import free_port, join_host_port, listen, open_directly, reachable_host
+from vilu.serving.answers import AccessDenied
+from vilu.serving.async_client import EMBEDDINGS, AsyncClient
 from vilu.serving.client import Client
 from vilu.serving.overlay import Overlay
 from vilu.serving.repository import check_repository
@@ -247,10 +252,11 @@ class Server:
         with open_directly(f"{self.http_url}/v2/health/ready", timeout=timeout) as reply:
             if reply.status != 200:
                 return False
-        if (self.repository / "vilu").is_dir():
-            probe(self.http_url, timeout=timeout, token=self.access.token)
+        model = next((name for name in ("vilu", EMBEDDINGS) if (self.repository / name).is_dir()), None)
+        if model is not None:
+            probe(self.http_url, model=model, timeout=timeout, token=self.access.token)
             if not self.access.tls_cert:  # the certificate is for a name that only clients know
-                probe(self.grpc_url, timeout=timeout, token=self.access.token)
+                probe(self.grpc_url, model=model, timeout=timeout, token=self.access.token)
         return True
 
     def version(self) -> str:
@@ -320,11 +326,38 @@ class Server:
 def probe(url: str, *, model: str = "vilu", **options: Any) -> None:
     """Ask a server about an image of one pixel: the way through every step of the ensemble, by a `Client`'s options.
 
+    A server of a head alone, which has no `vilu`, is asked about one embedding.
+
     Raises:
         UserError: no answer, or an error in its place.
     """
     with Client(url, model=model, **options) as client:
-        client.ask([PROBE_IMAGE])[0].raise_for_error()
+        answer = client.ask([PROBE_IMAGE])[0] if model != EMBEDDINGS else None
+        if answer is None or (answer.error is not None and model == "vilu" and client.run(_is_head_alone)):
+            dim = client.run(_embedding_width)
+            client.ask_embeddings(np.ones((1, dim)))[0].raise_for_error()
+        else:
+            answer.raise_for_error()
+
+
+async def _embedding_width(client: AsyncClient) -> int:
+    """D, the length of an embedding that the server's head reads."""
+    inputs = (await client.config(EMBEDDINGS))["input"]
+    return next(int(one["dims"][0]) for one in inputs if one["name"] == "IMAGE_EMBEDDING")
+
+
+async def _is_head_alone(client: AsyncClient) -> bool:
+    """Whether a server has the model that takes embeddings, and no `vilu`."""
+    found = []
+    for name in ("vilu", EMBEDDINGS):
+        try:
+            await client.config(name)
+            found.append(name)
+        except AccessDenied:
+            raise
+        except RequestRefused:
+            continue
+    return found == [EMBEDDINGS]
 
 
 # A 1x1 white PNG: small, and it goes through every step of the ensemble.

@@ -7,7 +7,7 @@ import pytest
 
 from vilu.errors import UserError
 from vilu.serving import Answer, ServerUnavailable
-from vilu.serving.answer_file import DETAILS, FIELDS, FORMATS, ROWS, open_answer_file
+from vilu.serving.answer_file import DETAILS, FIELDS, FORMATS, ROWS, open_answer_file, read_part
 
 GOOD = Answer("a.jpg", "cat", 2, 0.75, 0.125, True, class_set="pets@3", top=(("cat", 0.75), ("dog", 0.25)), entropy=0.5)
 BAD = Answer("b.jpg", error="not an image")
@@ -66,3 +66,44 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, name):
         pass
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("columns", [FIELDS, (*FIELDS, *DETAILS)], ids=["plain", "details"])
+def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path, suffix, columns):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    path, whole = tmp_path / f"a{suffix}", tmp_path / f"whole{suffix}"
+    with open_answer_file(whole, columns) as file:
+        for answer in (GOOD, BAD, GOOD):
+            file.add(answer)
+
+    def interrupted():
+        with open_answer_file(path, columns, earlier=read_part(path, columns)) as file:
+            file.add(GOOD)
+            file.add(BAD)
+            raise KeyboardInterrupt
+
+    assert read_part(path, columns) == []
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted; the answers until then are in .*a\.part\..* --resume"):
+        interrupted()
+    assert [row["source"] for row in read_part(path, columns)] == ["a.jpg", "b.jpg"]
+    with open_answer_file(path, columns, earlier=read_part(path, columns)) as file:
+        file.add(GOOD)
+    assert rows_of(path) == rows_of(whole)
+    assert [row["source"] for row in read_part(path, columns)] == ["a.jpg", "b.jpg", "a.jpg"]
+    with pytest.raises(UserError, match=r"holds .*, not "):
+        read_part(path, (*columns, "embedding"))
+    path.write_bytes(b"\x00\xffnothing\n")
+    with pytest.raises(UserError):
+        read_part(path, columns)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_line_that_a_kill_cut_is_asked_again(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    with open_answer_file(path) as file:
+        file.add(GOOD)
+        file.add(GOOD)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert len(read_part(path, FIELDS)) == 1

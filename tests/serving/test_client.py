@@ -57,6 +57,18 @@ def test_an_async_stream_and_bad_images_in_between(server, photos, eager):
     agree(answers[:5] + answers[7:], photos, eager)
 
 
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_embeddings_are_answered_as_their_images_are(server, photos, eager, protocol):
+    with Client(urls(server)[protocol], batch_size=5) as client:
+        images = client.ask(photos, embedding=True)
+        rows = 3 * np.array([answer.embedding for answer in images])
+        agree(client.ask_embeddings(rows), photos, eager)
+        labels = ["handwritten three", "a cat", "red circle"]
+        for answer, same in zip(client.ask_embeddings(rows, labels), client.ask(photos, labels), strict=True):
+            assert (answer.label, answer.accept) == (same.label, same.accept)
+            assert answer.failure_probability == pytest.approx(same.failure_probability, abs=1e-4)
+
+
 def test_threads_share_a_client(server, photos, eager):
     found: dict[int, list] = {}
     with Client(server.grpc_url) as client:

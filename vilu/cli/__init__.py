@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -21,11 +25,15 @@ COMMANDS = (
     "export",
     "guard",
     "health",
+    "info",
+    "predict",
     "serve",
     "train",
     "versions",
     "web",
 )
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EPIPE)  # what a failed write may say
 
 
 class _Lazy(Group):
@@ -69,8 +77,10 @@ def run(command: click.Command, name: str) -> None:
     from vilu.cli import output
 
     output.set_up()
+    _print_anything()
     try:
         code = command.main(prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         output.failed(f"{name}: {error}")
         sys.exit(error.exit_code)
@@ -82,9 +92,37 @@ def run(command: click.Command, name: str) -> None:
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        # click turns an interrupt into Abort, whose cause may say what was kept.
+        kept = str(error.__cause__ or error.__context__ or error)
+        if kept:
+            output.failed(f"{name}: {kept}")
         sys.exit(130)
+    except OSError as error:
+        if error.filename is not None or error.errno not in FULL:
+            raise
+        # What is left in the buffer cannot be written either, and Python would complain of it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno != errno.EPIPE:  # who closed the pipe knows it
+            output.failed(f"{name}: its output cannot be written ({error.strerror})")
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_anything() -> None:
+    """Let standard output take every text: "?" where a terminal's encoding lacks a character.
+
+    A file's name that is not UTF-8 keeps its bytes.
+    """
+
+    def encoded(error: UnicodeError) -> tuple[bytes, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        text = error.object[error.start : error.end]
+        return b"".join(bytes([ord(c) & 255]) if "\udc80" <= c <= "\udcff" else b"?" for c in text), error.end
+
+    codecs.register_error("vilu", encoded)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="vilu")
 
 
 def main() -> None:

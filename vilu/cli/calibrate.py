@@ -11,11 +11,19 @@ import click
 from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
 from vilu.cli.held_out import held_out
-from vilu.cli.options import PATH, data_options, drop_known_option, dtype_option, embeddings_option
+from vilu.cli.options import (
+    PATH,
+    clip_options,
+    data_options,
+    drop_known_option,
+    dtype_option,
+    embeddings_option,
+)
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
 if TYPE_CHECKING:
+    from vilu.checkpoint import ClipSpec
     from vilu.embeddings import EmbeddedSet
 
 
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--ckpt", type=PATH, required=True, help="Checkpoint to calibrate.")
 @data_options
 @embeddings_option
+@clip_options
 @click.option(
     "--split",
     default="val",
@@ -67,6 +76,8 @@ def calibrate_command(
     caption_column: str,
     cache: Path,
     embeddings: Path | None,
+    clip_name: str | None,
+    pretrained: str | None,
     split: str,
     drop_known: bool,
     target_risk: float | None,
@@ -97,8 +108,11 @@ def calibrate_command(
     if len(wanted) > 1 or (not wanted and probability == "none"):
         raise UserError("give one of --target-risk, --target-coverage and --target-tpr, or --probability-calibration")
     checkpoint = load_checkpoint(ckpt)
+    if embeddings is not None and (clip_name or pretrained):
+        raise UserError("--embeddings takes the place of --clip and --pretrained")
     columns = {"image_column": image_column, "caption_column": caption_column}
-    held = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype, columns)
+    named = (clip_name, pretrained)
+    held, spec = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype, columns, named)
     check_fits(ckpt, checkpoint, held)
     for line in held.skipped:
         said.note(f"skipped {line}")
@@ -157,7 +171,7 @@ def calibrate_command(
             f"{chosen.risk:.2%} of them wrong{promise}"
         )
     meta = {**checkpoint.meta, "calibration": note}
-    save_checkpoint(replace(checkpoint, head=head, threshold=threshold, meta=meta), output or ckpt)
+    save_checkpoint(replace(checkpoint, head=head, clip=spec, threshold=threshold, meta=meta), output or ckpt)
     say(f"{output or ckpt}: written")
     if as_json:
         said.document({"checkpoint": str(output or ckpt), "threshold": threshold, "calibration": note})
@@ -174,7 +188,9 @@ def _held_out(
     split: str,
     dtype: str,
     columns: dict[str, str],
-) -> EmbeddedSet:
+    named: tuple[str | None, str | None],
+) -> tuple[EmbeddedSet, ClipSpec | None]:
+    """Return the embedded data and the CLIP to store, which is the one that --clip or --pretrained names."""
     from vilu.class_set import DEFAULT_TEMPLATES
     from vilu.clip import load_clip_for
     from vilu.data import embed, load_embeddings, open_source
@@ -182,12 +198,13 @@ def _held_out(
     if embeddings is not None:
         if data or dataset:
             raise UserError("--embeddings takes the place of --data and --dataset")
-        return load_embeddings(embeddings)
+        return load_embeddings(embeddings), checkpoint.clip
     source = open_source(data, dataset=dataset, root=root, split=split, cache=cache, **columns)
-    clip = load_clip_for(checkpoint, ckpt, missing="give --embeddings")
+    clip = load_clip_for(checkpoint, ckpt, *named, missing="give --clip and --pretrained, or --embeddings")
     templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
     with progress_bar() as bar:
-        return embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
+        held = embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
+    return held, clip.spec if any(named) else checkpoint.clip
 
 
 CAPTION_GROUP = 1024  # candidates per group of captions, as in the published tables

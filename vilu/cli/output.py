@@ -79,7 +79,7 @@ def result(text: str) -> None:
     """Print a result on standard output."""
     if _settings.log is not None:
         _settings.log.info("%s", text)
-    click.echo(text)
+    print(text, flush=True)  # click.echo writes UTF-8 to a terminal that has another encoding
 
 
 def document(value: dict[str, Any] | list[Any]) -> None:

@@ -217,6 +217,7 @@ def train_command(
         "skipped": len(train.skipped),
         "accuracy": clip_accuracy.share,
         "chance": clip_accuracy.chance,
+        "logit_scale": train.logit_scale,
         "recipe": {"name": recipe_name, **asdict(recipe)},
         "best_epoch": trained.best_epoch,
         "validation": asdict(trained.validation) if trained.validation else None,

@@ -36,8 +36,15 @@ Skipped = list[tuple[int, str]]
 
 
 def default_cache() -> Path:
-    """Return the folder that keeps embeddings by default, in the XDG base directory for caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vilu"
+    """Return the folder that keeps embeddings by default, in the XDG base directory for caches.
+
+    Raises:
+        UserError: the user has no home folder, as in a container that runs under a number.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vilu"
+    except RuntimeError:
+        raise UserError("no home folder is known here: set VILU_CACHE to a folder that keeps embeddings") from None
 
 
 @dataclass(frozen=True)

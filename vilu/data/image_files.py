@@ -21,9 +21,21 @@ def ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """Yield the paths of the images below a folder, relative to it, in no order. Links to folders are not followed."""
-    for parent, below, files in os.walk(folder):
+def walk(folder: Path, *, links: bool = False) -> Iterator[str]:
+    """Yield the paths of the images below a folder, relative to it, in no order.
+
+    Args:
+        folder: the folder, which may be a link.
+        links: whether to follow links to folders, each folder once. Below a class's folder they are not followed,
+            because the folder that a link names may be another class.
+    """
+    seen = set[tuple[int, int]]()
+    for parent, below, files in os.walk(folder, followlinks=links):
+        place = os.stat(parent)
+        if (place.st_dev, place.st_ino) in seen:  # a link to a folder above it would have no end
+            below.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
         below[:] = [name for name in below if not ignored(name)]
         for name in files:
             if name.lower().endswith(SUFFIXES) and not ignored(name):
@@ -38,7 +50,7 @@ def image_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
-    files = sorted(path for name in walk(folder) if (path := folder / name).is_file())
+    files = sorted(path for name in walk(folder, links=True) if (path := folder / name).is_file())
     if not files:
         raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} files")
     return files

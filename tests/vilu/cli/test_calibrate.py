@@ -1,6 +1,7 @@
 """`vilu calibrate`: the threshold and what it rests on are stored, or nothing is changed."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,3 +177,28 @@ def test_an_old_checkpoint_cannot_say_what_it_was_trained_on(world, tmp_path):
     result = calibrate(world, "--target-risk", 0.1, *output, ckpt="old.safetensors")
     assert "does not say which samples it was trained on; held must not be among them" in result.stderr
     assert "promised at 95%" in result.output
+
+
+def test_clip_names_another_place_of_the_same_weights(tmp_path):
+    from vilu import ViLUHead, load_clip
+    from vilu.data import open_source
+
+    clip = load_clip()
+    names = open_source(dataset="digits", split="test").class_names
+    moved = replace(clip.spec, name=f"local-dir:{tmp_path / 'moved'}")
+    path = tmp_path / "head.safetensors"
+    save_checkpoint(Checkpoint(ViLUHead(128), moved, clip.class_set(names)), path)
+
+    def run(*options):
+        data = ["--dataset", "digits", "--split", "test", "--cache", tmp_path]
+        command = [str(a) for a in ("--ckpt", path, *data, "--target-coverage", 0.5, *options)]
+        return CliRunner().invoke(calibrate_command, command, catch_exceptions=False, standalone_mode=False)
+
+    with pytest.raises(UserError, match="moved"):
+        run()
+    with pytest.raises(UserError, match="not on these"):
+        run("--clip", "RN50", "--pretrained", "random")
+    assert run("--clip", "vilu-tiny").exit_code == 0
+    assert load_checkpoint(path).clip == clip.spec
+    with pytest.raises(UserError, match="takes the place of --clip"):
+        calibrate((tmp_path,), "--target-tpr", 0.5, "--clip", "vilu-tiny", data="held.npz")
