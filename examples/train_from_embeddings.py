@@ -49,7 +49,7 @@ def main() -> None:
                 f"{name}: AUC {auroc(confidence.numpy(), right):.3f} on {len(test)} images, {(~right).sum()} failures"
             )
 
-        # A head without a CLIP can be evaluated and calibrated; to be exported it needs the CLIP's name, too.
+        # `vilu export` writes such a head alone: its server takes embeddings, and `vilu ask --embeddings` asks it.
         class_set = ClassSet(train.class_names, ("{}",), train.text.normalised.float())
         samples = remembered(train.image.normalised)  # so that `vilu eval` and `vilu calibrate` know them again
         save_checkpoint(Checkpoint(head, class_set=class_set, samples=samples), Path(folder) / "head.safetensors")

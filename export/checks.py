@@ -15,7 +15,7 @@ import torch
 from vilu.checkpoint import Checkpoint
 from vilu.class_set import ClassSet
 from vilu.clip import Clip
-from vilu.errors import UserError
+from vilu.errors import FailedError, UserError
 from vilu.export import parity, precision, versions
 from vilu.export.limits import Limits
 from vilu.export.model_config import Runtime
@@ -88,5 +88,5 @@ def check_parity(report: Mapping[str, Any], *, allow_loss: bool) -> list[str]:
     broken = [problem for problem in problems if parity.NOT_FINITE in problem]
     if broken or (problems and not allow_loss):
         first, more = (broken or problems)[0], len(problems) - 1
-        raise UserError(f"export refused: {first}" + (f" (and {more} more)" if more else ""))
+        raise FailedError(f"export refused: {first}" + (f" (and {more} more)" if more else ""))
     return problems

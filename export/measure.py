@@ -13,6 +13,7 @@ import torch
 from vilu.export import parity
 from vilu.export.job import FEW_INPUTS, Job, Ticker
 from vilu.export.parity import Answers, Reference
+from vilu.head import ViLUHead
 from vilu.scores import Entropy
 from vilu.serving.backends.onnxruntime import session
 
@@ -73,7 +74,10 @@ def measure(job: Job, root: Path, tick: Ticker) -> Measured:
     head_row = parity.compare_outputs(head(truth.feed, batch), truth)
     graphs["vilu_head"]["folded" if job.cuda_archs else "cpu"] = {label: head_row}
     graphs["vilu_embeddings"] = {"cpu": {label: _measure_open_vocabulary(job, root, truth)}}
-    graphs["vilu_details"] = {"cpu": {label: _measure_details(job, root, truth.feed)}}
+    details = root / "vilu_details" / "1" / "details.onnx"
+    scale, text = job.clip.spec.logit_scale, job.class_set.text_embeddings
+    row = measure_details(details, job.checkpoint.head, scale, text, truth.feed, job.runtime.cores)
+    graphs["vilu_details"] = {"cpu": {label: row}}
     full = references["vilu_full"].first(FEW_INPUTS)
     if job.precision in ("float16", "int8"):  # the joined graph must answer as its own parts do
         full = Reference(full.input_name, full.feed, {name: cpu_outputs[name] for name in full.outputs})
@@ -103,25 +107,36 @@ def _batch_effect(job: Job, tower: parity.Session, head: Head, answers: Answers,
 def _measure_open_vocabulary(job: Job, root: Path, truth: Reference) -> dict[str, Any]:
     """Compare the open-vocabulary head, with the class set as the candidates of every image."""
     opened = session.open_session(root / "vilu_embeddings" / "1" / "ragged.onnx", threads=job.runtime.cores)
-    feed = {
-        "IMAGE_EMBEDDING": truth.feed,
-        "TEXT_EMBEDDINGS": job.class_set.text_embeddings.numpy(),
-        "CANDIDATES": np.tile(np.array([[0, len(job.class_set)]], np.int64), (len(truth), 1)),
-    }
-    outputs = dict(zip(opened.outputs, opened.run(opened.outputs, feed), strict=True))
+    outputs = run_open_vocabulary(opened, truth.feed, job.class_set.text_embeddings.numpy())
     expected = {name: value for name, value in truth.outputs.items() if name in outputs}
     return parity.compare_outputs(outputs, Reference("IMAGE_EMBEDDING", truth.feed, expected))
 
 
-def _measure_details(job: Job, root: Path, embedding: np.ndarray) -> dict[str, Any]:
-    """Compare the details with their formulas; not DOCTOR, a ratio without an upper bound, which tests cover."""
-    head, scale = job.checkpoint.head, job.clip.spec.logit_scale
-    v, t = torch.from_numpy(embedding), job.class_set.text_embeddings
+def run_open_vocabulary(opened: parity.Session, embedding: np.ndarray, text_embeddings: np.ndarray) -> Outputs:
+    """Run the graph of the open vocabulary for embeddings (N, D) over the same candidates (K, D)."""
+    every = np.tile(np.array([[0, len(text_embeddings)]], np.int64), (len(embedding), 1))
+    feed = {"IMAGE_EMBEDDING": embedding, "TEXT_EMBEDDINGS": text_embeddings, "CANDIDATES": every}
+    return dict(zip(opened.outputs, opened.run(opened.outputs, feed), strict=True))
+
+
+def measure_details(
+    path: Path, head: ViLUHead, scale: float, t: torch.Tensor, embedding: np.ndarray, threads: int
+) -> dict[str, Any]:
+    """Compare the details with their formulas; not DOCTOR, a ratio without an upper bound, which tests cover.
+
+    Args:
+        path: the graph.
+        scale: CLIP's factor on v · t.
+        t: the class set (K, D).
+        embedding: (N, D) image embeddings.
+        threads: threads that run the graph.
+    """
+    v = torch.from_numpy(embedding)
     expected = {"PROBABILITIES": torch.softmax(scale * v @ t.T, dim=-1), "ENTROPY": Entropy().confidence(v, t, scale)}
     if "attended" in head.parts:
         query, key, _ = head.projections()
         expected["ATTENTION"] = torch.softmax(head.attention_scale * (v @ query.T) @ (t @ key.T).T, dim=-1)
-    opened = session.open_session(root / "vilu_details" / "1" / "details.onnx", threads=job.runtime.cores)
+    opened = session.open_session(path, threads=threads)
     found = opened.run(opened.outputs, {"IMAGE_EMBEDDING": embedding, "TEXT_EMBEDDINGS": t.numpy()})
     truth = {name: value.detach().reshape(len(v), -1).numpy() for name, value in expected.items()}
     return parity.compare_outputs(

@@ -43,28 +43,39 @@ def build(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
         notes.append(
             "vilu_full holds strings, which OpenVINO cannot run, so all of it runs on ONNX Runtime's CPU provider."
         )
-    return {
-        "tolerance": HEAD_BUDGET.error,
-        "precision": runtime.precision,
-        "budget": BUDGETS[runtime.precision].as_dict(),
-        "over_budget": [],
+    return about(job.checkpoint, runtime.precision) | {
         "device": runtime.device,
         "provider": runtime.provider,
         "preprocess": job.preprocess,
-        "threshold": job.checkpoint.threshold,
-        "calibration": job.checkpoint.meta.get("calibration"),
         "clip": vars(job.clip.spec),
-        "head": digest(job.checkpoint),
         "images": {"measured": len(job.sample.pixels), "calibrated": len(job.sample.calibration)},
         **figures,
         "notes": notes,
-        "versions": {
-            "vilu": __version__,
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": libraries(),
+    }
+
+
+def about(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
+    """What parity.json says of a checkpoint and a precision, the list "over_budget" still empty."""
+    return {
+        "tolerance": HEAD_BUDGET.error,
+        "precision": precision,
+        "budget": BUDGETS[precision].as_dict(),
+        "over_budget": [],
+        "threshold": checkpoint.threshold,
+        "calibration": checkpoint.meta.get("calibration"),
+        "head": digest(checkpoint),
+    }
+
+
+def libraries() -> dict[str, str]:
+    """The versions of what wrote a repository."""
+    return {
+        "vilu": __version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "python": platform.python_version(),
     }
 
 

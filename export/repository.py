@@ -126,15 +126,18 @@ def _write_head(folder: Path, served: Served, inputs: Tensors, outputs: Tensors)
     )
 
 
-def write_embeddings(folder: Path, served: Served) -> None:
+def write_embeddings(folder: Path, served: Served, *, labels: bool = True) -> None:
     """Write the Python model that takes embeddings, with a class set's candidates or each request's own.
 
     `vilu.export.open_vocabulary` and `vilu.export.details` write its graphs, ragged.onnx and details.onnx.
+
+    Args:
+        labels: whether it takes LABELS, which need the repository's text tower.
     """
     _write_head_files(folder, served.class_set, "vilu_embeddings/model.py")
     shutil.copyfile(Path(vilu.preprocess.class_names.__file__), folder / "1" / "class_names.py")
     dim, limits = served.dim, served.limits
-    candidates: Tensors = {**LABELS, "TEXT_EMBEDDINGS": ("TYPE_FP32", [-1, dim])}
+    candidates: Tensors = {**(LABELS if labels else {}), "TEXT_EMBEDDINGS": ("TYPE_FP32", [-1, dim])}
     write_config(
         folder,
         backend="python",

@@ -2,7 +2,8 @@
 
 Triton numbers versions per model, and an ensemble takes the newest version of its steps; so one version is served by
 all models together (version policy `specific`), each with the config.pbtxt it was exported with. What a version needs
-beside its models' files is kept in them: `MODEL/N/config.pbtxt`, and the parity report in `vilu/N`.
+beside its models' files is kept in them: `MODEL/N/config.pbtxt`, and the parity report in `vilu/N` (of a head alone:
+`vilu_embeddings/N`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from vilu.export.model_config import CONFIG, load_config, save_config
 from vilu.serving import AccessDenied, AsyncClient, RequestRefused
 
 ABOUT = ("labels.txt", "parity.json", "parity.md", "parity.png")  # of the version that is served
-KEEPER = "vilu"  # the model whose version folders keep them
+# The model whose version folders keep them: the first of these that the repository has.
+KEEPERS = ("vilu", "vilu_embeddings")
 # What makes the embeddings that all other models read: two of them at once would be mixed in one answer.
 EMBEDDING = ("preprocess", "clip_image", "clip_text", "tokenize")
 
@@ -25,6 +27,10 @@ EMBEDDING = ("preprocess", "clip_image", "clip_text", "tokenize")
 def models(repository: Path) -> list[str]:
     """Names of the models in a repository."""
     return sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}"))
+
+
+def _keeper(repository: Path) -> str:
+    return next((name for name in KEEPERS if (repository / name / CONFIG).is_file()), KEEPERS[0])
 
 
 def versions(repository: Path) -> list[int]:
@@ -41,7 +47,7 @@ def versions(repository: Path) -> list[int]:
 
 def served(repository: Path) -> int:
     """The version a server takes: that of the version policy, else the newest."""
-    policy = load_config(repository / KEEPER / CONFIG).version_policy
+    policy = load_config(repository / _keeper(repository) / CONFIG).version_policy
     return int(policy.specific.versions[0]) if policy.specific.versions else max(versions(repository))
 
 
@@ -72,7 +78,7 @@ def add(staging: Path, repository: Path, version: int) -> None:
         for model in models(staging):
             for old in present:
                 shutil.copytree(repository / model / str(old), staging / model / str(old))
-        if not (staging / KEEPER / str(now) / CONFIG).exists():  # a first export keeps nothing twice
+        if not (staging / _keeper(staging) / str(now) / CONFIG).exists():  # a first export keeps nothing twice
             _keep(staging, now, repository)
     _serve(staging, version)
 
@@ -99,7 +105,7 @@ def use(repository: Path, version: int) -> list[str]:
     before = served(repository)
     with atomic.folder(repository) as staging:
         shutil.copytree(repository, staging, dirs_exist_ok=True)
-        if not (staging / KEEPER / str(before) / CONFIG).exists():
+        if not (staging / _keeper(staging) / str(before) / CONFIG).exists():
             _keep(staging, before)
         _serve(staging, version)
         return [model for model in models(staging) if _differ(staging / model, before, version)]
@@ -119,7 +125,7 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
         RequestRefused: a model that did not load.
         AccessDenied, ServerUnavailable: as `AsyncClient` does.
     """
-    (running,) = await client.versions(KEEPER)
+    (running,) = await client.versions(_keeper(repository))
     present = versions(repository)
     if running not in present:
         raise UserError(f"{client.url}: serves version {running}, which {repository} lacks: is it another repository?")
@@ -157,7 +163,7 @@ def _keep(root: Path, version: int, source: Path | None = None) -> None:
     for model in models(root):
         shutil.copyfile(source / model / CONFIG, root / model / str(version) / CONFIG)
     for name in ABOUT:
-        shutil.copyfile(source / name, root / KEEPER / str(version) / name)
+        shutil.copyfile(source / name, root / _keeper(root) / str(version) / name)
 
 
 def _serve(root: Path, version: int) -> None:
@@ -166,7 +172,7 @@ def _serve(root: Path, version: int) -> None:
         config.version_policy.specific.versions[:] = [version]
         save_config(root / model, config)
     for name in ABOUT:
-        shutil.copyfile(root / KEEPER / str(version) / name, root / name)
+        shutil.copyfile(root / _keeper(root) / str(version) / name, root / name)
 
 
 def _differ(model: Path, one: int, other: int) -> bool:

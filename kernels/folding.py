@@ -324,7 +324,7 @@ FOLDED_MAX_CLASSES = 4096
 
 
 def fold(
-    head: ViLUHead, text_embeddings: Tensor, *, logit_scale: float = 100.0, layout: str | None = None
+    head: ViLUHead, text_embeddings: Tensor, *, logit_scale: float | None = None, layout: str | None = None
 ) -> FoldedHead:
     """Combine a head with a class set, for `fused_head`.
 
@@ -332,7 +332,8 @@ def fold(
         head: the eager head.
         text_embeddings: the L2-normalised class set (K, D). Its type (float64, float32, float16 or bfloat16) becomes
             the type of every stored tensor.
-        logit_scale: factor that CLIP puts on the cosine v · t (100 for OpenAI's models).
+        logit_scale: factor that CLIP puts on the cosine v · t; None stands for the head's own
+            (`ViLUHead.clip_scale`).
         layout: "folded" or "plain"; None stands for "folded" up to `FOLDED_MAX_CLASSES` classes and "plain" above.
 
     Raises:
@@ -352,4 +353,5 @@ def fold(
     """
     if layout is None:
         layout = "folded" if len(text_embeddings) <= FOLDED_MAX_CLASSES else "plain"
-    return FoldedHead(head, text_embeddings, logit_scale=logit_scale, layout=layout)
+    scale = head.clip_scale if logit_scale is None else logit_scale
+    return FoldedHead(head, text_embeddings, logit_scale=scale, layout=layout)

@@ -7,12 +7,12 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
+from vilu.answers import Answer
 from vilu.errors import UserError
-from vilu.serving.answers import Answer
 
 T = TypeVar("T")
 FORMATS = (".jsonl", ".csv", ".parquet")
@@ -31,8 +31,8 @@ def row(answer: Answer, columns: Sequence[str] = FIELDS) -> dict[str, Any]:
 class AnswerFile:
     """A file that takes answers one by one."""
 
-    def __init__(self, columns: Sequence[str]) -> None:
-        self.columns = columns
+    def __init__(self, columns: Sequence[str], file: IO[bytes]) -> None:
+        self.columns, self.file = columns, file
 
     def add(self, answer: Answer) -> None:
         """Write one answer."""
@@ -43,13 +43,12 @@ class AnswerFile:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Write what is left and close the file. Call it once."""
-        raise NotImplementedError
+        """Write what is left. Call it once; the file under it stays open."""
 
 
 @contextlib.contextmanager
 def open_answer_file(
-    path: Path, columns: Sequence[str] = FIELDS, earlier: Sequence[dict[str, Any]] = ()
+    path: Path, columns: Sequence[str] = FIELDS, suffix: str | None = None, earlier: Sequence[dict[str, Any]] = ()
 ) -> Iterator[AnswerFile]:
     """A file to add answers to. It appears under its name when it is whole.
 
@@ -57,32 +56,42 @@ def open_answer_file(
     the error says so.
 
     Args:
-        path: the name's ending chooses the format, one of FORMATS.
+        path: the file.
         columns: fields of `Answer` to write.
+        suffix: one of FORMATS, the format to write; None: the name's ending says it.
         earlier: rows to begin with, as `read_part` returns them.
 
     Raises:
         UserError: the ending is unknown, the file cannot be written, or the answers were interrupted.
     """
-    kind = _kind(path, {".jsonl": _Lines, ".csv": _Csv, ".parquet": _Parquet})
-    part = _part(path)
+    kind, part = _choose(path, suffix, _WRITERS), _part(path)
     try:
-        file = kind(columns, part)
-        try:
-            for cells in earlier:
-                file.add_row(cells)
-            yield file
-        except (UserError, KeyboardInterrupt) as error:
+        with part.open("wb") as under:
+            file = kind(columns, under)
+            try:
+                for cells in earlier:
+                    file.add_row(cells)
+                yield file
+            except (UserError, KeyboardInterrupt) as error:
+                file.close()
+                why = "interrupted" if isinstance(error, KeyboardInterrupt) else error
+                raise type(error)(
+                    f"{why}; the answers until then are in {part}, and --resume goes on from there"
+                ) from None
             file.close()
-            why = "interrupted" if isinstance(error, KeyboardInterrupt) else error
-            kept = f"{why}; the answers until then are in {part}, and --resume goes on from there"
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(kept) from None
-            raise UserError(kept) from None
-        file.close()
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def write_answers(under: IO[bytes], columns: Sequence[str], suffix: str) -> Iterator[AnswerFile]:
+    """Answers written to an open file, such as standard output, as they come; `suffix` is one of FORMATS."""
+    file = _choose(Path(), suffix, _WRITERS)(columns, under)
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 def read_part(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -94,7 +103,7 @@ def read_part(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read, or holds other columns.
     """
-    read = _kind(path, {".jsonl": _read_lines, ".csv": _read_csv, ".parquet": _read_parquet})
+    read = _choose(path, None, {".jsonl": _read_lines, ".csv": _read_csv, ".parquet": _read_parquet})
     found = next((file for file in (_part(path), path) if file.exists()), None)
     if found is None:
         return []
@@ -112,11 +121,12 @@ def _part(path: Path) -> Path:
     return path.with_name(f"{path.stem}.part{path.suffix}")
 
 
-def _kind(path: Path, kinds: dict[str, T]) -> T:
+def _choose(path: Path, suffix: str | None, kinds: dict[str, T]) -> T:
     try:
-        return kinds[path.suffix.lower()]
+        return kinds[suffix or path.suffix.lower()]
     except KeyError:
-        raise UserError(f"{path}: the name must end in {', '.join(FORMATS)}") from None
+        wrong = f"{path}: the name must end in" if suffix is None else f"{suffix}: the format must be one of"
+        raise UserError(f"{wrong} {', '.join(FORMATS)}") from None
 
 
 def _read_lines(path: Path) -> tuple[set[str], list[dict[str, Any]]]:
@@ -144,34 +154,33 @@ def _read_parquet(path: Path) -> tuple[set[str], list[dict[str, Any]]]:
 
 
 class _Lines(AnswerFile):
-    def __init__(self, columns: Sequence[str], path: Path) -> None:
-        super().__init__(columns)
-        self.file = path.open("w", encoding="utf-8", errors="surrogateescape")
-
     def add_row(self, cells: dict[str, Any]) -> None:
-        self.file.write(json.dumps(cells) + "\n")
-
-    def close(self) -> None:
-        self.file.close()
+        self.file.write((json.dumps(cells) + "\n").encode())
 
 
 class _Csv(AnswerFile):
-    def __init__(self, columns: Sequence[str], path: Path) -> None:
-        super().__init__(columns)
-        self.file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-        self.table = csv.DictWriter(self.file, columns)
+    def __init__(self, columns: Sequence[str], file: IO[bytes]) -> None:
+        super().__init__(columns, file)
+        self.table = csv.DictWriter(_Text(file), columns)
         self.table.writeheader()
 
     def add_row(self, cells: dict[str, Any]) -> None:
         self.table.writerow({k: json.dumps(v) if isinstance(v, tuple) else v for k, v in cells.items()})
 
-    def close(self) -> None:
-        self.file.close()
+
+class _Text:
+    """What csv writes to: a file's name may hold bytes that are no UTF-8."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+
+    def write(self, text: str) -> int:
+        return self.file.write(text.encode("utf-8", "surrogateescape"))
 
 
 class _Parquet(AnswerFile):
-    def __init__(self, columns: Sequence[str], path: Path) -> None:
-        super().__init__(columns)
+    def __init__(self, columns: Sequence[str], file: IO[bytes]) -> None:
+        super().__init__(columns, file)
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -183,7 +192,7 @@ class _Parquet(AnswerFile):
         kinds |= dict.fromkeys(("top", "concepts"), pairs)
         self.pa = pa
         self.schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
-        self.file = pq.ParquetWriter(path, self.schema)
+        self.writer = pq.ParquetWriter(file, self.schema)
         self.rows: list[dict[str, Any]] = []
 
     def add(self, answer: Answer) -> None:
@@ -200,10 +209,17 @@ class _Parquet(AnswerFile):
     def _write(self) -> None:
         # A file's name may hold bytes that are no UTF-8; a missing field is null.
         rows = [{**r, "source": r["source"].encode("utf-8", "replace").decode()} for r in self.rows]
-        self.file.write_table(self.pa.Table.from_pylist(rows, self.schema))
+        self.writer.write_table(self.pa.Table.from_pylist(rows, self.schema))
         self.rows = []
 
     def close(self) -> None:
         if self.rows:
             self._write()
-        self.file.close()
+        self.writer.close()
+
+
+_WRITERS: dict[str, Callable[[Sequence[str], IO[bytes]], AnswerFile]] = {
+    ".jsonl": _Lines,
+    ".csv": _Csv,
+    ".parquet": _Parquet,
+}

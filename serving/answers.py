@@ -1,21 +1,22 @@
-"""What a client asks and what it gets: `Question`, `Answer`, and the errors of a request."""
+"""What a client asks a server: `Question`, how answers are read from a reply, and the errors of a request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vilu.errors import UserError
+from vilu.answers import Answer, RequestRefused
+from vilu.errors import FailedError, UserError
 from vilu.preprocess.class_names import names_problem
 
 OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
 
 
-class ServerUnavailable(UserError):  # noqa: N818 - an answer of the server, not a fault of the program
+class ServerUnavailable(FailedError):  # noqa: N818 - an answer of the server, not a fault of the program
     """The server cannot be reached or is overloaded; the request was retried until its time was over."""
 
 
@@ -23,58 +24,8 @@ class DeadlineExceeded(ServerUnavailable):
     """No answer came within the client's timeout."""
 
 
-class RequestRefused(UserError):  # noqa: N818
-    """The server answered that this request is wrong: a damaged image, an unknown model."""
-
-
 class AccessDenied(RequestRefused):
     """The server wants a token, or another one."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer for one image.
-
-    Attributes:
-        source: the image's path, or "image N" for one that came as bytes or pixels.
-        label: the class that CLIP chose.
-        class_index: its place in the class set, from 0.
-        confidence: CLIP's softmax probability of that class, in [0, 1].
-        failure_probability: ViLU's probability that the label is wrong, in [0, 1].
-        accept: whether failure_probability is below the class set's threshold.
-        error: why there is no answer; the other fields then hold nothing. None where there is one.
-        class_set: "NAME@VERSION" of the class set; "" for labels that came with the request. None unless asked for.
-        top: the labels with the largest probabilities, at most 5, each with its probability. Empty unless asked for.
-        entropy: the confidence Σ p log p / log K, in [-1, 0]. None unless asked for.
-        doctor: the confidence -(1 - g) / g with g = Σ p², in [1 - K, 0]. None unless asked for.
-        concepts: the labels that the head attended to most, each with its weight. Empty unless asked for.
-        embedding: (D,) float32 image embedding of unit length. None unless asked for.
-
-    Example:
-        >>> answer = Answer("cat.jpg", "cat", 3, 0.91, 0.07, accept=True)
-        >>> answer.raise_for_error().label
-        'cat'
-    """
-
-    source: str
-    label: str = ""
-    class_index: int = -1
-    confidence: float = float("nan")
-    failure_probability: float = float("nan")
-    accept: bool = False
-    error: str | None = None
-    class_set: str | None = None
-    top: tuple[tuple[str, float], ...] = ()
-    entropy: float | None = None
-    doctor: float | None = None
-    concepts: tuple[tuple[str, float], ...] = ()
-    embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
-
-    def raise_for_error(self) -> Answer:
-        """Return this answer. Raises RequestRefused where it has an error."""
-        if self.error is not None:
-            raise RequestRefused(f"{self.source}: {self.error}")
-        return self
 
 
 @dataclass(frozen=True)

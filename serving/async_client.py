@@ -15,28 +15,23 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypedDict
 
 import numpy as np
 from tritonclient.utils import InferenceServerException
 
+from vilu.answers import Answer, ImageLike, RequestRefused
 from vilu.errors import UserError
 from vilu.serving.address import DEFAULT_URL, grpc_options, is_loopback, parse_url
-from vilu.serving.answers import (
-    AccessDenied,
-    Answer,
-    DeadlineExceeded,
-    Question,
-    RequestRefused,
-    ServerUnavailable,
-    read_answers,
-)
-from vilu.serving.image_input import ImageLike, Item, batches
+from vilu.serving.answers import AccessDenied, DeadlineExceeded, Question, ServerUnavailable, read_answers
+from vilu.serving.image_input import Item, batches
 from vilu.serving.shared_memory import Region, RegionPool
 from vilu.serving.tokens import CONTROL, GRPC_PREFIX, TOKEN, check_header_value
 
 OPEN = "vilu_open"  # the ensemble that reads LABELS
+EMBEDDINGS = "vilu_embeddings"  # the model that reads embeddings
 LOAD_SECONDS = 300.0  # that a model may take to load: a large tower, on busy cores
 CLOSE_SECONDS = 2.0  # that a server which says nothing may hold up close()
 SHARED_FROM = 1 << 20  # below, registering and copying cost more than sending
@@ -49,6 +44,7 @@ REFUSED = frozenset(
 REFUSED |= frozenset(["400", "404", "405", "409", "411", "413", "415", "422", "500", "501"])
 BUSY = ("UNAVAILABLE", "429", "503")
 logger = logging.getLogger(__name__)
+_NOBODY_LISTENS = re.compile(r"connection refused|\[Errno 111\]|connect call failed", re.IGNORECASE)
 
 
 class ClientOptions(TypedDict, total=False):
@@ -218,6 +214,85 @@ class AsyncClient:
             for task in pending:
                 task.cancel()
 
+    async def ask_embeddings(
+        self,
+        image_embedding: np.ndarray,
+        labels: Sequence[str] | None = None,
+        *,
+        text_embeddings: np.ndarray | None = None,
+        class_set: str | None = None,
+        details: bool = False,
+        embedding: bool = False,
+    ) -> list[Answer]:
+        """One Answer per image embedding, in order: `ask` for any model whose embeddings the head was trained on.
+
+        A row that the server refuses has `error` set, and costs the others nothing.
+
+        Args:
+            image_embedding: (N, D) numbers of any norm. Row i has the source "row i".
+            labels: candidates; with text_embeddings their names, else the server embeds them.
+            text_embeddings: (K, D) embeddings of the candidates, of any norm.
+            class_set, details, embedding: as for `Question`.
+
+        Raises:
+            UserError: embeddings that are no such numbers, and as `ask` raises.
+            TypeError, ServerUnavailable, AccessDenied: as `ask` raises.
+        """
+        named = text_embeddings is not None and labels is not None
+        question = Question(labels, class_set, details, embedding)
+        v = _matrix("image_embedding", image_embedding)
+        t = None if text_embeddings is None else _matrix("text_embeddings", text_embeddings)
+        if t is not None and not np.isfinite(t).all():
+            raise UserError("text_embeddings hold a value that is not finite")
+        if named and t is not None and len(t) != len(labels or ()):
+            raise UserError(f"{len(labels or ())} labels but text_embeddings of shape {t.shape}")
+        pending: deque[asyncio.Task[list[Answer]]] = deque()
+        found: list[Answer] = []
+        try:
+            for start in range(0, len(v), self.batch_size):
+                some = v[start : start + self.batch_size]
+                pending.append(asyncio.create_task(self._ask_rows(some, start, t, question)))
+                if len(pending) == self.in_flight:
+                    found += await pending.popleft()
+            while pending:
+                found += await pending.popleft()
+        finally:
+            for task in pending:
+                task.cancel()
+        if not named or labels is None:
+            return found
+        return [a if a.error is not None else replace(a, label=labels[a.class_index]) for a in found]
+
+    async def _ask_rows(self, v: np.ndarray, start: int, t: np.ndarray | None, question: Question) -> list[Answer]:
+        """One request about image embeddings (B, D), of which the first is the row `start` of all."""
+        values: dict[str, tuple[np.ndarray, str]] = {"IMAGE_EMBEDDING": (v, "FP32")}
+        if t is not None:
+            values["TEXT_EMBEDDINGS"] = np.ascontiguousarray(np.broadcast_to(t, (len(v), *t.shape))), "FP32"
+        elif question.labels is not None:
+            row = question.encoded_labels()
+            values["LABELS"] = np.array([row] * len(v), dtype=np.object_).reshape(len(v), -1), "BYTES"
+        inputs = []
+        for name, (value, kind) in values.items():
+            inputs.append(self._api.InferInput(name, list(value.shape), kind))
+            inputs[-1].set_data_from_numpy(value)
+        outputs = [self._api.InferRequestedOutput(name) for name in question.outputs]
+        parameters = None if question.class_set is None else {"class_set": question.class_set}
+        try:
+            result = await self._retry(
+                lambda: self._client.infer(
+                    EMBEDDINGS, inputs, outputs=outputs, headers=dict(self._headers), parameters=parameters
+                )
+            )
+        except AccessDenied:
+            raise
+        except RequestRefused as error:
+            if len(v) == 1:
+                return [Answer(f"row {start}", error=str(error))]
+            # One bad row costs the others nothing.
+            alone = [await self._ask_rows(v[i : i + 1], start + i, t, question) for i in range(len(v))]
+            return [answer for answers in alone for answer in answers]
+        return read_answers(result, [f"row {start + i}" for i in range(len(v))], question)
+
     async def ask_batch(self, items: list[Item], question: Question) -> list[Answer]:
         """One request. Where the server refuses it for one bad image, each is asked for alone."""
         good = [(name, data) for name, data in items if isinstance(data, bytes)]
@@ -353,4 +428,15 @@ class AsyncClient:
             # The ensemble's own words around the message say nothing to the client.
             return RequestRefused(re.sub(r"^in ensemble '[^']*', ", "", text)), False
         again = status in BUSY or type(error).__name__ == "ClientConnectorError"
+        if again and _NOBODY_LISTENS.search(text):
+            text = "nobody listens there (connection refused); is `vilu serve` running?"
         return ServerUnavailable(f"{self.url}: {text}"), again
+
+
+def _matrix(name: str, rows: np.ndarray) -> np.ndarray:
+    """Rows (N, D) in float32. Raises UserError for anything but numbers of that shape."""
+    found = np.asarray(rows)
+    if found.ndim != 2 or found.dtype.kind not in "fiu" or not found.shape[1]:
+        raise UserError(f"{name} must be numbers, (rows, width), got {found.dtype} {found.shape}")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(found, np.float32)

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from vilu.answers import RequestRefused
 from vilu.class_set import check_names, check_templates, prompts, read_names
 from vilu.errors import UserError
-from vilu.serving.answers import AccessDenied, RequestRefused
+from vilu.serving.answers import AccessDenied
 from vilu.serving.async_client import AsyncClient
 
 MODEL, TEXT = "class_sets", "vilu_text"
@@ -120,7 +121,13 @@ async def _embed(
 ) -> np.ndarray:
     """(K, D) rows: each the mean of a name's normalised prompt embeddings; its length does not matter."""
     texts = prompts(names, templates)
-    size = max(1, min(client.batch_size, int((await client.config(TEXT)).get("max_batch_size", 1))))
+    try:
+        config = await client.config(TEXT)
+    except AccessDenied:
+        raise
+    except RequestRefused:
+        raise RequestRefused("this server has no text tower: give the class set's text_embeddings") from None
+    size = max(1, min(client.batch_size, int(config.get("max_batch_size", 1))))
     rows = []
     for start in range(0, len(texts), size):
         some = [[prompt.encode("utf-8", "surrogateescape")] for prompt in texts[start : start + size]]

@@ -14,14 +14,17 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vilu.answers import Answer, ImageLike
 from vilu.errors import UserError
 from vilu.serving.address import DEFAULT_URL
-from vilu.serving.answers import Answer, Question
+from vilu.serving.answers import Question
 from vilu.serving.async_client import CLOSE_SECONDS, AsyncClient, ClientOptions
-from vilu.serving.image_input import ImageLike, batches
+from vilu.serving.image_input import batches
 
 if TYPE_CHECKING:
     from typing import Unpack  # of Python 3.11
+
+    import numpy as np
 
 T = TypeVar("T")
 
@@ -101,6 +104,28 @@ class Client:
     ) -> list[Answer]:
         """One Answer per image, as `AsyncClient.ask`."""
         return list(self.stream(images, labels, class_set=class_set, details=details, embedding=embedding))
+
+    def ask_embeddings(
+        self,
+        image_embedding: np.ndarray,
+        labels: Sequence[str] | None = None,
+        *,
+        text_embeddings: np.ndarray | None = None,
+        class_set: str | None = None,
+        details: bool = False,
+        embedding: bool = False,
+    ) -> list[Answer]:
+        """One Answer per image embedding (N, D), as `AsyncClient.ask_embeddings`."""
+        return self._run(
+            self._asker.ask_embeddings(
+                image_embedding,
+                labels,
+                text_embeddings=text_embeddings,
+                class_set=class_set,
+                details=details,
+                embedding=embedding,
+            )
+        )
 
     def stream(
         self,

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Union
 
-import numpy as np
+from vilu.answers import Answer, ImageLike, opened
 
-from vilu.serving.answers import Answer
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-ImageLike = Union[str, "os.PathLike[str]", bytes, np.ndarray, "Image.Image"]
 Item = tuple[str, "bytes | Answer"]  # an image's name and its encoded bytes, or an answer that says why there are none
 REQUEST_BYTES = 32 << 20  # a batch of large images ends here, whatever its number
 
@@ -28,31 +19,20 @@ def encoded(image: ImageLike, index: int) -> Item:
         index: the image's place in the stream, from 0; it names an image without a path.
 
     Returns:
-        (name, bytes); in place of the bytes an Answer with the error, where the file cannot be read.
+        (name, bytes); in place of the bytes an Answer with the error, where the image cannot be read.
 
     Example:
+        >>> import numpy as np
         >>> name, data = encoded(np.zeros((4, 5, 3), np.uint8), 0)
         >>> name, data[:4]
         ('image 0', b'\\x89PNG')
     """
-    if isinstance(image, bytes):
-        return f"image {index}", image
-    if isinstance(image, str | os.PathLike):
-        name = os.fspath(image)
-        try:
-            return name, Path(name).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            return name, Answer(name, error=f"cannot be read ({getattr(error, 'strerror', None) or error})")
-    from PIL import Image
-
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            reason = f"arrays must be (H, W, 3) uint8, got {image.shape} {image.dtype}"
-            return f"image {index}", Answer(f"image {index}", error=reason)
-        image = Image.fromarray(image)
+    name, found = opened(image, index)
+    if isinstance(found, bytes | Answer):
+        return name, found
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")  # lossless: the server sees these very pixels
-    return f"image {index}", buffer.getvalue()
+    found.save(buffer, "PNG")  # lossless: the server sees these very pixels
+    return name, buffer.getvalue()
 
 
 def batches(images: Iterable[ImageLike], size: int) -> Iterator[list[Item]]:

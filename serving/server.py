@@ -17,18 +17,25 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vilu.errors import UserError
+import numpy as np
+
+from vilu.answers import RequestRefused
+from vilu.errors import FailedError, UserError
 from vilu.serving.access import Access
 from vilu.serving.address import free_port, join_host_port, listen, open_directly, reachable_host
+from vilu.serving.answers import AccessDenied
+from vilu.serving.async_client import EMBEDDINGS, AsyncClient
 from vilu.serving.client import Client
 from vilu.serving.overlay import Overlay
 from vilu.serving.repository import check_repository
+from vilu.serving.server_log import copy_without_alarms, has_gpu
 from vilu.serving.tritonserver import (
     build_backends,
     check_flags,
@@ -134,6 +141,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.overlay = Overlay(self.repository) if overlay else None
         self._watchdog: subprocess.Popen[bytes] | None = None
+        self._log_copy: threading.Thread | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._dead_since: dict[int, float] = {}
         # Names of its own distinguish a killed server's shared memory from other servers'.
@@ -195,15 +203,19 @@ class Server:
         given = [*ours, *self.access.flags(self.host), *self.flags]
         command = [str(self.found.binary), *default_flags(self.found, given, folder / "backends"), *given]
         output = self.log.open("wb") if self.log else None
+        filtered = not has_gpu()  # else it raises alarms about CUDA
         try:
             self.process = subprocess.Popen(
                 command,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=subprocess.STDOUT if output else None,
+                stderr=subprocess.PIPE if filtered else subprocess.STDOUT if output else None,
                 start_new_session=True,
             )
+            if self.process.stderr is not None:
+                target = os.dup(output.fileno() if output else 2)
+                self._log_copy = copy_without_alarms(self.process.stderr, os.fdopen(target, "wb"))
         finally:
             if output is not None:
                 output.close()
@@ -222,14 +234,14 @@ class Server:
         reason = "it gave no answer"
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise UserError(f"tritonserver ended at start with code {self.process.returncode}{self.log_hint()}")
+                raise FailedError(f"tritonserver ended at start with code {self.process.returncode}{self.log_hint()}")
             try:
                 if self.answers(timeout=max(1.0, deadline - time.monotonic())):
                     return
             except Exception as error:  # not up yet, or not well: the last reason is reported
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             time.sleep(0.1)
-        raise UserError(f"tritonserver did not answer in {self.startup_seconds:.0f} s: {reason}{self.log_hint()}")
+        raise FailedError(f"tritonserver did not answer in {self.startup_seconds:.0f} s: {reason}{self.log_hint()}")
 
     def answers(self, timeout: float) -> bool:
         """Whether the server is ready and, where the repository has the `vilu` ensemble, answers through it.
@@ -240,10 +252,11 @@ class Server:
         with open_directly(f"{self.http_url}/v2/health/ready", timeout=timeout) as reply:
             if reply.status != 200:
                 return False
-        if (self.repository / "vilu").is_dir():
-            probe(self.http_url, timeout=timeout, token=self.access.token)
+        model = next((name for name in ("vilu", EMBEDDINGS) if (self.repository / name).is_dir()), None)
+        if model is not None:
+            probe(self.http_url, model=model, timeout=timeout, token=self.access.token)
             if not self.access.tls_cert:  # the certificate is for a name that only clients know
-                probe(self.grpc_url, timeout=timeout, token=self.access.token)
+                probe(self.grpc_url, model=model, timeout=timeout, token=self.access.token)
         return True
 
     def version(self) -> str:
@@ -299,6 +312,9 @@ class Server:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # stubs that ignored the server's end, too
             process.wait()
+            if self._log_copy is not None:
+                self._log_copy.join(1)
+                self._log_copy = None
             for left in SHARED_MEMORY.glob(f"{self.prefix}*"):
                 left.unlink(missing_ok=True)
         if self._folder is not None:
@@ -310,11 +326,38 @@ class Server:
 def probe(url: str, *, model: str = "vilu", **options: Any) -> None:
     """Ask a server about an image of one pixel: the way through every step of the ensemble, by a `Client`'s options.
 
+    A server of a head alone, which has no `vilu`, is asked about one embedding.
+
     Raises:
         UserError: no answer, or an error in its place.
     """
     with Client(url, model=model, **options) as client:
-        client.ask([PROBE_IMAGE])[0].raise_for_error()
+        answer = client.ask([PROBE_IMAGE])[0] if model != EMBEDDINGS else None
+        if answer is None or (answer.error is not None and model == "vilu" and client.run(_is_head_alone)):
+            dim = client.run(_embedding_width)
+            client.ask_embeddings(np.ones((1, dim)))[0].raise_for_error()
+        else:
+            answer.raise_for_error()
+
+
+async def _embedding_width(client: AsyncClient) -> int:
+    """D, the length of an embedding that the server's head reads."""
+    inputs = (await client.config(EMBEDDINGS))["input"]
+    return next(int(one["dims"][0]) for one in inputs if one["name"] == "IMAGE_EMBEDDING")
+
+
+async def _is_head_alone(client: AsyncClient) -> bool:
+    """Whether a server has the model that takes embeddings, and no `vilu`."""
+    found = []
+    for name in ("vilu", EMBEDDINGS):
+        try:
+            await client.config(name)
+            found.append(name)
+        except AccessDenied:
+            raise
+        except RequestRefused:
+            continue
+    return found == [EMBEDDINGS]
 
 
 # A 1x1 white PNG: small, and it goes through every step of the ensemble.

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 
-from vilu.errors import UserError
+from vilu.errors import FailedError, UserError
 from vilu.serving.answers import DeadlineExceeded, ServerUnavailable
 from vilu.serving.server import PROBE_TIMEOUT, Server
 from vilu.serving.tritonserver import describe_version
@@ -41,7 +41,7 @@ def serve(server: Server, *, supervise: bool = False) -> int:
             while restarts[0] < time.monotonic() - RESTART_SECONDS:
                 restarts.popleft()
             if len(restarts) > RESTARTS:
-                raise UserError(f"tritonserver: {fault}; gave up after {RESTARTS} restarts in {RESTART_SECONDS} s")
+                raise FailedError(f"tritonserver: {fault}; gave up after {RESTARTS} restarts in {RESTART_SECONDS} s")
             print(f"tritonserver: {fault}; restarting it", file=sys.stderr, flush=True)
     finally:
         server.stop()
@@ -81,7 +81,7 @@ def _serve_once(
         raise waiter.error
     ended = server.process.poll()
     if ended is not None and not waiter.answered and not stopping.is_set() and not again:
-        raise UserError(f"tritonserver ended at start with code {ended}")
+        raise FailedError(f"tritonserver ended at start with code {ended}")
     code = server.stop(seconds=1 if fault else None) or 0
     return code, fault or f"it ended with code {code}", waiter.answered
 

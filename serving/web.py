@@ -30,13 +30,14 @@ from vilu.preprocess.class_names import names_problem
 from vilu.preprocess.image import Transform
 from vilu.serving.answers import Answer, DeadlineExceeded, RequestRefused, ServerUnavailable
 from vilu.serving.async_client import AsyncClient
-from vilu.serving.classes import list_sets
+from vilu.serving.classes import get_set, list_sets
 
 PAGE = Path(__file__).with_name("web.html")
 MAX_QUESTION = 1 << 20  # bytes of labels: the server takes 1000 of 256
 AT_ONCE = 16  # images held in memory; later requests wait before theirs is read
 UPLOAD_SECONDS = 30.0
 STATUS: dict[type[Exception], int] = {RequestRefused: 400, DeadlineExceeded: 504, ServerUnavailable: 503}
+SOME_CLASSES = 2  # named as examples of labels
 EXAMPLES, EMBEDDED = 24, 7  # offered: of a folder, of each embedded source
 
 
@@ -155,12 +156,13 @@ async def _ask(client: AsyncClient, image: bytes, labels: Sequence[str] | None, 
     return (await client.ask([image], labels, class_set=class_set, details=True))[0]
 
 
-async def _served(client: AsyncClient) -> list[dict[str, Any]]:
-    """The class sets to choose from, the exported one first."""
-    return [
-        {"name": one.name, "title": f"{one.name} ({one.classes} classes)", "threshold": one.threshold}
-        for one in await list_sets(client)
+async def _served(client: AsyncClient) -> tuple[list[dict[str, Any]], Sequence[str]]:
+    """The class sets to choose from, the exported one first, and the names of the exported one's classes."""
+    sets = await list_sets(client)
+    rows = [
+        {"name": one.name, "title": f"{one.name} ({one.classes} classes)", "threshold": one.threshold} for one in sets
     ]
+    return rows, (await get_set(client, sets[0].name)).names or ()
 
 
 def application(
@@ -169,6 +171,7 @@ def application(
     names: Sequence[str] = (),
     max_bytes: int = Transform.max_bytes,
     examples: Sequence[tuple[str, bytes]] = (),
+    served_examples: bool = False,
 ) -> ASGIApp:
     """The page as an ASGI application.
 
@@ -177,6 +180,7 @@ def application(
         names: that the page is reached by, besides addresses and `localhost`.
         max_bytes: of an uploaded image.
         examples: (name, encoded image), offered to choose from.
+        served_examples: offer only the examples whose name is one of the served classes.
     """
     page = PAGE.read_text("utf-8")
     room = asyncio.Semaphore(AT_ONCE)
@@ -190,8 +194,15 @@ def application(
         return Response(page, media_type="text/html; charset=utf-8")
 
     async def served(request: Request) -> Response:
-        sets = await _served(request.app.state.client)
-        return JSONResponse({"class_sets": sets, "max_bytes": max_bytes, "examples": [name for name, _ in examples]})
+        sets, classes = await _served(request.app.state.client)
+        known = frozenset(classes)
+        offered = [
+            {"index": index, "name": name}
+            for index, (name, _) in enumerate(examples)
+            if not served_examples or name in known
+        ]
+        told = {"class_sets": sets, "max_bytes": max_bytes, "examples": offered, "some_classes": classes[:SOME_CLASSES]}
+        return JSONResponse(told)
 
     async def example(request: Request) -> Response:
         index = request.path_params["index"]

@@ -13,6 +13,7 @@ import click
 import pytest
 
 from vilu.cli import group
+from vilu.cli.demo import NEXT
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -77,6 +78,14 @@ def test_the_checks_fail_where_they_should():
         check(["vilu", "absent"])
     assert ["vilu", "health"] in commands(ROOT / "docs" / "serve.md")
     assert sum(len(commands(page)) for page in PAGES) > 40
+
+
+def test_the_demo_ends_with_commands_that_exist():
+    lines = [line.strip() for line in NEXT]
+    named = [shlex.split(part) for line in lines for part in line.split(", then ") if part.startswith("vilu ")]
+    assert [words[1] for words in named] == ["train", "export", "serve", "ask"]
+    for words in named:
+        check(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)

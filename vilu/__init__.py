@@ -10,15 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vilu.answers import Answer
     from vilu.checkpoint import Checkpoint, ClipSpec, load_checkpoint, save_checkpoint
     from vilu.class_set import ClassSet
     from vilu.clip import load_clip
+    from vilu.errors import UserError
     from vilu.head import ViLUHead
+    from vilu.predictor import Predictor
     from vilu.train import train_head
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Answer": "vilu.answers",
     "Checkpoint": "vilu.checkpoint",
     "ClipSpec": "vilu.checkpoint",
     "load_checkpoint": "vilu.checkpoint",
@@ -27,13 +31,16 @@ _HOME = {
     "load_clip": "vilu.clip",
     "UserError": "vilu.errors",
     "ViLUHead": "vilu.head",
+    "Predictor": "vilu.predictor",
     "train_head": "vilu.train",
 }
 _MODULES = {"metrics": "vilu.evaluation.metrics", "scores": "vilu.scores"}
 __all__ = [
+    "Answer",
     "Checkpoint",
     "ClassSet",
     "ClipSpec",
+    "Predictor",
     "UserError",
     "ViLUHead",
     "load_checkpoint",
@@ -61,3 +68,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(_MODULES[name])
     raise AttributeError(f"module 'vilu' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})

@@ -4,7 +4,7 @@ A file of format "vilu", version 1, is a safetensors file. Its tensors are the h
 text_embeddings and, where there are any, the fingerprints of the training samples and the outlier score's tensors
 (`outlier.*`). Its metadata holds one JSON document under the key "vilu", with the head's configuration, the CLIP, the
 class names, the templates, the threshold and meta, and for an outlier score its number of prototypes, its threshold and
-its refused share.
+its refused share. Another key, "vilu.libraries", names what wrote the file.
 
 Pickle can run any code. So the authors' files are read with torch's weights-only reader, which allows only the NumPy
 globals that these files need.
@@ -12,9 +12,12 @@ globals that these files need.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -53,6 +56,7 @@ TEXT = "class_set.text_embeddings"
 SAMPLES = "training.fingerprints"
 OUTLIER = "outlier."
 OUTLIER_TENSORS = (f"{OUTLIER}mean", f"{OUTLIER}factor", f"{OUTLIER}prototypes")
+LIBRARIES = "vilu.libraries"  # key of the file's metadata beside "vilu"; readers need not know it
 ANOTHER_CLIP = 0.7  # a lower cosine of class embeddings means another CLIP; other prompts alone give a higher one
 
 
@@ -136,12 +140,38 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
     _check_finite(path, tensors)
     if checkpoint.samples is not None:
         tensors[SAMPLES] = checkpoint.samples.cpu().contiguous()
-    metadata = {"format": "pt", "vilu": json.dumps(header, allow_nan=False)}
+    metadata = {"format": "pt", "vilu": json.dumps(header, allow_nan=False), LIBRARIES: json.dumps(_libraries())}
     with atomic.file(path) as part:
         try:
             save_file(tensors, part, metadata=metadata)
         except SafetensorError as error:
             raise UserError(f"{path}: cannot be written ({error})") from None
+
+
+def _libraries() -> dict[str, str]:
+    """Return the versions of the libraries that a checkpoint depends on, as far as they are installed."""
+    found = {}
+    for name in ("vilu", "torch", "open_clip_torch", "numpy", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def written_with(path: str | os.PathLike[str]) -> dict[str, str] | None:
+    """Return the versions of the libraries that wrote a checkpoint; None where the file does not say.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get(LIBRARIES, "null"))
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, ValueError, RecursionError):  # the authors' files, and notes that are no JSON
+        return None
+    good = isinstance(found, dict) and all(isinstance(version, str) for version in found.values())
+    return found if good else None
 
 
 def check_fits(
@@ -380,7 +410,8 @@ def _load_official(
             size = sum(item.file_size for item in archive.infolist())
         if size > MAX_OFFICIAL_BYTES:
             raise UserError(f"{path}: unpacks to {size} bytes, over the limit of {MAX_OFFICIAL_BYTES}")
-        with torch.serialization.safe_globals(_numpy_globals()):
+        with torch.serialization.safe_globals(_numpy_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
             document = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise

@@ -23,6 +23,7 @@ With an MLP that gives 0 it ranks exactly as MCM does. A head without the prior 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -113,6 +114,17 @@ class ViLUHead(nn.Module):
     def reads_text(self) -> bool:
         """Whether `forward` needs text_embeddings. Only a visual-only head without the prior does not."""
         return self.parts != ("image",) or self.prior is not None
+
+    @property
+    def clip_scale(self) -> float:
+        """CLIP's factor on v · t, as far as the head knows it.
+
+        It is the prior's scale, or else the attention's, as in the authors' code. A head of the paper's form without
+        the prior attends at 1 / sqrt(dim), so it does not know CLIP's factor; OpenAI's 100 then stands for it.
+        """
+        if self.logit_scale is not None:
+            return self.logit_scale
+        return 100.0 if math.isclose(self.attention_scale, self.dim**-0.5) else self.attention_scale
 
     @property
     def output_layer(self) -> nn.Linear:

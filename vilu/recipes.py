@@ -125,7 +125,8 @@ def recipe_named(name: str, **changes: object) -> Recipe:
 
     Args:
         name: a key of `RECIPES`.
-        changes: fields of `Recipe` with their new values.
+        changes: fields of `Recipe` with their new values. A number of epochs is obeyed: without a `min_steps` beside
+            it, min_steps becomes 0.
 
     Raises:
         UserError: an unknown name or setting, or a setting out of range.
@@ -140,4 +141,6 @@ def recipe_named(name: str, **changes: object) -> Recipe:
     for setting in changes:
         if setting not in known:
             raise UserError(f"recipe: no setting {setting!r}; there are {', '.join(known)}")
+    if "epochs" in changes:
+        changes = {"min_steps": 0, **changes}
     return replace(RECIPES[name], **changes)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from vilu.head import ViLUHead
 from vilu.recipes import CROSS_VALIDATION_LIMIT, Recipe
 from vilu.training.batches import ClipAnswers, clip_answers, make_batch
 from vilu.training.loss import batch_loss
-from vilu.training.run import Run, run_identity
+from vilu.training.run import Run, State, run_identity
 from vilu.training.start import initial_head
 from vilu.training.validation import HeldOut, Validation, predict, validation_rows
 
@@ -112,8 +112,9 @@ def fit(
     Args:
         data: the training data. With captions (labels None), the candidates are the captions of the batch.
         recipe: settings of the training; None: the "default" recipe.
-        state: file that holds the run after every epoch. A run that finds its own state there continues it, and ends
-            with the same weights as without the interruption. The file is removed at the end.
+        state: file that holds the training, written every few seconds at the end of an epoch. A training that finds
+            its own state there continues it, in the fold and epoch where it was, and ends with the same weights as
+            without the interruption. The file is removed at the end.
         progress: called with (epochs done, epochs in all).
         log: called with the figures of each epoch: "epoch", "train_loss" and, if known, "validation_loss".
         augmented: gives image embeddings (B, D) for the samples (B,) of an epoch, in place of those of the data.
@@ -144,30 +145,29 @@ def fit(
         if progress:
             progress(min(done, total), total)
 
+    kept = State(state, run_identity(data, recipe, epochs) if state is not None else "")
+    done = kept.folds * epochs
+
+    def end_of_epoch(run: Run) -> None:
+        if rank == 0:
+            kept.save(run)
+        epoch_done()
+
     # With cross-validation, the folds choose the epoch at which a last run over all of the data stops.
     stop, cross_validated = epochs, None
     if folds > 1:
-        cross_validated = _cross_validate(data, answers, parts, recipe, epochs, epoch_done, augmented)
+        cross_validated = _cross_validate(data, answers, parts, recipe, epochs, kept, end_of_epoch, augmented)
         stop, parts = cross_validated.best(recipe), []
     held, train = _split(len(data), parts[0] if parts else torch.empty(0, dtype=torch.int64))
     run = Run(initial_head(data, answers, train, recipe), recipe, epochs)
-    identity = run_identity(data, recipe, epochs) if state is not None else ""
-    if state is not None and state.exists():
-        run.load(state, identity)
-
-    def save() -> None:
-        if state is not None and rank == 0:
-            run.save(state, identity)
-        epoch_done()
-
-    _train_epochs(run, data, answers, train, held, stop, save, log, augmented)
+    kept.continue_run(run)
+    _train_epochs(run, data, answers, train, held, stop, end_of_epoch, log, augmented)
     head = run.head
     last = copy.deepcopy(head).eval().requires_grad_(False)
     head.load_state_dict(run.best)
     head.eval().requires_grad_(False)
-    if state is not None and rank == 0:
-        state.unlink(missing_ok=True)
-        state.with_name(f"{state.name}.part").unlink(missing_ok=True)
+    if rank == 0:
+        kept.remove()
     held_out = cross_validated or run.held_out
     validation = held_out.validation(run.best_epoch, recipe)
     return Trained(head, last, run.best_epoch, held_out.history(run.train_losses), validation)
@@ -179,17 +179,18 @@ def _cross_validate(
     folds: list[Tensor],
     recipe: Recipe,
     epochs: int,
-    epoch_done: Callable[[], None],
+    kept: State,
+    end_of_epoch: Callable[[Run], None],
     augmented: Augmented | None,
 ) -> HeldOut:
     """The predictions for every sample, each by the run that did not train on the sample's fold."""
-    held_out = HeldOut()
-    for fold in folds:
+    for fold in folds[kept.folds :]:
         held, train = _split(len(data), fold)
         run = Run(initial_head(data, answers, train, recipe), recipe, epochs)
-        _train_epochs(run, data, answers, train, held, epochs, epoch_done, None, augmented)
-        held_out.join(run.held_out)
-    return held_out
+        kept.continue_run(run)
+        _train_epochs(run, data, answers, train, held, epochs, end_of_epoch, None, augmented)
+        kept.fold_over(run)
+    return kept.held_out
 
 
 def _split(samples: int, held: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +207,7 @@ def _train_epochs(
     train: Tensor,
     held: Tensor,
     stop: int,
-    epoch_done: Callable[[], None],
+    end_of_epoch: Callable[[Run], None],
     log: Callable[[dict[str, float]], None] | None,
     augmented: Augmented | None,
 ) -> None:
@@ -245,7 +246,7 @@ def _train_epochs(
         run.keep_if_best()
         if log:
             log(figures)
-        epoch_done()
+        end_of_epoch(run)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

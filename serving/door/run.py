@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from vilu.errors import UserError
+from vilu.errors import FailedError, UserError
 from vilu.serving.access import Access
 from vilu.serving.address import join_host_port, listen, open_directly, reachable_host
 from vilu.serving.door.connections import limit_connections
@@ -222,7 +222,7 @@ class Door:
             if not fault:
                 return
             if not self.supervise or not (proven or died):
-                raise UserError(f"tritonserver: {fault}{self.server.log_hint()}")
+                raise FailedError(f"tritonserver: {fault}{self.server.log_hint()}")
 
     async def _first_answer(self) -> str:
         """Wait for it; what went wrong, or nothing."""
@@ -246,7 +246,7 @@ class Door:
         now = time.monotonic()
         self.restarts = [at for at in self.restarts if at > now - RESTART_SECONDS] + [now]
         if len(self.restarts) > RESTARTS:
-            raise UserError(f"tritonserver: {fault}; gave up after {RESTARTS} restarts in {RESTART_SECONDS} s")
+            raise FailedError(f"tritonserver: {fault}; gave up after {RESTARTS} restarts in {RESTART_SECONDS} s")
         print(f"tritonserver: {fault}; restarting it", file=sys.stderr, flush=True)
         self.metrics.restarts.inc()
         self.upstreams.all[-1].well = False

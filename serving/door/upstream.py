@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import struct
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from vilu.errors import UserError
 from vilu.serving.address import grpc_options, parse_url
+from vilu.serving.async_client import EMBEDDINGS
 from vilu.serving.door.check import tensors
 from vilu.serving.door.limits import Limits
 from vilu.serving.door.observe import Metrics
@@ -83,7 +85,7 @@ class Upstream:
         if self.well and time.monotonic() - self.answered_at < PROBE_SECONDS:
             return
         if self.probing is None or self.probing.done():
-            self.probing = asyncio.create_task(self.call("ModelInfer", data, GIVEN_UP_SECONDS))
+            self.probing = asyncio.create_task(self._ask_probe(data))
         await asyncio.wait({self.probing}, timeout=PROBE_TIMEOUT)
         try:
             if not self.probing.done():
@@ -102,6 +104,22 @@ class Upstream:
                 self.well = False
             return
         self.answered()
+
+    async def _ask_probe(self, data: bytes) -> bytes:
+        """Ask the probe's question; a server of a head alone, which has no `vilu`, is asked about one embedding."""
+        try:
+            return await self.call("ModelInfer", data, GIVEN_UP_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if error.code() != grpc.StatusCode.NOT_FOUND:
+                raise
+            request = pb.ModelConfigRequest(name=EMBEDDINGS).SerializeToString()
+            try:
+                reply = await self.call("ModelConfig", request, GIVEN_UP_SECONDS)
+            except grpc.aio.AioRpcError:
+                raise error from None
+            inputs = tensors(pb.ModelConfigResponse.FromString(reply).config)["inputs"]
+            _, (width,), _ = inputs["IMAGE_EMBEDDING"]
+            return await self.call("ModelInfer", embedding_question(width).SerializeToString(), GIVEN_UP_SECONDS)
 
     def answered(self) -> None:
         self.answered_at, self.failures = time.monotonic(), 0
@@ -283,6 +301,14 @@ def probe_question() -> pb.ModelInferRequest:
     request = pb.ModelInferRequest(model_name="vilu")
     request.inputs.add(name="IMAGE", datatype="BYTES", shape=[1, 1])
     request.raw_input_contents.append(len(PROBE_IMAGE).to_bytes(4, "little") + PROBE_IMAGE)
+    return request
+
+
+def embedding_question(width: int) -> pb.ModelInferRequest:
+    """A question about one embedding of this width."""
+    request = pb.ModelInferRequest(model_name=EMBEDDINGS)
+    request.inputs.add(name="IMAGE_EMBEDDING", datatype="FP32", shape=[1, width])
+    request.raw_input_contents.append(struct.pack("<f", 1.0) * width)
     return request
 
 

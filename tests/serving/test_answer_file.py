@@ -79,7 +79,7 @@ def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path, suffix, columns)
             file.add(answer)
 
     def interrupted():
-        with open_answer_file(path, columns, read_part(path, columns)) as file:
+        with open_answer_file(path, columns, earlier=read_part(path, columns)) as file:
             file.add(GOOD)
             file.add(BAD)
             raise KeyboardInterrupt
@@ -88,7 +88,7 @@ def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path, suffix, columns)
     with pytest.raises(KeyboardInterrupt, match=r"interrupted; the answers until then are in .*a\.part\..* --resume"):
         interrupted()
     assert [row["source"] for row in read_part(path, columns)] == ["a.jpg", "b.jpg"]
-    with open_answer_file(path, columns, read_part(path, columns)) as file:
+    with open_answer_file(path, columns, earlier=read_part(path, columns)) as file:
         file.add(GOOD)
     assert rows_of(path) == rows_of(whole)
     assert [row["source"] for row in read_part(path, columns)] == ["a.jpg", "b.jpg", "a.jpg"]

@@ -57,6 +57,18 @@ def test_an_async_stream_and_bad_images_in_between(server, photos, eager):
     agree(answers[:5] + answers[7:], photos, eager)
 
 
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_embeddings_are_answered_as_their_images_are(server, photos, eager, protocol):
+    with Client(urls(server)[protocol], batch_size=5) as client:
+        images = client.ask(photos, embedding=True)
+        rows = 3 * np.array([answer.embedding for answer in images])
+        agree(client.ask_embeddings(rows), photos, eager)
+        labels = ["handwritten three", "a cat", "red circle"]
+        for answer, same in zip(client.ask_embeddings(rows, labels), client.ask(photos, labels), strict=True):
+            assert (answer.label, answer.accept) == (same.label, same.accept)
+            assert answer.failure_probability == pytest.approx(same.failure_probability, abs=1e-4)
+
+
 def test_threads_share_a_client(server, photos, eager):
     found: dict[int, list] = {}
     with Client(server.grpc_url) as client:
@@ -296,7 +308,7 @@ def folder(tmp_path, photos):
 def test_vilu_ask_writes_every_answer_of_a_folder(server, folder, photos, eager, suffix):
     output = folder / f"answers{suffix}"
     done = vilu("ask", folder / "a", "--url", server.grpc_url, "--output", output)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.splitlines() == [f"{folder / 'a/b/3.jpg'}: not a JPEG, PNG or WEBP image"]
     rows = rows_of(output)
     assert [Path(row["source"]).name for row in rows] == ["0.jpg", "1.png", "2.webp", "3.jpg"]
@@ -307,6 +319,16 @@ def test_vilu_ask_writes_every_answer_of_a_folder(server, folder, photos, eager,
         assert float(row["failure_probability"]) == pytest.approx(failure, abs=1e-4)
     assert rows[3]["error"] == "not a JPEG, PNG or WEBP image"
     assert [path.name for path in folder.iterdir() if path.suffix == suffix] == [output.name]
+
+
+def test_vilu_ask_writes_json_lines_to_standard_output(server, folder):
+    done = vilu("ask", folder / "a", "--url", server.grpc_url, "--output", "-")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(row["source"]).name for row in rows] == ["0.jpg", "1.png", "2.webp", "3.jpg"]
+    assert rows[3]["error"] == "not a JPEG, PNG or WEBP image"
+    assert rows[0]["label"].startswith("handwritten ")
+    assert not (folder / "-").exists()
 
 
 def test_vilu_ask_takes_patterns_and_names_from_stdin(server, folder):
@@ -345,7 +367,7 @@ def test_answers_of_an_interrupted_run_are_kept(repository, folder, tmp_path):
             assert asking.poll() is None
             time.sleep(0.05)
     _, told = asking.communicate(timeout=60)
-    assert asking.returncode == 2
+    assert asking.returncode == 1
     assert "answers until then are in" in told
     assert not (folder / "out.jsonl").exists()
     assert len(rows_of(folder / "out.part.jsonl")) >= 2

@@ -317,7 +317,8 @@ def test_vilu_ask_with_details(server, photos, tmp_path, checkpoint):
     assert answer["class_set"] == "default@1"
     assert answer["top"][0] == [answer["label"], pytest.approx(answer["confidence"])]
     assert len(answer["concepts"]) == 5
-    assert "doubt between" in vilu("ask", tmp_path / "a.jpg", *url).stdout
+    doubt = vilu("ask", tmp_path / "a.jpg", *url).stdout.rstrip("\n").split("\t")[-1]
+    assert doubt.startswith(f"{answer['concepts'][0][0]} {answer['concepts'][0][1]:.0%}, ")
     for suffix in (".jsonl", ".csv", ".parquet"):
         assert vilu("ask", tmp_path / "a.jpg", *url, "--output", tmp_path / f"out{suffix}").returncode == 0
         (row,) = rows_of(tmp_path / f"out{suffix}")

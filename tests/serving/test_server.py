@@ -20,6 +20,7 @@ from vilu.serving import AsyncClient, Client, RequestRefused, Server, ServerUnav
 from vilu.serving.address import free_port
 from vilu.serving.repository import check_repository
 from vilu.serving.server import _exit_timeout
+from vilu.serving.server_log import has_gpu
 
 pytestmark = pytest.mark.server
 PROTOCOLS = ["grpc", "http"]
@@ -159,10 +160,10 @@ def test_listens_on_loopback_alone(server):
 
 
 def test_a_server_that_is_not_there():
-    with Client(f"127.0.0.1:{free_port()}", timeout=2) as client, pytest.raises(ServerUnavailable):
-        client.ask([b"x"])
-    with Client(f"http://127.0.0.1:{free_port()}", timeout=2) as client, pytest.raises(ServerUnavailable):
-        client.ask([b"x"])
+    for scheme in ("", "http://"):
+        bad = Client(f"{scheme}127.0.0.1:{free_port()}", timeout=2)
+        with bad as client, pytest.raises(ServerUnavailable, match="is `vilu serve` running"):
+            client.ask([b"x"])
     with pytest.raises(UserError, match="scheme"):
         Client("ftp://127.0.0.1:1")
 
@@ -173,15 +174,35 @@ def test_vilu_ask(server, photos, tmp_path):
     bad.write_bytes(b"no image")
     fine = vilu("ask", good, "--url", server.grpc_url)
     assert (fine.returncode, fine.stderr) == (0, "")
-    assert "handwritten" in fine.stdout
+    cells = fine.stdout.rstrip("\n").split("\t")  # no terminal: one line of tab-separated cells
+    assert cells[0] == str(good)
+    assert cells[1].startswith("handwritten ")
+    assert cells[4] in ("accept", "reject")
     mixed = vilu("ask", good, bad, tmp_path / "absent.jpg", "--json", "--url", server.http_url)
-    assert mixed.returncode == 2
+    assert mixed.returncode == 1
     rows = json.loads(mixed.stdout)
     assert [("error" in row and row["error"] is not None) for row in rows] == [False, True, True]
     assert len(mixed.stderr.splitlines()) == 2
     nobody = vilu("ask", good, "--url", f"127.0.0.1:{free_port()}", "--timeout", "2")
-    assert nobody.returncode == 2
+    assert nobody.returncode == 1
     assert len(nobody.stderr.splitlines()) == 1
+    assert "is `vilu serve` running?" in nobody.stderr
+
+
+def test_vilu_health_as_json(server):
+    url = f"127.0.0.1:{free_port()}"
+    for where, answers in ((server.grpc_url, True), (url, False)):
+        done = vilu("health", "--json", "--url", where, "--timeout", "20" if answers else "1")
+        assert (done.returncode, done.stderr) == (0 if answers else 1, "")
+        document = json.loads(done.stdout)
+        assert (document["url"], document["model"], document["answers"]) == (where, "vilu", answers)
+        assert (document["error"] is None) == answers
+
+
+def test_the_log_of_a_machine_without_a_gpu_has_no_alarm(server):
+    text = server.log.read_text()
+    assert "CUDA driver" not in text or has_gpu()
+    assert "Started GRPCInferenceService" in text
 
 
 def ours_in_shared_memory():

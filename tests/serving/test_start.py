@@ -15,6 +15,7 @@ from vilu import UserError
 from vilu.serving import Client, Server
 from vilu.serving.address import free_port, is_loopback, is_this_machine, parse_url
 from vilu.serving.door import Door
+from vilu.serving.server_log import copy_without_alarms
 
 pytestmark = pytest.mark.server
 
@@ -149,3 +150,31 @@ def test_what_is_this_machine():
     assert not any(map(is_loopback, ("128.0.0.1", "example.org", "127.0.0.1.example.org", "")))
     assert not is_this_machine("192.0.2.7")
     assert Path("/proc/net/fib_trie").exists() is False or is_this_machine("127.0.0.1")
+
+
+def test_the_servers_log_has_no_alarm_about_cuda(tmp_path):
+    reading, writing = os.pipe()
+    thread = copy_without_alarms(os.fdopen(reading, "rb"), (tmp_path / "log").open("wb"))
+    lines = [
+        b'W1 pinned_memory_manager.cc:273] "Unable to allocate pinned system memory, pinned memory pool will not be\n',
+        b'E1 server.cc:241] "CudaDriverHelper has not been initialized."\n',
+        b"E1 ensemble_scheduler.cc:1468] unable to create stream for vilu: CUDA driver version is insufficient for\n",
+        b"E1 model.cc:1] the model cannot be loaded\n",
+        b"a last line without an end",
+    ]
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.writelines(lines)
+    thread.join(30)
+    assert (tmp_path / "log").read_bytes() == b"".join(lines[3:])
+
+
+def test_a_log_that_nobody_reads_does_not_hold_up_the_server():
+    reading, writing = os.pipe()
+    nobody, target = os.pipe()
+    os.close(nobody)
+    thread = copy_without_alarms(os.fdopen(reading, "rb"), os.fdopen(target, "wb"))
+    with os.fdopen(writing, "wb") as pipe:
+        for _ in range(3):
+            pipe.write(b"a line\n" * 100_000)
+    thread.join(30)
+    assert not thread.is_alive()

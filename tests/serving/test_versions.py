@@ -1,5 +1,6 @@
 """Versions beside each other, one served, and the way back; with the real server."""
 
+import json
 import shutil
 import threading
 import time
@@ -183,6 +184,8 @@ def test_another_set_of_models_is_refused(copy, repository, tmp_path):
 
 
 def test_the_command(copy, tmp_path):
+    document = json.loads(CliRunner().invoke(group, ["versions", str(copy), "--json"]).stdout)
+    assert document == {"repository": str(copy), "versions": [1, 2], "served": 2, "changes": None}
     listed = CliRunner().invoke(group, ["versions", str(copy)])
     assert listed.output.splitlines() == ["1", "2 served"]
     CliRunner().invoke(group, ["versions", str(copy), "--use", "1"])

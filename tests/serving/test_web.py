@@ -321,3 +321,76 @@ def test_no_server_is_told_in_the_page(files):
         browser.wait("!error.hidden && !asking")
         assert "127.0.0.1:9" in browser.text("#error")
         assert browser.run("result.hidden")
+
+
+@needs_chromium
+def test_what_the_page_offers_is_of_the_served_classes(browser, checkpoint):
+    names = set(checkpoint.class_set.names)
+    titles = browser.run("[...document.querySelectorAll('#examples button')].map((one) => one.title)")
+    assert titles
+    assert set(titles) <= names, "the embedded shapes are no class of this server"
+    assert set(browser.run("document.querySelector('#labels').placeholder").split("\n")) <= names
+
+
+@needs_chromium
+def test_repeated_labels_are_refused_as_elsewhere(browser, files):
+    browser.run("served.class_sets.length")
+    browser.choose_file("#file", files[0])
+    browser.wait("answer !== null")
+    browser.run("document.querySelector('#labels').value = 'a star\\na star\\na cross'; own.checked = true; ask()")
+    browser.wait("!error.hidden && !asking")
+    assert "'a star' is there twice" in browser.text("#error")
+    browser.complaints = [told for told in browser.complaints if "status of 400" not in told]
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_narrow_page_holds_long_and_hostile_labels(page, files, dark):
+    evil = [
+        "Donaudampfschifffahrtsgesellschaft" * 5,
+        "<svg onload=alert(1)>" * 8,
+        "\u202eright to left \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+        "a\u0300" * 60,
+        "'\"`${alert(1)}&lt;",
+    ]
+    with Browser(find_chromium(), 390, 844, dark) as browser:
+        browser.go(page)
+        browser.wait("served !== null")
+        browser.choose_file("#file", files[1])
+        browser.wait("answer !== null")
+        browser.run("answer = null; own.checked = true")
+        browser.run(f"document.querySelector('#labels').value = {json.dumps(evil)}.join('\\n')")
+        browser.run("document.querySelector('#ask').click()")
+        browser.wait("answer !== null")
+        assert browser.text("#label") in evil
+        assert browser.run("document.querySelector('#label').title") == browser.text("#label")
+        assert browser.run("[...document.querySelectorAll('#top span')].map((one) => one.title).sort()") == sorted(evil)
+        assert browser.run("result.querySelectorAll('svg, script, img').length") == 0
+        browser.run("document.querySelector('#words').open = true")
+        assert "Doctor score:" in browser.text("#words")
+        assert browser.run("document.documentElement.scrollWidth") <= 390, "nothing is wider than the screen"
+        texts = "[...document.querySelectorAll('#label, #top span, #doubt-title')]"
+        assert browser.run(f"Math.max(...{texts}.map((one) => one.clientHeight))") < 90, "long labels are cut"
+        small = "[...document.querySelectorAll('button, select, summary')].filter((one) => one.offsetParent)"
+        assert browser.run(f"Math.min(...{small}.map((one) => one.getBoundingClientRect().height))") >= 20
+        assert browser.complaints == []
+
+
+@needs_chromium
+def test_a_large_upload_is_an_error_that_says_so(page, tmp_path):
+    with Browser(find_chromium()) as browser:
+        browser.go(page)
+        browser.wait("served !== null")
+        (tmp_path / "large.png").write_bytes(bytes(30_000_000))
+        browser.choose_file("#file", tmp_path / "large.png")
+        assert "30,000,000 bytes, the limit is 200,000" in browser.text("#error")
+        browser.run("served.max_bytes = 1e9")  # as if the page did not know the limit
+        browser.run("error.hidden = true")
+        browser.choose_file("#file", tmp_path / "large.png")
+        browser.wait("!error.hidden && !asking")
+        said = browser.text("#error")
+        assert "this image is too large" in said or "does not take an image of 30,000,000 bytes" in said
+        assert browser.run("result.hidden")
+        browser.run("served.max_bytes = 200000; document.querySelector('#examples button').click()")
+        browser.wait("answer !== null")
+        assert browser.run("error.hidden"), "the page goes on"

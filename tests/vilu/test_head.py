@@ -124,3 +124,22 @@ def test_wrong_widths_are_refused():
         head(torch.zeros(2, 8), torch.zeros(0, 8))
     with pytest.raises(ValueError, match="are needed"):
         head(torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({"attention_scale": 20.0}, 20.0),
+        ({"attention_scale": 20.0, "logit_scale": 30.0}, 30.0),
+        ({"attention_scale": 64**-0.5, "projection": "separate", "logit_scale": 30.0}, 30.0),
+        ({"attention_scale": 64**-0.5, "projection": "separate"}, 100.0),
+        ({"attention_scale": 64**-0.5, "parts": ("image", "predicted")}, 100.0),
+    ],
+)
+def test_folding_takes_the_scale_from_the_head(options, scale):
+    head = ViLUHead(64, hidden=(8,), **options).eval().requires_grad_(False)
+    v, t = unit_rows(3, 64, 1).float(), unit_rows(7, 64, 2).float()
+    p = torch.softmax(scale * v @ t.T, dim=1)
+    torch.testing.assert_close(fold(head, t)(v).confidence, p.amax(dim=1))
+    torch.testing.assert_close(fold(head, t)(v).failure_probability, head.failure_probability(v, t))
+    assert fold(head, t, logit_scale=scale).logit_scale == scale

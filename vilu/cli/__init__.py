@@ -8,10 +8,12 @@ import io
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 
 from vilu import __version__
+from vilu.cli.command import Group
 from vilu.errors import UserError
 
 COMMANDS = (
@@ -23,6 +25,8 @@ COMMANDS = (
     "export",
     "guard",
     "health",
+    "info",
+    "predict",
     "serve",
     "train",
     "versions",
@@ -32,7 +36,7 @@ COMMANDS = (
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EPIPE)  # what a failed write may say
 
 
-class _Lazy(click.Group):
+class _Lazy(Group):
     """Imports the module of a command when the command is named or listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -47,27 +51,44 @@ class _Lazy(click.Group):
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vilu")
-def group() -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Show no notes and no progress, only results, warnings and errors.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Also show what the libraries log, and where in the program an error arose."
+)
+@click.option("--log-file", type=click.Path(path_type=Path), help="File to append everything to that is said.")
+def group(quiet: bool, verbose: bool, log_file: Path | None) -> None:
     """Serve CLIP's answers with the probability that each is wrong.
 
     Train a failure predictor, evaluate it, export it with CLIP, serve both, and ask the server.
+
+    Exit codes: 0 done, 1 it failed (such as a server that does not answer), 2 wrong use (such as an unknown option or a
+    bad input file), 130 interrupted.
     """
+    from vilu.cli.output import set_up
+
+    set_up(quiet, verbose, log_file)
 
 
 def run(command: click.Command, name: str) -> None:
-    """Run a command and exit. A user's mistake prints one line on stderr and gives exit code 2."""
+    """Run a command and exit.
+
+    An error prints one line on stderr. The exit code is 2 for a user's mistake, and 1 for what failed.
+    """
+    from vilu.cli import output
+
+    output.set_up()
     _print_anything()
     try:
         code = command.main(prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:
-        click.echo(f"{name}: {error}", err=True)
-        sys.exit(2)
+        output.failed(f"{name}: {error}")
+        sys.exit(error.exit_code)
     except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:  # click 8.2 and later
         error.show()
         sys.exit(2)
     except click.ClickException as error:
-        click.echo(f"{name}: {' '.join(error.format_message().split())}", err=True)
+        output.failed(f"{name}: {' '.join(error.format_message().split())}")
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
@@ -75,7 +96,7 @@ def run(command: click.Command, name: str) -> None:
         # click turns an interrupt into Abort, whose cause may say what was kept.
         kept = str(error.__cause__ or error.__context__ or error)
         if kept:
-            click.echo(f"{name}: {kept}", err=True)
+            output.failed(f"{name}: {kept}")
         sys.exit(130)
     except OSError as error:
         if error.filename is not None or error.errno not in FULL:
@@ -83,7 +104,7 @@ def run(command: click.Command, name: str) -> None:
         # What is left in the buffer cannot be written either, and Python would complain of it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.errno != errno.EPIPE:  # who closed the pipe knows it
-            click.echo(f"{name}: its output cannot be written ({error.strerror})", err=True)
+            output.failed(f"{name}: its output cannot be written ({error.strerror})")
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -14,17 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command
 from vilu.cli.options import PATH, SECONDS, connection_options
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
 if TYPE_CHECKING:
-    from vilu.serving import Answer
+    from vilu.serving import Answer, Client
 
 
 @click.command("ask", cls=Command, extra="client")
-@click.argument("images", nargs=-1, required=True)
+@click.argument("images", nargs=-1)
+@click.option(
+    "--embeddings",
+    type=PATH,
+    help="Ask about the embeddings in this file instead of images: image_embedding (N, D) in .npz, .safetensors or "
+    ".parquet.",
+)
 @connection_options
 @click.option("--model", default="vilu", show_default=True, help="Name of the served model.")
 @click.option(
@@ -41,7 +48,11 @@ if TYPE_CHECKING:
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Number of images per request."
 )
 @click.option("--in-flight", type=click.IntRange(1), default=4, show_default=True, help="Number of requests at a time.")
-@click.option("--output", type=PATH, help="File to write the answers to: .jsonl, .csv or .parquet.")
+@click.option(
+    "--output",
+    type=PATH,
+    help="File to write the answers to: .jsonl, .csv or .parquet, or - for JSON lines on standard output.",
+)
 @click.option(
     "--resume",
     is_flag=True,
@@ -50,6 +61,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per image.")
 def ask_command(
     images: tuple[str, ...],
+    embeddings: Path | None,
     url: str,
     token: str | None,
     model: str,
@@ -68,27 +80,46 @@ def ask_command(
 
     The server also says how likely its answer is wrong, and whether to accept it.
 
+    With --embeddings another program has embedded the images, and row I is named "row I" in the answers.
+
     IMAGES are files, folders (all images below them), patterns ("photos/*.jpg", ** for any depth), or - to read names
-    from standard input, one per line. The exit code is 0 when every image was answered, and 2 when one was not.
+    from standard input, one per line. A terminal shows a table. Elsewhere each image is a line of tab-separated file,
+    label, confidence, P(failure) and verdict. The exit code is 0 when every image was answered, and 1 when one was not.
     """
+    from vilu.cli.tables import print_answers, printable
     from vilu.serving import Client
     from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, read_part, row
+    from vilu.serving.embedding_file import read_image_embeddings
     from vilu.serving.tokens import token_from
 
+    if bool(images) == (embeddings is not None):
+        raise click.UsageError(
+            "Missing argument 'IMAGES...'." if not images else "give IMAGES or --embeddings, not both"
+        )
     if output is not None and as_json:
         raise UserError("--json and --output: give one or the other")
-    if resume and output is None:
+    if resume and (output is None or str(output) == "-"):
         raise UserError("--resume needs the --output to go on with")
+    if resume and embeddings is not None:
+        raise UserError("--resume and --embeddings: only questions about images go on where they stopped")
     if labels and class_set is not None:
         raise UserError("--label and --class-set: give one or the other")
+
+    def print_line(answer: Answer) -> None:
+        said.result(json.dumps(row(answer, columns)))
+
     columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
     names = list(find_images(images))
-    total, answers = len(names), list[Answer]()  # answers are kept only where they are printed
-    earlier = read_part(output, columns) if output is not None and resume else []
+    lines = output is not None and str(output) == "-"
+    path = None if lines else output
+    rows: Any = [] if embeddings is None else read_image_embeddings(embeddings)
+    total = len(names) or len(rows)
+    answers: list[Answer] = []  # filled only where answers are printed at the end
+    earlier = read_part(path, columns) if path is not None and resume else []
     bad = sum(answer.get("error") is not None for answer in earlier)
     if earlier:
         names = _unasked(names, earlier)
-        click.echo(f"{len(earlier)} answers are there, {len(names)} images are left to ask", err=True)
+        said.note(f"{len(earlier)} answers are there, {len(names)} images are left to ask")
     with (
         Client(
             url,
@@ -100,24 +131,24 @@ def ask_command(
             **tls,
         ) as client,
         progress_bar() as bar,
-        contextlib.nullcontext() if output is None else open_answer_file(output, columns, earlier) as file,
+        contextlib.nullcontext() if path is None else open_answer_file(path, columns, earlier=earlier) as file,
     ):
-        add = answers.append if file is None else file.add
-        for done, answer in enumerate(client.stream(names, labels or None, class_set=class_set, details=details), 1):
+        add = print_line if lines else answers.append if file is None else file.add
+        chosen: dict[str, Any] = {"labels": labels or None, "class_set": class_set, "details": details}
+        found = client.stream(names, **chosen) if embeddings is None else _about_rows(client, rows, chosen)
+        for done, answer in enumerate(found, 1):
             add(answer)
             if answer.error is not None:
                 bad += 1
-                click.echo(f"{answer.source}: {answer.error}", err=True)
-            bar("asking", done, len(names))
-    if output is not None:
-        click.echo(f"{output}: {total} images, {bad} without an answer")
+                said.warn(printable(f"{answer.source}: {answer.error}"))
+            bar("asking", done, len(names) or len(rows))
+    if path is not None:
+        said.result(f"{path}: {total} {'images' if images else 'embeddings'}, {bad} without an answer")
     elif as_json:
-        click.echo(json.dumps([row(answer, columns) for answer in answers], indent=2))
-    elif len(answers) > bad:
-        from vilu.cli.tables import print_answers
-
+        said.document([row(answer, columns) for answer in answers])
+    elif len(answers) > bad:  # none are kept where each was a line
         print_answers([answer for answer in answers if answer.error is None])
-    return 2 if bad else 0
+    return 1 if bad else 0
 
 
 def _unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
@@ -130,6 +161,16 @@ def _unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
         else:
             rest.append(name)
     return rest
+
+
+def _about_rows(client: Client, rows: Any, chosen: dict[str, Any]) -> Iterator[Answer]:
+    """Yield the answers for image embeddings (N, D), some requests at a time."""
+    from dataclasses import replace
+
+    step = 1024
+    for start in range(0, len(rows), step):
+        for index, answer in enumerate(client.ask_embeddings(rows[start : start + step], **chosen), start):
+            yield replace(answer, source=f"row {index}")
 
 
 def find_images(given: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
 from vilu.cli.held_out import held_out
 from vilu.cli.options import (
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 @click.option("--output", type=PATH, help="Checkpoint to write.  [default: replace --ckpt]")
 @dtype_option("float32")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split into halves.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object with the results.")
 def calibrate_command(
     ckpt: Path,
     data: str | None,
@@ -93,6 +95,7 @@ def calibrate_command(
     output: Path | None,
     dtype: str,
     seed: int,
+    as_json: bool,
 ) -> None:
     """Choose the threshold below which answers are accepted.
 
@@ -115,6 +118,7 @@ def calibrate_command(
         temperature,
     )
 
+    say = said.result_or_note(as_json)
     wanted = [t for t in (target_risk, target_coverage, target_tpr) if t is not None]
     if len(wanted) > 1 or (not wanted and probability == "none" and refuse_outliers is None):
         raise UserError(
@@ -131,12 +135,10 @@ def calibrate_command(
     held, spec = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype, columns, named)
     check_fits(ckpt, checkpoint, held)
     for line in held.skipped:
-        click.echo(f"skipped {line}", err=True)
+        said.note(f"skipped {line}")
     trained_on = 0
     if checkpoint.samples is None:
-        click.echo(
-            f"{ckpt}: does not say which samples it was trained on; {held.name} must not be among them", err=True
-        )
+        said.warn(f"{ckpt}: does not say which samples it was trained on; {held.name} must not be among them")
     else:
         held, trained_on, lines = held_out(held, {f"{ckpt}: was trained": checkpoint.samples}, drop_known)
         if trained_on and target_risk is not None:
@@ -150,7 +152,7 @@ def calibrate_command(
         if trained_on:
             lines[0] += ": its answers there are better than on new data (--drop-known leaves them out)"
         for line in lines:
-            click.echo(line, err=True)
+            said.warn(line)
     order = np.random.default_rng(seed).permutation(len(held))
     halves = np.array_split(order, 2) if probability != "none" and wanted else [order, order]
 
@@ -166,7 +168,7 @@ def calibrate_command(
         with torch.no_grad():
             failure = _failure_probability(head, held, group)
         note["probability"] = {"method": probability, "samples": len(rows), **asdict(found)}
-        click.echo(f"P(failure) calibrated by {probability} on {len(rows)} samples: slope {found.slope:.3f}, "
+        say(f"P(failure) calibrated by {probability} on {len(rows)} samples: slope {found.slope:.3f}, "
                    f"offset {found.offset:.3f}")  # fmt: skip
     threshold = checkpoint.threshold
     before = checkpoint.meta.get("calibration") or {}
@@ -174,7 +176,7 @@ def calibrate_command(
         # The earlier threshold moves with the probability, so that it still accepts the same answers.
         threshold = float(np.float32(found(np.array([threshold]))[0]))
         note["threshold"] = {"data": before["data"], **before["threshold"], "threshold": threshold}
-        click.echo(f"threshold moved from {checkpoint.threshold:.4f} to {threshold:.4f}: it accepts the same answers")
+        say(f"threshold moved from {checkpoint.threshold:.4f} to {threshold:.4f}: it accepts the same answers")
     if wanted:
         rows = halves[1][halves[1] < len(correct)]
         given = (failure[rows], correct[rows])
@@ -184,7 +186,7 @@ def calibrate_command(
             try:
                 chosen = guaranteed_risk(*given, target_risk, confidence)
             except TargetNotMetError:
-                click.echo("\n".join(beside))
+                say("\n".join(beside))
                 raise
         elif target_coverage is not None:
             chosen = for_coverage(*given, target_coverage)
@@ -194,12 +196,12 @@ def calibrate_command(
         threshold = chosen.threshold
         note["threshold"] = asdict(chosen)
         promise = "" if chosen.bound is None else f", promised at {confidence:.0%}: at most {chosen.target:.2%}"
-        click.echo(
+        say(
             f"threshold {threshold:.4f} on {chosen.samples} samples: accepts {chosen.coverage:.1%} of answers, "
             f"{chosen.risk:.2%} of them wrong{promise}"
         )
         for line in beside:
-            click.echo(line)
+            say(line)
     if not wanted and probability == "none":
         note = dict(before)  # the outlier score alone was calibrated
     outlier = checkpoint.outlier
@@ -211,7 +213,7 @@ def calibrate_command(
             "threshold": outlier.threshold,
             "refused": refuse_outliers,
         }
-        click.echo(
+        say(
             f"outlier score: threshold {outlier.threshold:.3f} on {len(held)} samples refuses at most "
             f"{refuse_outliers:.1%} of images inside the class set, on average over such samples"
         )
@@ -221,7 +223,9 @@ def calibrate_command(
     save_checkpoint(
         replace(checkpoint, head=head, clip=spec, threshold=threshold, meta=meta, outlier=outlier), output or ckpt
     )
-    click.echo(f"{output or ckpt}: written")
+    say(f"{output or ckpt}: written")
+    if as_json:
+        said.document({"checkpoint": str(output or ckpt), "threshold": threshold, "calibration": note})
 
 
 def _outlook_lines(found: Outlook) -> list[str]:

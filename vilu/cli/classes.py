@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vilu.cli.command import Command
+from vilu.cli import output
+from vilu.cli.command import Command, Group
 from vilu.cli.options import PATH, control_option, server_options, with_client
 from vilu.cli.progress import progress_bar
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vilu.serving.classes import ServedSet
 
 
-@click.group("classes")
+@click.group("classes", cls=Group)
 def classes_command() -> None:
     """List, put and remove the class sets of a running server."""
 
@@ -28,20 +28,17 @@ def classes_command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per class set.")
 def list_command(url: str, token: str | None, as_json: bool, **options: Any) -> None:
     """List the class sets that images can be asked about."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from vilu.cli.tables import print_rows
     from vilu.serving.classes import list_sets
 
     sets = with_client(url, token, options, list_sets)
     if as_json:
-        rows = [{key: value for key, value in asdict(one).items() if key != "names"} for one in sets]
-        click.echo(json.dumps(rows, indent=2))
+        output.document([{key: value for key, value in asdict(one).items() if key != "names"} for one in sets])
         return
-    table = Table("class set", "version", "classes", "threshold", "templates")
-    for one in sets:
-        table.add_row(one.name, str(one.version), str(one.classes), f"{one.threshold:g}", str(len(one.templates)))
-    Console().print(table)
+    rows = [
+        (one.name, str(one.version), str(one.classes), f"{one.threshold:g}", str(len(one.templates))) for one in sets
+    ]
+    print_rows(("class set", "version", "classes", "threshold", "templates"), rows, cut=(0,))
 
 
 @classes_command.command("put", cls=Command, extra="client")
@@ -96,7 +93,7 @@ def put_command(
             )
 
         served = with_client(url, token, options, work)
-    click.echo(f"{served.name}@{served.version}: {served.classes} classes, accepted below {served.threshold:g}")
+    output.result(f"{served.name}@{served.version}: {served.classes} classes, accepted below {served.threshold:g}")
 
 
 @classes_command.command("remove", cls=Command, extra="client")
@@ -110,4 +107,4 @@ def remove_command(name: str, url: str, token: str | None, control_token: str | 
 
     control = token_from(control_token, "VILU_CONTROL_TOKEN")
     with_client(url, token, options, lambda client: remove_set(client, name, control_token=control))
-    click.echo(f"{name}: removed")
+    output.result(f"{name}: removed")

@@ -1,4 +1,4 @@
-"""Classes that all commands share: a message for a missing package, and options that keep their former names."""
+"""Classes that all commands share: near names, a message for a missing package, options with former names."""
 
 from __future__ import annotations
 
@@ -42,6 +42,22 @@ class Command(click.Command):
             if package in ("", "vilu") or package in sys.stdlib_module_names:
                 raise
             raise UserError(f"`{command}` needs the package {package!r}: pip install 'vilu[{self.extra}]'") from None
+
+
+class Group(click.Group):
+    """A group that suggests the commands whose names are near to an unknown one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0].lower(), known, n=2)
+            hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are {', '.join(known)}."
+            ctx.fail(f"No such command {args[0]!r}. {hint}")
+        return super().resolve_command(ctx, args)
 
 
 class RenamedOption(click.Option):

@@ -8,16 +8,22 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command
 from vilu.cli.options import PATH, REPOSITORY
 from vilu.cli.progress import progress_bar
-from vilu.errors import UserError
+from vilu.errors import FailedError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
 SERVED_TOLERANCE = 1e-4
+NEXT = (
+    "your own images, in a folder with one sub-folder per class (docs/tutorial.md says more):",
+    "  vilu train --clip ViT-B-32 --pretrained openai --data photos/train --output pets.safetensors",
+    "  vilu export --ckpt pets.safetensors, then vilu serve, then vilu ask photos/new",
+)
 
 
 @click.command("demo", cls=Command, extra="export,server")
@@ -56,7 +62,7 @@ def demo_command(output: Path, model_repository: Path, seed: int) -> None:
     with progress_bar() as bar:
         checkpoint = checkpoint_of(clip, output / f"vilu-tiny-{seed}.safetensors", seed, bar)
         scores = evaluate(clip, checkpoint, bar)
-    console.print(_table(scores))
+    console.print(_table(scores, len(checkpoint.class_set.names) if checkpoint.class_set else 0))
 
     if _exported(model_repository) != digest(checkpoint):
         with progress_bar() as bar:
@@ -75,22 +81,30 @@ def demo_command(output: Path, model_repository: Path, seed: int) -> None:
     same = sum(a.label == label for a, (label, _) in zip(answers, eager, strict=True))
     console.print(f"served against eager: {same} of {len(files)} labels equal, P(failure) within {worst:.1e}")
     if same < len(files) or worst > SERVED_TOLERANCE:
-        raise UserError(f"the served answers are not the eager model's; see {output / 'tritonserver.log'}")
+        raise FailedError(f"the served answers are not the eager model's; see {output / 'tritonserver.log'}")
     draw(output / "demo.png", files, answers, scores)
     console.print(f"picture: {output / 'demo.png'}")
+    for line in NEXT:
+        said.result(line)
 
 
-def _table(scores: dict[str, dict[str, np.ndarray]]) -> Table:
+def _table(scores: dict[str, dict[str, np.ndarray]], classes: int) -> Table:
     from rich.table import Table
 
     from vilu.evaluation import metrics
+    from vilu.evaluation.chance import accuracy
 
-    table = Table("held-out", "images", "CLIP accuracy", "score", "AUC", "FPR95", title="Predicting CLIP's failures")
+    table = Table(
+        "held-out", "images", "CLIP accuracy", "chance", "score", "AUC", "FPR95", title="Predicting CLIP's failures"
+    )
     for name, columns in scores.items():
         correct = columns["correct"]
+        clip = accuracy(correct, columns["labels"], classes)
         for score in ("MCM", "ViLU"):
             auc, fpr = metrics.auroc(columns[score], correct), metrics.fpr_at_tpr(columns[score], correct)
-            table.add_row(name, str(len(correct)), f"{correct.mean():.1%}", score, f"{auc:.1%}", f"{fpr:.1%}")
+            table.add_row(
+                name, str(len(correct)), f"{clip.share:.1%}", f"{clip.chance:.1%}", score, f"{auc:.1%}", f"{fpr:.1%}"
+            )
     return table
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command
 from vilu.cli.held_out import held_out
 from vilu.cli.options import PATH, clip_options, column_options, drop_known_option, dtype_option
@@ -20,6 +21,7 @@ from vilu.errors import UserError
 if TYPE_CHECKING:
     from vilu.checkpoint import Checkpoint
     from vilu.clip import Clip
+    from vilu.data import Source
     from vilu.embeddings import EmbeddedSet
     from vilu.evaluation.evaluate import Case
     from vilu.evaluation.learning_curve import LearningCurve
@@ -84,6 +86,14 @@ CURVE_RESAMPLES = 400  # the most for a learning curve, which resamples for ever
     "--methods", default="all", show_default=True, help="Names of the methods to compare, separated by commas."
 )
 @click.option("--output", type=PATH, help="Folder to write the report to: report.html, JSON, CSV and pictures.")
+@click.option(
+    "--samples",
+    "samples_format",
+    type=click.Choice(["csv", "parquet", "none"]),
+    default="csv",
+    show_default=True,
+    help="Format of the report's file with every image's scores.",
+)
 @click.option("--candidates", help="Numbers of candidates per group of captions.  [default: 128,256,...,8192]")
 @click.option(
     "--learning-curve",
@@ -133,6 +143,7 @@ def eval_command(
     cross_dataset: bool,
     methods: str,
     output: Path | None,
+    samples_format: str,
     candidates: str | None,
     curve: bool,
     sizes: str | None,
@@ -157,6 +168,7 @@ def eval_command(
     from vilu.evaluation.evaluate import CANDIDATES, Case, evaluate, unique_names
     from vilu.evaluation.outside import evaluate_outside
     from vilu.evaluation.report import tables as report
+    from vilu.evaluation.report.samples import samples_of
     from vilu.fingerprints import remembered
     from vilu.recipes import recipe_named
     from vilu.scores import SCORES
@@ -180,6 +192,7 @@ def eval_command(
     checkpoints = one_each([load_checkpoint(path) for path in ckpts], len(tests), "--ckpt")
     cases: list[Case] = []
     lines: list[str] = []
+    sources: list[Source | None] = []
     curves: dict[str, LearningCurve] = {}
     with progress_bar() as bar:
         columns = {"image_column": image_column, "caption_column": caption_column}
@@ -204,6 +217,7 @@ def eval_command(
             trained = {} if checkpoint.samples is None else {f"{path}: was trained": checkpoint.samples}
             if train is not None:
                 trained["the baselines are fitted"] = remembered(train.image.normalised)
+            sources.append(reader.sources.get(id(test)))  # before some of its images are left out
             test, known, found = held_out(test, trained, drop_known)
             if known:
                 found[-1] += ": no method is called better than another (--drop-known leaves these samples out)"
@@ -246,14 +260,20 @@ def eval_command(
         )
         if output is not None:
             bar("drawing", 0, 1)
-            report.write(evaluation, output)
+            samples = {
+                result.name: samples_of(case.test, result, checkpoint.threshold, source)
+                for result, case, checkpoint, source in zip(
+                    evaluation.results, cases, checkpoints, sources, strict=True
+                )
+            }
+            report.write(evaluation, output, samples=samples, kind=samples_format)
     for line in [*(f"skipped {line}" for line in reader.skipped), *lines]:
-        click.echo(line, err=True)
+        said.note(line)
     if as_json:
         document = report.as_json(evaluation)
         if outsiders:
             document["outside"] = [asdict(found) for found in outside]
-        click.echo(json.dumps(document, allow_nan=False))
+        said.result(json.dumps(document, allow_nan=False))
         return
     from rich.console import Console
 
@@ -265,7 +285,7 @@ def eval_command(
     print_tables(evaluation, console)
     print_outside(outside, console)
     if output is not None:
-        click.echo(f"{output / report.HTML}")
+        said.result(f"{output / report.HTML}")
 
 
 def _named_sets(data: Sequence[str], datasets: Sequence[str], embeddings: Sequence[Path]) -> list[Named]:
@@ -293,6 +313,7 @@ class _Reader:
         self.clip_name, self.pretrained, self.columns = clip_name, pretrained, columns
         self.skipped: list[str] = []
         self.clips: dict[str, Clip] = {}
+        self.sources: dict[int, Source] = {}  # by the identity of the set that was embedded from it
         self._sets: dict[tuple[object, ...], EmbeddedSet] = {}
 
     def read(self, kind: str, name: str | Path, split: str, checkpoint: Checkpoint, path: Path) -> EmbeddedSet:
@@ -325,6 +346,7 @@ class _Reader:
                 progress=lambda what, done, total: self.bar(f"{name}, {split}: {what}", done, total),
             )
             self.skipped += self._sets[key].skipped
+            self.sources[id(self._sets[key])] = source
         return self._sets[key]
 
     def _clip(self, checkpoint: Checkpoint, path: Path) -> Clip:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
 from vilu.cli.options import PATH, REPOSITORY, clip_options, template_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vilu.checkpoint import Checkpoint
+    from vilu.class_set import ClassSet
 
 
 @click.command("export", cls=Command, extra="export")
@@ -22,7 +30,16 @@ from vilu.errors import UserError
     show_default=True,
     help="Model repository to write. It is replaced whole.",
 )
-@click.option("--classes", type=PATH, help="File with other class names, one per line.")
+@click.option(
+    "--classes",
+    type=PATH,
+    help="File with other class names, one per line; for a head alone their text_embeddings (.npz, .safetensors).",
+)
+@click.option(
+    "--embeddings",
+    type=PATH,
+    help="Embeddings to measure a head alone on, as `vilu train --embeddings` takes them.  [default: drawn at random]",
+)
 @template_option
 @clip_options
 @click.option(
@@ -111,6 +128,7 @@ def export_command(
     ckpt: Path,
     output: Path,
     classes: Path | None,
+    embeddings: Path | None,
     templates: tuple[str, ...],
     clip_name: str | None,
     pretrained: str | None,
@@ -134,6 +152,9 @@ def export_command(
     Every graph is compared with the eager model. The repository's parity.md says what the precision costs; where the
     cost is over the precision's budget, nothing is written.
 
+    A head that was trained on the embeddings of another model (`vilu train --embeddings`) is exported alone: the server
+    then takes embeddings, and `vilu ask --embeddings FILE` asks it.
+
     The authors' .ckpt files hold no CLIP and no class names: give --clip, --pretrained and --classes for them.
     """
     from dataclasses import replace
@@ -156,7 +177,22 @@ def export_command(
             raise UserError(f"--cuda-arch {cuda_arch!r}: expected numbers as in 80,90")
         target["cuda_archs"] = [int(part) for part in cuda_arch.split(",")]
     checkpoint = load_checkpoint(ckpt)
-    clip = load_clip_for(checkpoint, ckpt, clip_name, pretrained)
+    if checkpoint.clip is None and not clip_name and (checkpoint.class_set or embeddings or _is_matrix(classes)):
+        refused: dict[str, Any] = {
+            "--images": images,
+            "--template": templates,
+            "--provider": provider,
+            "--cuda-arch": cuda_arch,
+        }
+        refused |= {"--precision": precision != "float32", "--device gpu": device == "gpu", "--cores": cores}
+        for name in (name for name, value in refused.items() if value):
+            raise UserError(f"{name}: is for CLIP's towers, and {ckpt} names no CLIP; its head is exported alone")
+        _export_head(checkpoint, ckpt, output, classes, embeddings, threshold, max_batch_size, target)
+        return
+    if embeddings is not None:
+        raise UserError(f"--embeddings: is for a head alone, and {ckpt} has a CLIP; give --images")
+    missing = "give --clip and --pretrained, or the embeddings that the head was trained on as --embeddings"
+    clip = load_clip_for(checkpoint, ckpt, clip_name, pretrained, missing=missing)
     class_set = checkpoint.class_set
     if classes is not None:
         old = class_set.templates if class_set else DEFAULT_TEMPLATES
@@ -177,11 +213,73 @@ def export_command(
             target["images"], target["labels"] = from_folder(images, class_set.names, wanted)
         report = export(checkpoint, output, clip=clip, max_batch_size=max_batch_size, **target, progress=bar)
     cost = report["answers"][next(iter(report["answers"]))]
-    click.echo(
+    said.result(
         f"{output}: {precision}, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
         f"P(failure) within {cost['failure_probability_error']['max']:.1e}"
     )
     if checkpoint.outlier is not None:
-        click.echo("the checkpoint's outlier score is not part of the served models yet", err=True)
+        said.warn("the checkpoint's outlier score is not part of the served models yet")
     for problem in report["over_budget"]:
-        click.echo(f"over budget, kept by --allow-loss: {problem}", err=True)
+        said.warn(f"over budget, kept by --allow-loss: {problem}")
+
+
+def _is_matrix(classes: Path | None) -> bool:
+    """Whether this class set's file holds text embeddings, not names alone."""
+    return classes is not None and classes.suffix in (".npz", ".safetensors")
+
+
+def _export_head(
+    checkpoint: Checkpoint,
+    ckpt: Path,
+    output: Path,
+    classes: Path | None,
+    embeddings: Path | None,
+    threshold: float | None,
+    max_batch_size: int,
+    target: dict[str, Any],
+) -> None:
+    """Export a head whose embeddings another program makes."""
+    from dataclasses import replace
+
+    from vilu.checkpoint import check_fits
+    from vilu.data import load_embeddings
+    from vilu.export import export_head
+
+    measured = None if embeddings is None else load_embeddings(embeddings)
+    class_set = checkpoint.class_set
+    if classes is not None:
+        class_set = _class_set_of(classes)
+    elif class_set is None and measured is not None and measured.class_names:
+        class_set = _made(measured.class_names, measured.text.normalised.float())
+    if class_set is None:
+        raise UserError(f"{ckpt}: holds no class names; give --classes FILE with text_embeddings and class_names")
+    if measured is not None:
+        check_fits(ckpt, replace(checkpoint, class_set=None), measured)
+    checkpoint = replace(
+        checkpoint, class_set=class_set, threshold=checkpoint.threshold if threshold is None else threshold
+    )
+    common = {"max_batch_size": max_batch_size, "version": target["version"], "limits": target["limits"]}
+    with progress_bar() as bar:
+        report = export_head(checkpoint, output, embeddings=measured, **common, progress=bar)
+    cost = report["answers"]["cpu"]
+    said.result(
+        f"{output}: the head alone, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
+        f"P(failure) within {cost['failure_probability_error']['max']:.1e}; ask it with `vilu ask --embeddings FILE`"
+    )
+
+
+def _class_set_of(classes: Path) -> ClassSet:
+    import torch
+
+    from vilu.serving.classes import read_set
+
+    found = read_set(classes)
+    if found.text_embeddings is None:
+        raise UserError(f"{classes}: holds names alone; a head without CLIP needs their text_embeddings (.npz)")
+    return _made(found.names, torch.nn.functional.normalize(torch.from_numpy(found.text_embeddings), dim=1))
+
+
+def _made(names: Sequence[str], text_embeddings: Tensor) -> ClassSet:
+    from vilu.class_set import ClassSet
+
+    return ClassSet(tuple(names), ("{}",), text_embeddings)

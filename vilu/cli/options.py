@@ -84,7 +84,13 @@ data_options = all_of(
 )
 
 embeddings_option = click.option(
-    "--embeddings", type=PATH, help="Read embeddings from this file (.npz, .safetensors, .parquet) instead of images."
+    "--embeddings",
+    type=PATH,
+    help="Read embeddings of any model from this file instead of images: image_embedding (N, D) floats; "
+    "text_embeddings (K, D), or (N, D) for captions; labels (N,) integers below K; class_names (K strings) and "
+    "logit_scale (a number, 100 by default) may be left out. They are the arrays of a .npz file (np.savez), the "
+    "tensors of a .safetensors file (class_names as a JSON list in its metadata), or the columns of a .parquet file "
+    "with lists (text_embeddings and class_names of the classes in NAME.text.parquet beside it).",
 )
 template_option = click.option(
     "--template", "templates", multiple=True, help="Prompt with one {} for the class name. Repeat it for several."
@@ -102,16 +108,21 @@ def dtype_option(default: str) -> Callable[[Decorated], Decorated]:
     )
 
 
+def _clip_options(default: str) -> Callable[[Decorated], Decorated]:
+    return all_of(
+        click.option(
+            "--clip",
+            "clip_name",
+            help="CLIP to use: an open_clip model name, local-dir:FOLDER (open_clip's layout), hf-dir:FOLDER (Hugging "
+            f"Face's) or vilu-tiny.  [default: {default}]",
+        ),
+        click.option("--pretrained", help="Weights of the CLIP: an open_clip tag, a local file, or 'random'."),
+    )
+
+
 # A command receives these options as `clip_name` and `pretrained`.
-clip_options = all_of(
-    click.option(
-        "--clip",
-        "clip_name",
-        help="CLIP to use: an open_clip model name, local-dir:FOLDER (open_clip's layout) or hf-dir:FOLDER (Hugging "
-        "Face's).  [default: the checkpoint's, or vilu-tiny]",
-    ),
-    click.option("--pretrained", help="Weights of the CLIP: an open_clip tag, a local file, or 'random'."),
-)
+clip_options = _clip_options("the checkpoint's")
+train_clip_options = _clip_options("vilu-tiny for the embedded data sets, none for other data")
 
 # These options say how to reach a server. A command receives them as `url`, `token`, `tls_ca`, `tls_cert`, `tls_key`.
 connection_options = all_of(

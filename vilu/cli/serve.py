@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from vilu.cli.command import Command
+from vilu.cli.config import config_option
 from vilu.cli.door import LIMITS, door_options, limits_of, watched_files
 from vilu.cli.options import PATH, REPOSITORY, SECONDS, all_of, host_option, listening_tls_options
 from vilu.errors import UserError
@@ -27,6 +28,7 @@ _PORTS = all_of(
 
 
 @click.command("serve", cls=Command, extra="server", context_settings={"ignore_unknown_options": True})
+@config_option
 @click.option("--model-repository", type=PATH, default=REPOSITORY, show_default=True, help="Model repository to serve.")
 @click.option("--tritonserver", type=PATH, help="The tritonserver binary.  [default: the one that is found]")
 @host_option

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+
+from vilu.cli import output
 
 if TYPE_CHECKING:
     from vilu.evaluation.outside import Outside
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from vilu.serving import Answer
 
 WIDE, MIDDLE = 180, 138  # widths, in characters, that have room for intervals and for every metric
+SHORTEST = 8  # cells of a terminal that a shortened column keeps
 NARROW = ("auc", "fpr95", "aurc", "ece")
 
 
@@ -92,15 +96,96 @@ def _result_table(result: Result, width: int) -> Table:
     return table
 
 
+ANSWER_COLUMNS = ("file", "label", "confidence", "P(failure)", "verdict")
+
+
 def print_answers(answers: Sequence[Answer]) -> None:
-    """Print a server's answers, one row per image."""
-    table = Table(Column("file", overflow="fold"), "label", "confidence", "P(failure)", "")
+    """Print a server's answers, one row per image: a table in a terminal, tab-separated lines elsewhere."""
     detailed = any(a.concepts for a in answers)
-    if detailed:
-        table.add_column("doubt between", min_width=13)
+    rows = []
     for a in answers:
-        verdict = "[green]accept[/]" if a.accept else "[red]reject[/]"
-        doubt = [escape(", ".join(f"{label} {weight:.0%}" for label, weight in a.concepts[:3]))] if detailed else []
-        cells = (escape(a.source), escape(a.label), f"{a.confidence:.3f}", f"{a.failure_probability:.3f}", verdict)
-        table.add_row(*cells, *doubt)
-    Console(file=sys.stdout).print(table)
+        doubt = [", ".join(f"{label} {weight:.0%}" for label, weight in a.concepts[:3])] if detailed else []
+        verdict = "accept" if a.accept else "reject"
+        rows.append((a.source, a.label, f"{a.confidence:.3f}", f"{a.failure_probability:.3f}", verdict, *doubt))
+    print_rows((*ANSWER_COLUMNS, *(["doubt between"] if detailed else [])), rows, cut=(0, 1, 5))
+
+
+def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], cut: Sequence[int]) -> None:
+    """Print rows on standard output.
+
+    In a terminal this is a table that fits its width. Elsewhere each row is a line of tab-separated cells, uncut and
+    without the head, so that `cut` and `awk` read it.
+
+    Args:
+        head: title of each column.
+        rows: cells of each row, as many as there are columns.
+        cut: columns whose cells may be shortened in the middle where the terminal is too narrow.
+    """
+    shown = [[printable(cell) for cell in row] for row in rows]
+    if not output.in_terminal():
+        for row in shown:
+            output.result("\t".join(row))
+        return
+    console = Console(file=sys.stdout)
+    table = Table(
+        *(Column(title, no_wrap=True) for title in head),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    widths = fitted_widths([head, *shown], console.width - 2 * (len(head) - 1), cut)
+    for row in shown:
+        cells = [escape(shorten(cell, width)) for cell, width in zip(row, widths, strict=True)]
+        colour = {"accept": "green", "reject": "red"}
+        table.add_row(*(f"[{colour[cell]}]{cell}[/]" if cell in colour else cell for cell in cells))
+    console.print(table)
+
+
+def fitted_widths(rows: Sequence[Sequence[str]], room: int, cut: Sequence[int]) -> list[int]:
+    """Return the width of each column: the widest of those in `cut` give way until all fit into `room`.
+
+    Example:
+        >>> fitted_widths([["a long name of a file", "a label", "0.1"]], 20, cut=(0, 1))
+        [10, 7, 3]
+    """
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    places = [place for place in cut if place < len(widths)]
+    while sum(widths) > room and places:
+        widest = max(places, key=widths.__getitem__)
+        if widths[widest] <= SHORTEST:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def shorten(text: str, width: int) -> str:
+    """Return the text in at most `width` cells of a terminal; where it is longer, its middle is left out.
+
+    The end of a file's name tells more than its beginning, so more of the end is kept.
+
+    Example:
+        >>> shorten("photos/2024/summer/IMG_0042.jpg", 16)
+        'photo…G_0042.jpg'
+    """
+    if cell_len(text) <= width:
+        return text
+    tail = text
+    while cell_len(tail) > (2 * width) // 3:
+        tail = tail[1:]
+    head = text
+    while cell_len(head) > width - 1 - cell_len(tail):
+        head = head[:-1]
+    return f"{head}…{tail}"
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters and bytes that are not UTF-8 written as escapes.
+
+    A file's name can hold a tab, a line break, or codes that steer a terminal.
+
+    Example:
+        >>> printable("a\\tb")
+        'a\\\\tb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
-from vilu.cli.options import PATH, all_of, clip_options, data_options, dtype_option, embeddings_option, template_option
+from vilu.cli.config import config_option
+from vilu.cli.options import (
+    PATH,
+    all_of,
+    data_options,
+    dtype_option,
+    embeddings_option,
+    template_option,
+    train_clip_options,
+)
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 from vilu.recipes import FORMS, LOSSES, OPTIMIZERS, RECIPES, Recipe, recipe_named
@@ -20,9 +30,11 @@ from vilu.recipes import FORMS, LOSSES, OPTIMIZERS, RECIPES, Recipe, recipe_name
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vilu.checkpoint import ClipSpec
     from vilu.clip import Clip
     from vilu.data import Source
     from vilu.embeddings import EmbeddedSet
+    from vilu.evaluation.chance import Accuracy
     from vilu.train import Validation
 
 # Each option replaces the recipe's setting of the same name.
@@ -63,10 +75,11 @@ _setting_options = all_of(
 
 
 @click.command("train", cls=Command, extra="train")
+@config_option
 @data_options
 @embeddings_option
 @click.option("--output", type=PATH, required=True, help="Checkpoint to write (.safetensors).")
-@clip_options
+@train_clip_options
 @template_option
 @click.option(
     "--recipe",
@@ -111,6 +124,7 @@ _setting_options = all_of(
     help="Also store how far an image lies from the training images, for images that show none of the classes.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the training.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object with the results.")
 def train_command(
     data: str | None,
     dataset: str | None,
@@ -132,15 +146,16 @@ def train_command(
     estimate: bool,
     outlier_score: bool,
     seed: int,
+    as_json: bool,
     **settings: Any,
 ) -> None:
     """Train a ViLU head on labelled or captioned images.
 
-    CLIP itself is not changed. OUTPUT is the epoch that was best on samples set aside from the training data;
-    OUTPUT's .last.safetensors is the last one. A killed run continues where it was when it is started again. For
-    several GPUs: torchrun -m vilu train ...
+    CLIP itself is not changed. The command says how often CLIP is right on the training data, beside chance. OUTPUT is
+    the epoch that was best on samples set aside from the training data; OUTPUT's .last.safetensors is the last one. A
+    killed run continues where it was when it is started again. For several GPUs: torchrun -m vilu train ...
     """
-    from vilu.checkpoint import Checkpoint, ClipSpec, save_checkpoint
+    from vilu.checkpoint import Checkpoint, save_checkpoint
     from vilu.class_set import DEFAULT_TEMPLATES, ClassSet
     from vilu.clip import load_clip
     from vilu.data import embed, load_embeddings, open_source
@@ -156,6 +171,7 @@ def train_command(
     recipe = recipe_named(recipe_name, **changes)
     if not output.parent.is_dir() or output.is_dir():
         raise UserError(f"{output}: {'is a folder' if output.is_dir() else 'its folder does not exist'}")
+    say = said.result_or_note(as_json)
     prompts = templates or DEFAULT_TEMPLATES
     spec: ClipSpec | None = None
     augmented = None
@@ -174,7 +190,7 @@ def train_command(
                 caption_column=caption_column,
                 cache=cache,
             )
-            clip = load_clip(clip_name or "vilu-tiny", pretrained)
+            clip = load_clip(clip_name or _default_clip(dataset, source.name), pretrained)
             spec = clip.spec
             with turn:  # the first process fills the cache, and the others read it
                 train = embed(source, clip, cache=cache, dtype=dtype, templates=prompts, progress=bar)
@@ -183,11 +199,19 @@ def train_command(
         class_set = None
         if train.class_names:  # made before the training, so that classes which CLIP cannot tell apart are refused now
             class_set = ClassSet(train.class_names, tuple(prompts), train.text.normalised.float())
-        with _board(tensorboard if rank == 0 else None) as log:
+        clip_accuracy = _accuracy(train, recipe)
+        if rank == 0:
+            for line in train.skipped:
+                said.note(f"skipped {line}")
+            say(f"{_called(spec, train)}: {clip_accuracy}")
+            if clip_accuracy.warning:
+                said.warn(f"warning: {clip_accuracy.warning}")
+        state = None if no_cache else output.with_name(f".{output.name}.state")
+        with _board(tensorboard if rank == 0 else None) as log, _interrupted(state):
             trained = fit(
                 train,
                 recipe,
-                state=None if no_cache else output.with_name(f".{output.name}.state"),
+                state=state,
                 progress=lambda done, total: bar("training", done, total),
                 log=log,
                 augmented=augmented,
@@ -198,6 +222,9 @@ def train_command(
         "data": train.name,
         "samples": len(train),
         "skipped": len(train.skipped),
+        "accuracy": clip_accuracy.share,
+        "chance": clip_accuracy.chance,
+        "logit_scale": train.logit_scale,
         "recipe": {"name": recipe_name, **asdict(recipe)},
         "best_epoch": trained.best_epoch,
         "validation": asdict(trained.validation) if trained.validation else None,
@@ -206,19 +233,73 @@ def train_command(
     outlier = None
     if outlier_score:
         outlier = fit_outlier(train.image.normalised, train.labels, train.text.normalised)
-    for line in train.skipped:
-        click.echo(f"skipped {line}", err=True)
     last = output.with_name(f"{output.name.removesuffix('.safetensors')}.last.safetensors")
     for path, head in ((last, trained.last), (output, trained.head)):
         save_checkpoint(Checkpoint(head, spec, class_set, meta=meta, samples=samples, outlier=outlier), path)
+    epochs = len(trained.history) - 1
+    needed = None
     kind = "captioned images" if train.captions else f"images of {len(train.text)} classes"
     left_out = f" ({len(train.skipped)} could not be read)" if train.skipped else ""
-    epochs = f"epoch {trained.best_epoch} of {len(trained.history) - 1}"
-    click.echo(f"{output}: trained on {len(train)} {kind}{left_out}, {epochs}")
-    click.echo(verdict(trained.validation))
+    say(f"{output}: trained on {len(train)} {kind}{left_out}, epoch {trained.best_epoch} of {epochs}")
+    say(verdict(trained.validation))
     if estimate and trained.validation is not None and not trained.validation.better:
         with progress_bar() as bar:
-            click.echo(f"how many it takes, by a learning curve over parts of this data: {_needed(train, recipe, bar)}")
+            needed = _needed(train, recipe, bar)
+        say(f"how many it takes, by a learning curve over parts of this data: {needed}")
+    if as_json:
+        said.document(
+            {
+                "checkpoint": str(output),
+                "last_checkpoint": str(last),
+                "clip": asdict(spec) if spec else None,
+                "classes": None if train.captions else len(train.text),
+                **meta,
+                "skipped": list(train.skipped),
+                "chance_rule": clip_accuracy.rule,
+                "warning": clip_accuracy.warning or None,
+                "epochs": epochs,
+                "verdict": _word(trained.validation),
+                "images_needed": needed,
+            }
+        )
+
+
+def _default_clip(dataset: str | None, name: str) -> str:
+    """Return the embedded CLIP for its own data. Raises UserError for other data, which it does not know."""
+    from vilu import tiny
+    from vilu.data.registry import EMBEDDED
+
+    if dataset in EMBEDDED:
+        return tiny.NAME
+    raise UserError(
+        f"{name}: name the CLIP that answers, such as --clip ViT-B-32 --pretrained FILE (or openai, a download); "
+        f"the embedded {tiny.NAME} knows only {', '.join(EMBEDDED)}, and --clip {tiny.NAME} uses it all the same"
+    )
+
+
+def _called(spec: ClipSpec | None, train: EmbeddedSet) -> str:
+    if spec is None:
+        return f"the CLIP of {train.name}"
+    return f"CLIP {spec.name}{f' ({spec.pretrained})' if spec.pretrained else ''}"
+
+
+def _accuracy(train: EmbeddedSet, recipe: Recipe) -> Accuracy:
+    """Return CLIP's accuracy on the training data. Captions are ranked in groups as large as a batch."""
+    from vilu.evaluation.chance import accuracy
+    from vilu.evaluation.evaluate import correct
+
+    group = min(recipe.batch_size, len(train)) if train.captions else len(train.text)
+    right = correct(train, group if train.captions else None)
+    return accuracy(right, None if train.labels is None else train.labels.numpy(), group)
+
+
+def _word(validation: Validation | None) -> str | None:
+    """Return the verdict as one word; None without a validation."""
+    if validation is None:
+        return None
+    if validation.too_few:
+        return "too few to say"
+    return "better" if validation.better else "worse" if validation.worse else "not better"
 
 
 def verdict(validation: Validation | None) -> str:
@@ -226,18 +307,19 @@ def verdict(validation: Validation | None) -> str:
     if validation is None:
         return "validation: none, or CLIP is always right or always wrong on it: it cannot say whether this head helps"
     v = validation
+    p_value = "" if v.too_few else f", p = {v.p_value:.3f}"  # of a handful it would be far too small
     line = (
-        f"validation, {v.samples} images, {v.failures} failures: AUC {v.auc:.1%} (MCM {v.mcm_auc:.1%}, p = "
-        f"{v.p_value:.3f}), FPR95 {v.fpr95:.1%} (MCM {v.mcm_fpr95:.1%})"
+        f"validation, {v.samples} images, {v.failures} failures: AUC {v.auc:.1%} (MCM {v.mcm_auc:.1%}{p_value}), "
+        f"FPR95 {v.fpr95:.1%} (MCM {v.mcm_fpr95:.1%})"
     )
     if v.better:
         return line
-    said = "significantly WORSE" if v.worse else "not significantly better"
     if v.too_few:
         rarer = "failures" if v.failures * 2 <= v.samples else "right answers"
         return f"{line}\nthere are too few {rarer} to say whether this head is better than the free MCM score"
+    word = "significantly WORSE" if v.worse else "not significantly better"
     return (
-        f"{line}\nthis head is {said} than the free MCM score here: train on more images "
+        f"{line}\nthis head is {word} than the free MCM score here: train on more images "
         "(`vilu eval --learning-curve` shows how much they help)"
     )
 
@@ -311,6 +393,17 @@ def _processes() -> Iterator[tuple[int, contextlib.AbstractContextManager[None]]
         yield dist.get_rank(), turn()
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _interrupted(state: Path | None) -> Iterator[None]:
+    """Say how an interrupted training goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state is not None and state.exists():
+            said.warn("interrupted: the same command goes on where it was")
+        raise
 
 
 @contextlib.contextmanager

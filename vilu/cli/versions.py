@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from vilu.cli import output
 from vilu.cli.command import Command
 from vilu.cli.options import PATH, control_option, server_options, with_client
 from vilu.errors import UserError
@@ -18,12 +19,14 @@ from vilu.errors import UserError
     "--use", "chosen", type=click.IntRange(1), help="Number of the version to serve from the server's next start on."
 )
 @click.option("--live", is_flag=True, help="With --use: make the running server at --url change to it now.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object: repository, versions, served and changes.")
 @server_options
 @control_option
 def versions_command(
     repository: Path,
     chosen: int | None,
     live: bool,
+    as_json: bool,
     url: str,
     token: str | None,
     control_token: str | None,
@@ -38,14 +41,17 @@ def versions_command(
 
     if live and chosen is None:
         raise UserError("--live needs --use VERSION")
+    changed: list[str] | None = None
     if chosen is not None and live:
         version, control = chosen, token_from(control_token, "VILU_CONTROL_TOKEN")
         with_client(url, token, options, lambda client: switch(client, repository, version, control_token=control))
-        click.echo(f"{repository}: version {chosen} is served", err=True)
+        output.note(f"{repository}: version {chosen} is served")
     elif chosen is not None:
-        changed = use(repository, chosen)
-        click.echo(f"{repository}: version {chosen} is next; what changes: {', '.join(changed) or 'nothing'}", err=True)
-    present = versions(repository)
-    now = served(repository)
+        changed = list(use(repository, chosen))
+        output.note(f"{repository}: version {chosen} is next; what changes: {', '.join(changed) or 'nothing'}")
+    present, now = versions(repository), served(repository)
+    if as_json:
+        output.document({"repository": str(repository), "versions": present, "served": now, "changes": changed})
+        return
     for version in present:
-        click.echo(f"{version}{' served' if version == now else ''}")
+        output.result(f"{version}{' served' if version == now else ''}")

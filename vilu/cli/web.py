@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vilu.cli import output
 from vilu.cli.command import Command
 from vilu.cli.options import PATH, SECONDS, connection_options, host_option
 
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     "--allow-host", "names", multiple=True, metavar="NAME", help="Host name of the page. Repeat it for several."
 )
 @click.option("--max-image-bytes", type=click.IntRange(1), help="Largest image to upload, in bytes.  [default: 20 MiB]")
-@click.option("--examples", type=PATH, help="Folder of example images to offer.  [default: embedded images]")
+@click.option(
+    "--examples", type=PATH, help="Folder of example images to offer.  [default: embedded images of the served classes]"
+)
 def web_command(
     url: str,
     token: str | None,
@@ -73,10 +76,11 @@ def web_command(
         names=(host, *names),
         max_bytes=Transform.max_bytes if max_image_bytes is None else max_image_bytes,
         examples=embedded_examples() if examples is None else folder_examples(examples),
+        served_examples=examples is None,
     )
     with listen(host, port) as listener:
         address = listener.getsockname()
-        click.echo(f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}/", err=True)
+        output.warn(f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}/")
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, proxy_headers=False)
         uvicorn.Server(config).run(sockets=[listener])
     return 0

@@ -37,7 +37,7 @@ class Clip(nn.Module):
     Attributes:
         model: open_clip's model.
         spec: name, weights, logit scale and fingerprint of the model.
-        transform: settings that turn image bytes into (S, S, 3) uint8 pixels.
+        transform: function that turns image bytes, or a Pillow image, into (S, S, 3) uint8 pixels.
         mean: mean (3,) that is subtracted from pixels in [0, 1].
         std: standard deviation (3,) that the difference is divided by.
         tokenize: open_clip's tokenizer, which turns N strings into (N, L) int64 token ids.
@@ -97,7 +97,8 @@ class Clip(nn.Module):
     @torch.no_grad()
     def embed_images(self, batches: Iterable[np.ndarray]) -> Tensor:
         """Return the image_embedding (N, D) of all images in batches of uint8 pixels (B, S, S, 3)."""
-        return torch.cat([self.encode_pixels(torch.from_numpy(np.array(batch))) for batch in batches])
+        device = self.mean.device
+        return torch.cat([self.encode_pixels(torch.from_numpy(np.array(batch)).to(device)) for batch in batches])
 
     @torch.no_grad()
     def class_set(self, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> ClassSet:
@@ -112,7 +113,8 @@ class Clip(nn.Module):
         """
         check_names(names)
         texts = prompts(names, templates)
-        rows = [self.encode_tokens(self.tokenize(texts[i : i + 256])) for i in range(0, len(texts), 256)]
+        tokens = [self.tokenize(texts[i : i + 256]) for i in range(0, len(texts), 256)]
+        rows = [self.encode_tokens(some.to(self.mean.device)) for some in tokens]
         grouped = torch.cat(rows).view(len(names), len(templates), -1)
         return ClassSet(tuple(names), tuple(templates), F.normalize(grouped.mean(dim=1), dim=-1))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import UserError
+from vilu.errors import FailedError, UserError
 from vilu.evaluation.metrics import Bools, Floats, OneSidedError, check_probability, kept_samples
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Threshold:
     bound: float | None = None
 
 
-class TargetNotMetError(UserError):
+class TargetNotMetError(FailedError):
     """The target cannot be met on this data.
 
     attainable: the nearest target that can be met; None where there is none.

@@ -19,9 +19,19 @@ from torch import Tensor
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
 from vilu.errors import UserError
 from vilu.evaluation.bootstrap import comparison, interval, metric_values, resampled_metrics
+from vilu.evaluation.chance import accuracy
 from vilu.evaluation.columns import COLUMNS, INDEX
 from vilu.evaluation.metrics import Bools, Floats, one_sided
-from vilu.evaluation.results import COMPARED, OURS, Case, Evaluation, Result, Row, failure_probabilities
+from vilu.evaluation.results import (
+    COMPARED,
+    OURS,
+    Case,
+    Evaluation,
+    Result,
+    Row,
+    failure_probabilities,
+    too_few,
+)
 from vilu.scores import SCORES, Score
 
 CANDIDATES = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -269,14 +279,19 @@ def _result(
         seed=seed,
         progress=lambda done, total: report_progress(f"{at}: bootstrap", done, total),
     )
-    note = ""
+    clip = accuracy(right, None if test.labels is None else test.labels.numpy(), candidates or len(test.text))
+    few = too_few(len(right) - clip.right, len(right))
+    notes = []
     if one_sided(right):
         side = "right" if right.all() else "wrong"
         titles = ", ".join(column.title for column in COLUMNS if column.two_sided)
-        note = f"all {len(right)} answers are {side}: {titles} are not defined"
+        notes.append(f"all {len(right)} answers are {side}: {titles} are not defined")
+    elif few:
+        notes.append(f"{few}: too few to say which method is better")
+    if "at chance" in clip.warning and not one_sided(right):
+        notes.append(clip.warning)
     if case.known:
-        known = f"the head or a baseline was trained on {case.known} of these images, so no method is compared"
-        note = f"{note}; {known}" if note else known
+        notes.append(f"the head or a baseline was trained on {case.known} of these images, so no method is compared")
     return Result(
         name=name,
         trained_on=case.train.name if case.train is not None else "",
@@ -284,14 +299,16 @@ def _result(
         candidates=candidates or len(test.text),
         samples=len(right),
         dropped=len(test) - len(right),
-        failures=int((~right).sum()),
-        accuracy=float(right.mean()),
-        rows=_rows(scores, whole, resampled, reasons, level, compare=not case.known),
-        note=note,
+        failures=len(right) - clip.right,
+        accuracy=clip.share,
+        rows=_rows(scores, whole, resampled, reasons, level, compare=not few and not case.known),
+        note="; ".join(notes),
         known=case.known,
         correct=right,
         confidences=found,
         draws=resampled,
+        chance=clip.chance,
+        chance_rule=clip.rule,
     )
 
 
@@ -338,6 +355,7 @@ def _mean(results: Sequence[Result], methods: Sequence[str], level: float) -> Re
             [np.mean([row.cells[c.key].value if c.key in row.cells else math.nan for row in rows]) for c in COLUMNS]
         )
         resampled[method] = np.mean([result.draws[method] for result in results], axis=0)
+    compare = not any(result.known or too_few(result.failures, result.samples) for result in results)
     return Result(
         name=f"mean of {len(results)} data sets",
         trained_on="",
@@ -347,7 +365,7 @@ def _mean(results: Sequence[Result], methods: Sequence[str], level: float) -> Re
         dropped=sum(result.dropped for result in results),
         failures=sum(result.failures for result in results),
         accuracy=float(np.mean([result.accuracy for result in results])),
-        rows=_rows(methods, whole, resampled, reasons, level, compare=not any(result.known for result in results)),
+        rows=_rows(methods, whole, resampled, reasons, level, compare=compare),
         note="; ".join(f"{result.name}: {result.note}" for result in results if result.note),
         draws=resampled,
         known=sum(result.known for result in results),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from vilu.evaluation.bootstrap import Interval, metric_values, resampled_metrics
 from vilu.evaluation.columns import INDEX
 from vilu.evaluation.evaluate import Progress, confidences, correct, group_sizes, headline, one_line
 from vilu.evaluation.metrics import Floats, OneSidedError, one_sided
-from vilu.evaluation.results import LearningCurve, NeededImages, Point
+from vilu.evaluation.results import LearningCurve, NeededImages, Point, too_few
 from vilu.head import ViLUHead
 from vilu.scores import MCM, ViLU
 
@@ -95,14 +96,19 @@ def learning_curve(
     low, high = np.quantile(columns["MCM"], [0.025, 0.975])
     mcm = Interval(whole["MCM"], float(low), float(high))
     points, errors = [], []
+    few = too_few(int((~right).sum()), len(right))
     for size in sizes:
         keys = trained[size]
         point, spread = _point(size, keys, whole, columns, reasons.get(size, ""))
+        if few:
+            point = replace(point, p_value=None)
         points.append(point)
         if keys:
             errors.append(spread)
     parts = [[columns[key] for key in trained[size]] for size in sizes]
     needed, law = _needed_images(points, np.array(errors), whole["MCM"], parts, columns["MCM"], seed)
+    if few:
+        needed = NeededImages("unknown", f"cannot tell: {few} to test on, are too few")
     return LearningCurve(test.name, len(right), tuple(seeds), mcm, tuple(points), needed, law)
 
 

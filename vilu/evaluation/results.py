@@ -17,6 +17,19 @@ PROBABILITIES = ("MCM", "class bias", "LVU-BCE", "LVU-MSE", "ConfidNet", "BayesV
 OURS = "ViLU"
 COMPARED = ("auc", "fpr95")  # the metrics in which ViLU is compared with every other method
 SIGNIFICANCE = 0.05
+FEW = 50  # with fewer failures, or fewer right answers, nothing is claimed about which method is better
+
+
+def too_few(failures: int, samples: int) -> str:
+    """Say that there are too few failures, or too few right answers, to compare methods; "" where there are enough.
+
+    A bootstrap of a handful of failures cannot see how other failures would differ, so its p-values are far too small.
+    """
+    right = samples - failures
+    if min(failures, right) >= FEW:
+        return ""
+    count, kind = (failures, "failure") if failures <= right else (right, "right answer")
+    return f"{count} {kind}{'s' * (count != 1)} among {samples:,} answers, fewer than {FEW}"
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Row:
     method: name of the score.
     reason: why there are no numbers; "" where there are.
     cells: by metric key, the metric and its interval, where the metric is defined.
-    against: by metric key of COMPARED, ViLU minus this method on the same resamples; empty for ViLU itself.
+    against: by metric key of COMPARED, ViLU minus this method on the same resamples; empty for ViLU itself, and where
+        there are too few failures or right answers to compare.
     """
 
     method: str
@@ -70,6 +84,8 @@ class Result:
     correct: (samples,) whether each answer is right; empty for a mean.
     confidences: by method, (samples,) its confidence; empty for a mean.
     draws: by method, (resamples, metrics) every metric on every bootstrap resample.
+    chance: accuracy of answers that do not look at the image; 0 for a mean.
+    chance_rule: how `chance` is answered, in words.
     """
 
     name: str
@@ -86,6 +102,8 @@ class Result:
     correct: Bools = field(default_factory=lambda: np.empty(0, bool), repr=False, compare=False)
     confidences: Mapping[str, Floats] = field(default_factory=dict, repr=False, compare=False)
     draws: Mapping[str, Floats] = field(default_factory=dict, repr=False, compare=False)
+    chance: float = 0.0
+    chance_rule: str = ""
 
     @property
     def failure_probabilities(self) -> dict[str, Floats]:

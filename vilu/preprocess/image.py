@@ -40,7 +40,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Transform:
-    """The settings for turning an encoded image into S x S pixels. Every limit is checked before decoding.
+    """A function from an encoded image to S x S pixels, and its settings. Every limit is checked before decoding.
 
     size: side S in pixels.
     resize_mode: "shortest" resizes the shortest side to S and crops the centre; "longest" resizes the longest side to S
@@ -69,6 +69,16 @@ class Transform:
         known = self.resize_mode in RESIZE_MODES and self.interpolation in _FILTERS and self.mode in MODES
         if not known or self.size < 1 or not 0 <= self.fill_color <= 255:
             raise ValueError(f"unsupported transform {self}")
+
+    def __call__(self, image: bytes | Image.Image) -> np.ndarray:
+        """Turn an encoded image, or a Pillow image, into pixels (S, S, 3) uint8 in RGB.
+
+        A Pillow image is converted to RGB first, as the clients of the server do.
+
+        Raises:
+            ImageError: as `decode` raises it.
+        """
+        return decode(image, self) if isinstance(image, bytes) else pixels(image.convert("RGB"), self)
 
 
 def decode(data: bytes, transform: Transform) -> np.ndarray:

@@ -83,7 +83,8 @@ def evaluate(clip: Clip, checkpoint: Checkpoint, progress: Progress) -> dict[str
     """Score the test split.
 
     Returns:
-        For each source, "correct" (N,) bool, which says where CLIP is right, and the confidences "MCM" and "ViLU" (N,).
+        For each source, "correct" (N,) bool, which says where CLIP is right, "labels" (N,) int64 in the class set, and
+        the confidences "MCM" and "ViLU" (N,).
     """
     assert checkpoint.class_set is not None
     t = checkpoint.class_set.text_embeddings
@@ -92,6 +93,7 @@ def evaluate(clip: Clip, checkpoint: Checkpoint, progress: Progress) -> dict[str
         v = _embed(clip, images, f"test {name}", progress)
         similarity = v @ t.T
         scores[name] = {
+            "labels": labels,
             "correct": (similarity.argmax(dim=1) == torch.from_numpy(labels)).numpy(),
             "MCM": torch.softmax(clip.spec.logit_scale * similarity, dim=1).amax(dim=1).numpy(),
             "ViLU": 1 - checkpoint.head.failure_probability(v, t).numpy(),
@@ -132,13 +134,15 @@ def draw(path: Path, files: list[Path], answers: Sequence[Any], scores: dict[str
     figure = plt.figure(figsize=(15, 2 * rows + 4.2), layout="constrained")
     panels: Any = figure.subfigures(2, 1, height_ratios=[2 * rows, 4.2])
     top, bottom = panels
-    top.suptitle("Held-out images through the server: label and P(failure); true class in the corner when it differs")
+    top.suptitle(
+        "Held-out images through the server: green accepted, red rejected; true class in the corner where it differs"
+    )
     for axis, file, answer in zip(top.subplots(rows, columns).flat, files, answers, strict=True):
         axis.imshow(Image.open(file))
         axis.set_xticks([])
         axis.set_yticks([])
         colour = "tab:green" if answer.accept else "tab:red"
-        axis.set_title(f"{answer.label}\n{answer.failure_probability:.2f}", fontsize=8, color=colour)
+        axis.set_title(f"{answer.label}\nP(failure) {answer.failure_probability:.2f}", fontsize=8, color=colour)
         for spine in axis.spines.values():
             spine.set_color(colour)
             spine.set_linewidth(2.5)

@@ -1,12 +1,15 @@
-"""The state of one training run: what changes from epoch to epoch, and the file that holds it."""
+"""One training run, and the file that holds a training between epochs so that a killed one continues."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
 import json
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,12 @@ from vilu.head import ViLUHead
 from vilu.recipes import Recipe
 from vilu.training.validation import HeldOut
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+SAVE_SECONDS = 5.0  # between two writes of the state: what a killed training does again at most, but for one epoch
 
 
 class Run:
-    """Everything that changes from epoch to epoch, and the file that holds it.
+    """Everything that changes from epoch to epoch.
 
     head: the head in training.
     recipe: settings of the training.
@@ -92,10 +96,9 @@ class Run:
         if not self.held_out.logits or self.held_out.best(self.recipe) == self.epoch:
             self.best, self.best_epoch = copy.deepcopy(self.head.state_dict()), self.epoch
 
-    def save(self, path: Path, identity: str) -> None:
-        """Write the state, whole or not at all. Raises UserError where the file cannot be written."""
-        document = {
-            "identity": identity,
+    def document(self) -> dict[str, Any]:
+        """Everything that a run of the same settings needs to continue this one."""
+        return {
             "head": self.head.state_dict(),
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
@@ -103,32 +106,92 @@ class Run:
             "train_losses": self.train_losses,
             "watched": vars(self.held_out),
         }
-        content = io.BytesIO()  # torch.save to a full disk raises an error from deep inside PyTorch
-        torch.save(document, content)
-        atomic.write(path, content.getbuffer())
 
-    def load(self, path: Path, identity: str) -> None:
-        """Continue from a state that `save` wrote. Raises UserError for a damaged file or one of another run."""
-        try:
+    def restore(self, document: dict[str, Any]) -> None:
+        """Continue from what `document` gave."""
+        self.head.load_state_dict(document["head"])
+        self.optimizer.load_state_dict(document["optimizer"])
+        self.epoch, self.steps, self.best_epoch = (int(n) for n in document["counters"])
+        self.best, self.train_losses = document["best"], list(document["train_losses"])
+        vars(self.held_out).update(document["watched"])
+        self.schedule.last_epoch = self.epoch
+        for group, base in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+            group["lr"] = base * self.schedule.lr_lambdas[0](self.epoch)
+
+
+class State:
+    """The file that a killed training continues from: the folds that are over, and the run under way.
+
+    path: the file; None: nothing is kept.
+    identity: what a training must share with the one that wrote the file (`run_identity`).
+    folds: number of folds of the cross-validation whose run is over.
+    held_out: the predictions of these folds.
+
+    Raises:
+        UserError: the file is damaged, or of another training.
+    """
+
+    def __init__(self, path: Path | None, identity: str) -> None:
+        self.path, self.identity = path, identity
+        self.folds, self.held_out = 0, HeldOut()
+        self._under_way: dict[str, Any] | None = None
+        self._saved = -math.inf
+        if path is None or not path.exists():
+            return
+        with self._reading(path):
             document: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             if document["identity"] != identity:
                 raise UserError(
                     f"{path}: this state belongs to a run with other data or settings; remove the file to start anew"
                 )
-            self.head.load_state_dict(document["head"])
-            self.optimizer.load_state_dict(document["optimizer"])
-            self.epoch, self.steps, self.best_epoch = (int(n) for n in document["counters"])
-            self.best, self.train_losses = document["best"], list(document["train_losses"])
-            vars(self.held_out).update(document["watched"])
+            self.folds = int(document["folds"])
+            vars(self.held_out).update(document["held_out"])
+            self._under_way = document["run"]
+
+    def continue_run(self, run: Run) -> None:
+        """Bring a run that starts to where the file has it. Raises UserError where the file does not fit it."""
+        document, self._under_way = self._under_way, None
+        if document is not None and self.path is not None:
+            with self._reading(self.path):
+                run.restore(document)
+
+    def fold_over(self, run: Run) -> None:
+        """Keep the predictions of a fold whose run is over. The next `save` writes them."""
+        self.held_out.join(run.held_out)
+        self.folds += 1
+
+    def save(self, run: Run) -> None:
+        """Write the run under way, at most every SAVE_SECONDS. Raises UserError where the file cannot be written."""
+        if self.path is None or time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        document = {
+            "identity": self.identity,
+            "folds": self.folds,
+            "held_out": vars(self.held_out),
+            "run": run.document(),
+        }
+        content = io.BytesIO()  # torch.save to a full disk raises an error from deep inside PyTorch
+        torch.save(document, content)
+        atomic.write(self.path, content.getbuffer())
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove the file: the training is over."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            self.path.with_name(f"{self.path.name}.part").unlink(missing_ok=True)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _reading(path: Path) -> Iterator[None]:
+        try:
+            yield
         except UserError:
             raise
         except Exception as error:  # a damaged file raises many types; all mean the same to the user
             raise UserError(
                 f"{path}: not the state of a training run ({type(error).__name__}); remove the file to start anew"
             ) from None
-        self.schedule.last_epoch = self.epoch
-        for group, base in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
-            group["lr"] = base * self.schedule.lr_lambdas[0](self.epoch)
 
 
 def run_identity(data: EmbeddedSet, recipe: Recipe, epochs: int) -> str:

@@ -14,13 +14,13 @@ from torch import Tensor
 from vilu.embeddings import EmbeddedSet
 from vilu.evaluation.bootstrap import paired_bootstrap
 from vilu.evaluation.metrics import OneSidedError, auroc, fpr_at_tpr
+from vilu.evaluation.results import too_few
 from vilu.head import ViLUHead
 from vilu.recipes import Recipe
 from vilu.training.batches import ClipAnswers, evaluation_batches
 from vilu.training.loss import failure_weights, head_logit
 
 RESAMPLES = 999
-FEW_FAILURES = 50  # with fewer of them, no claim is made about the head
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Validation:
     @property
     def too_few(self) -> bool:
         """Whether there are too few failures, or too few right answers, to say which is better."""
-        return min(self.failures, self.samples - self.failures) < FEW_FAILURES
+        return bool(too_few(self.failures, self.samples))
 
     @property
     def better(self) -> bool:

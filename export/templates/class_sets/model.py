@@ -118,7 +118,7 @@ class TritonPythonModel:
         if problem := class_names.templates_problem(templates):
             refuse(problem)
         mine, theirs = self.parameters["fingerprint"], change.get("fingerprint") or ""
-        if theirs not in ("", mine):
+        if mine and theirs not in ("", mine):  # the model of a head's embeddings is not known
             refuse(f"its embeddings are another CLIP's ({theirs[:12]}), this server's is {mine[:12]}")
         dim = int(self.parameters["dim"])
         try:

@@ -1,5 +1,6 @@
 """`vilu calibrate`: the threshold and what it rests on are stored, or nothing is changed."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -82,6 +83,24 @@ def test_the_outlier_score_has_a_threshold_of_its_own(world, tmp_path):
     note = found.meta["calibration"]
     assert note["threshold"]["target"] == 0.8
     assert note["outlier"]["threshold"] == found.outlier.threshold
+
+
+def test_json_has_what_the_checkpoint_has(world, tmp_path):
+    result = calibrate(world, "--target-risk", 0.1, "--output", tmp_path / "a.safetensors", "--json")
+    document, checkpoint = json.loads(result.stdout), load_checkpoint(tmp_path / "a.safetensors")
+    assert document["checkpoint"] == str(tmp_path / "a.safetensors")
+    assert document["threshold"] == checkpoint.threshold
+    assert document["calibration"] == checkpoint.meta["calibration"]
+    assert "promised at 95%" in result.stderr
+
+
+def test_a_target_that_cannot_be_met_is_a_failure_not_wrong_use(world):
+    with pytest.raises(UserError) as caught:
+        calibrate(world, "--target-risk", 1e-6)
+    assert caught.value.exit_code == 1
+    with pytest.raises(UserError) as caught:
+        calibrate(world, "--target-risk", 0.1, "--target-tpr", 0.8)
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("option", ["--target-coverage", "--target-tpr"])

@@ -33,7 +33,7 @@ def evaluation():
     """Two closed sets, captions with a sweep and a learning curve; a hostile name; rows with and without numbers."""
     train = closed(seed=9)
     cases = [
-        Case(closed(name=HOSTILE), train, head(12)),
+        Case(closed(200, name=HOSTILE), train, head(12)),
         Case(closed(noise=0.01, seed=2, name="easy"), train, head(12)),
         Case(captioned(60, dim=12), None, head(12)),
     ]
@@ -154,7 +154,8 @@ def test_the_json_is_complete_and_strict(evaluation, written):
     assert sorted(document["files"]) == sorted(path.name for path in written.iterdir())
     first = document["results"][0]
     assert set(first) == {
-        "name", "trained_on", "captions", "candidates", "samples", "dropped", "failures", "accuracy", "note", "methods",
+        "name", "trained_on", "captions", "candidates", "samples", "dropped", "failures", "accuracy", "chance",
+        "chance_rule", "note", "methods",
     }  # fmt: skip
     cell = evaluation.results[0].rows[0].cells["auc"]
     assert first["methods"]["MCM"]["metrics"]["auc"] == {"value": cell.value, "low": cell.low, "high": cell.high}

@@ -23,6 +23,7 @@ from vilu.fingerprints import known
 from vilu.head import LOWEST_LOG_ODDS, log_odds
 from vilu.recipes import RECIPES, Recipe, recipe_named
 from vilu.train import fit
+from vilu.training import run as runs
 from vilu.training.batches import clip_answers, make_batch
 from vilu.training.loss import batch_loss, head_logit, weighted_bce
 from vilu.training.run import Run
@@ -319,6 +320,40 @@ def test_a_stopped_run_continues_to_the_same_weights(tmp_path, data, optimizer):
         fit(data, recipe, state=state)
 
 
+@pytest.mark.parametrize("at", [3, 8, 14], ids=["first fold", "second fold", "last run"])
+def test_a_stopped_cross_validation_goes_on_in_its_fold_and_epoch(tmp_path, monkeypatch, at):
+    monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
+    data, state = closed_set(90), tmp_path / "run.state"
+    recipe = replace(QUICK, epochs=5, folds=2, prior=False)
+
+    def kill(done, total):
+        assert total == 15
+        if done == at:
+            raise KilledError
+
+    whole = []
+    expected = fit(data, recipe, progress=lambda done, total: whole.append(done))
+    if at > len(whole):
+        pytest.skip("the folds chose an earlier epoch to stop at")
+    with pytest.raises(KilledError):
+        fit(data, recipe, state=state, progress=kill)
+    again = []
+    continued = fit(data, recipe, state=state, progress=lambda done, total: again.append(done))
+    assert len(again) == len(whole) - at
+    assert same(continued.head, expected.head)
+    assert same(continued.last, expected.last)
+    assert continued.history == expected.history
+    assert continued.validation == expected.validation
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_of_epochs_is_obeyed():
+    recipe = recipe_named("default", epochs=3, batch_size=32)
+    assert len(fit(closed_set(90), recipe).history) == 4
+    assert recipe_named("default").min_steps == Recipe().min_steps > 0
+    assert recipe_named("default", epochs=3, min_steps=40).min_steps == 40
+
+
 def command(*arguments, **options):
     return subprocess.run(
         [sys.executable, "-m", "vilu", *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
@@ -334,26 +369,33 @@ def prepared(tmp_path_factory) -> Path:
     return path
 
 
+# `vilu train` that writes its state after every epoch, not every few seconds.
+_TRAIN = "import vilu.training.run as run; run.SAVE_SECONDS = 0; from vilu.cli import main; main()"
+
+
 @pytest.mark.slow
-def test_a_killed_command_continues_to_the_same_file(prepared, tmp_path):
-    arguments = ["train", "--embeddings", prepared, "--recipe", "plain", "--epochs", 4000]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vilu", *map(str, arguments), "--output", tmp_path / "a.safetensors"]
-    )
+def test_a_killed_command_goes_on_where_it_was(prepared, tmp_path):
+    arguments = ["train", "--embeddings", prepared, "--epochs", 40, "--output", tmp_path / "a.safetensors"]
+    line = [sys.executable, "-c", _TRAIN, *map(str, arguments)]
     state = tmp_path / ".a.safetensors.state"
+    process = subprocess.Popen(line)
     deadline = time.monotonic() + 120
-    while not state.exists():
+    while not state.exists() or torch.load(state, weights_only=True)["folds"] < 2:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert state.exists()
-    # What a killed run left behind says how it was set up; 4,000 epochs are not waited for.
-    done = command(*arguments[:5], "--epochs", 5, "--output", tmp_path / "a.safetensors")
-    assert done.returncode == 2
-    assert "other data or settings" in done.stderr
-    assert "Traceback" not in done.stderr
+    other = command(*arguments[:3], "--epochs", 5, *arguments[5:])
+    assert other.returncode == 2
+    assert "other data or settings" in other.stderr
+    assert "Traceback" not in other.stderr
+    assert command(*arguments).returncode == 0
+    assert not state.exists()
+    assert command(*arguments[:-1], tmp_path / "b.safetensors").returncode == 0
+    continued, whole = (load_checkpoint(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert same(continued.head, whole.head)
+    assert continued.meta == whole.meta
 
 
 def test_the_command_writes_best_and_last_and_says_what_the_head_is_worth(prepared, tmp_path):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -19,6 +20,7 @@ from vilu.evaluation.results import OURS, SIGNIFICANCE, Evaluation, LearningCurv
 
 DPI = 110
 POINTS = 1000  # of a curve; more cannot be seen
+CROWDED = 0.3  # share of the values in one bin of a density from which ranks are drawn
 COLOURS = {
     "MCM": "#7f7f7f",
     "Entropy": "#bcbd22",
@@ -61,9 +63,9 @@ def figures(evaluation: Evaluation) -> dict[str, bytes]:
     return found
 
 
-def file_name(kind: str, name: str, number: int) -> str:
+def file_name(kind: str, name: str, number: int, ending: str = "png") -> str:
     """A file name of ASCII letters, digits and hyphens, whatever the data set is called; the number keeps it unique."""
-    return f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')[:40] or 'data'}-{kind}.png"
+    return f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')[:40] or 'data'}-{kind}.{ending}"
 
 
 def _png(figure: Figure) -> bytes:
@@ -77,7 +79,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _axes(title: str, x: str, y: str, size: tuple[float, float] = (6.2, 4.6)) -> tuple[Figure, Axes]:
+def _axes(title: str, x: str, y: str, size: tuple[float, float] = (8.2, 4.6)) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     axis.set(xlabel=x, ylabel=y)
@@ -85,6 +87,11 @@ def _axes(title: str, x: str, y: str, size: tuple[float, float] = (6.2, 4.6)) ->
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     return figure, axis
+
+
+def _legend(figure: Figure, title: str | None = None) -> None:
+    """Put the legend beside the axes, where it covers no curve."""
+    figure.legend(loc="outside right upper", title=title, fontsize=8, frameon=False, alignment="left")
 
 
 def _style(method: str) -> LineStyle:
@@ -112,7 +119,7 @@ def _roc(result: Result) -> Figure:
     axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle=":")
     axis.axhline(0.95, color="0.7", linewidth=0.8, linestyle=":")
     axis.set(xlim=(0, 1), ylim=(0, 1.01))
-    axis.legend(title="AUC", fontsize=8, loc="lower right")
+    _legend(figure, "AUC")
     return figure
 
 
@@ -125,35 +132,57 @@ def _risk(result: Result) -> Figure:
     axis.set(xlim=(0, 1))
     # The first few answers alone make any risk: they must not set the scale.
     axis.set_ylim(0, min(1.0, max(0.02, 2 * float((~result.correct).mean()))))
-    axis.legend(title="AURC, %", fontsize=8, loc="upper left")
+    _legend(figure, "AURC, %")
     return figure
 
 
 def _densities(result: Result) -> Figure:
-    columns = min(4, len(result.confidences))
+    columns = min(3, len(result.confidences))
     rows = -(-len(result.confidences) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(4.1 * columns, 2.7 * rows + 0.8), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[len(result.confidences) :]:
         axis.set_visible(False)
     for axis, (method, confidence) in zip(axes, result.confidences.items(), strict=False):
-        low, high = np.quantile(confidence, [0.005, 0.995])
-        if not high > low:
-            low, high = low - 0.5, low + 0.5
-        bins = np.linspace(low, high, 41)
-        for side, colour, label in ((result.correct, RIGHT, "right"), (~result.correct, WRONG, "wrong")):
+        values, bins, unit = _spread(confidence)
+        for side, colour, label in (
+            (result.correct, RIGHT, "right answers"),
+            (~result.correct, WRONG, "wrong answers"),
+        ):
             if side.any():
-                inside = np.clip(confidence[side], low, high)
-                axis.hist(inside, bins, density=True, alpha=0.55, color=colour, label=label)
-        axis.set_title(method, fontsize=10)
-        axis.set_yticks([])
+                share = np.full(int(side.sum()), 100 / side.sum())
+                style: dict[str, Any] = {"histtype": "stepfilled", "facecolor": (*to_rgb(colour), 0.25)}
+                name = label if axis is axes[0] else None
+                axis.hist(values[side], bins, weights=share, edgecolor=colour, linewidth=1.4, label=name, **style)
+        axis.set_title(method, fontsize=11)
+        axis.set_xlabel(unit, fontsize=9)
+        axis.set_ylabel("% of them", fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.yaxis.set_major_locator(MaxNLocator(3))
         axis.ticklabel_format(axis="x", scilimits=(-3, 4))
-        axis.tick_params(labelsize=7)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    axes[0].legend(fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
     figure.suptitle(f"{_plain(result.name)}: confidence of right and wrong answers", fontsize=11)
     return figure
+
+
+def _spread(confidence: Floats) -> tuple[Floats, Floats, str]:
+    """What a density is drawn over: (values, edges of the bins, name of the axis).
+
+    Where more than CROWDED of the values fall into one bin, as most of CLIP's confidences do near 1, nothing could be
+    read; their ranks are drawn instead.
+    """
+    low, high = np.quantile(confidence, [0.005, 0.995])
+    if high > low:
+        values = np.clip(confidence, low, high)
+        counts, bins = np.histogram(values, 30, (low, high))
+        if counts.max() <= CROWDED * len(values):
+            return values, bins, "confidence"
+    from scipy.stats import rankdata
+
+    ranks: Floats = 100 * (rankdata(confidence) - 0.5) / len(confidence)
+    return ranks, np.linspace(0, 100, 31), "confidence, rank in %"
 
 
 def _reliability(result: Result) -> Figure:
@@ -166,7 +195,7 @@ def _reliability(result: Result) -> Figure:
     axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle=":")
     axis.set(xlim=(0, 1), ylim=(0, 1))
     if result.failure_probabilities:
-        axis.legend(title="ECE, %", fontsize=8, loc="upper left")
+        _legend(figure, "ECE, %")
     else:
         axis.text(0.5, 0.6, "no method here gives a probability", ha="center")
     return figure
@@ -202,12 +231,12 @@ def _candidates(sweep: Sequence[Result]) -> Figure:
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8)
+        _legend(figure)
     return figure
 
 
 def _curve(curve: LearningCurve) -> Figure:
-    figure, axis = _axes(curve.test, "training images", "AUC", (7.2, 4.6))
+    figure, axis = _axes(curve.test, "training images", "AUC", (9.2, 4.6))
     axis.axhline(curve.mcm.value, color=COLOURS["MCM"], label=f"MCM, no training ({curve.mcm.value:.1%})")
     axis.axhspan(curve.mcm.low, curve.mcm.high, color=COLOURS["MCM"], alpha=0.15, linewidth=0)
     points = [point for point in curve.points if point.mean is not None]
@@ -249,5 +278,5 @@ def _curve(curve: LearningCurve) -> Figure:
     room = 0.05 * (max(values) - min(values)) + 1e-3
     axis.set_ylim(max(0.0, min(values) - room), min(1.0, max(values) + room))
     axis.set_title(_plain(f"{curve.test}: {needed.text}"), fontsize=9, wrap=True)
-    axis.legend(fontsize=8)
+    _legend(figure)
     return figure

@@ -37,7 +37,8 @@ def caption(result: Result) -> str:
     parts = [f"{result.samples:,} images"]
     if result.candidates:
         parts.append(f"{'captions in a group' if result.captions else 'classes'}: {result.candidates:,}")
-    parts.append(f"CLIP is right on {result.accuracy:.1%}")
+    chance = f" (chance: {result.chance:.1%}, {result.chance_rule})" if result.chance_rule else ""
+    parts.append(f"CLIP is right on {result.accuracy:.1%}{chance}")
     if result.dropped:
         parts.append(f"{result.dropped:,} images in an incomplete group left out")
     if result.trained_on:

@@ -10,8 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vilu.evaluation.columns import COLUMNS
 from vilu.evaluation.report.formatting import best, caption, compared, percent, versions
-from vilu.evaluation.results import OURS, SIGNIFICANCE, Evaluation, LearningCurve, Result
+from vilu.evaluation.report.samples import ClassRow, Samples, Shot, by_class, galleries
+from vilu.evaluation.results import OURS, SIGNIFICANCE, Evaluation, LearningCurve, Result, too_few
 
+CLASSES = 50  # rows of the table by class; the JSON file has all
 METHODS = {
     "MCM": "Maximum concept matching: CLIP's largest probability, max p. It gives P(failure) = 1 − max p.",
     "Entropy": "The negative normalised entropy of CLIP's probabilities: Σ p log p / log K.",
@@ -37,6 +39,9 @@ class _Section:
     sweep: the results over the number of candidates K, each with its best values.
     curve: the learning curve, or None.
     figures: (file name, PNG in base64).
+    classes: the classes with the most wrong answers.
+    galleries: (title, pictures).
+    file: name of the file with every image's scores, or "".
     """
 
     result: Result
@@ -44,14 +49,24 @@ class _Section:
     sweep: Sequence[tuple[Result, Mapping[str, float]]] = ()
     curve: LearningCurve | None = None
     figures: Sequence[tuple[str, str]] = ()
+    classes: Sequence[ClassRow] = ()
+    galleries: Sequence[tuple[str, Sequence[Shot]]] = ()
+    file: str = ""
 
 
-def as_html(evaluation: Evaluation, images: Mapping[str, bytes]) -> str:
+def as_html(
+    evaluation: Evaluation,
+    images: Mapping[str, bytes],
+    samples: Mapping[str, Samples] | None = None,
+    files: Sequence[str] = (),
+) -> str:
     """The report as one HTML file. Every text of the user is escaped.
 
     Args:
         evaluation: what to report.
         images: by file name, PNG files as `figures.figures` gives them; they are put inside the HTML file.
+        samples: by the name of a result, its single images.
+        files: names of the files with every image's scores, each beginning with the number of its result.
     """
     environment = Environment(
         loader=PackageLoader("vilu.evaluation", "report"), autoescape=True, undefined=StrictUndefined
@@ -59,7 +74,8 @@ def as_html(evaluation: Evaluation, images: Mapping[str, bytes]) -> str:
     return environment.get_template("template.html").render(
         title=f"Failure prediction: {', '.join(result.name for result in evaluation.results)}",
         summary=summary(evaluation),
-        sections=_sections(evaluation, images),
+        sections=_sections(evaluation, images, samples or {}, files),
+        most_classes=CLASSES,
         columns=COLUMNS,
         compared=compared(),
         methods=evaluation.methods,
@@ -76,6 +92,9 @@ def summary(evaluation: Evaluation) -> str:
     sentences = []
     for result in evaluation.results:
         ours = next((row for row in result.rows if row.method == OURS and "auc" in row.cells), None)
+        few = too_few(result.failures, result.samples)
+        if ours is not None and few and not result.known:
+            sentences.append(f"{result.name}: {few}, which are too few to say which method is better.")
         others = [row for row in result.rows if row.method != OURS and "auc" in row.against]
         if ours is None or not others:
             continue
@@ -91,7 +110,9 @@ def summary(evaluation: Evaluation) -> str:
     return " ".join(sentences) or f"{OURS} could not be compared with any other method."
 
 
-def _sections(evaluation: Evaluation, images: Mapping[str, bytes]) -> list[_Section]:
+def _sections(
+    evaluation: Evaluation, images: Mapping[str, bytes], samples: Mapping[str, Samples], files: Sequence[str]
+) -> list[_Section]:
     sections = [_Section(evaluation.mean, best(evaluation.mean))] if evaluation.mean else []
     for i, result in enumerate(evaluation.results, 1):
         sections.append(
@@ -101,6 +122,9 @@ def _sections(evaluation: Evaluation, images: Mapping[str, bytes]) -> list[_Sect
                 [(swept, best(swept)) for swept in evaluation.sweeps.get(result.name, ())],
                 evaluation.curves.get(result.name),
                 [(name, base64.b64encode(png).decode()) for name, png in images.items() if name.startswith(f"{i}-")],
+                by_class(result, samples[result.name]) if result.name in samples else (),
+                galleries(result, samples[result.name]) if result.name in samples else (),
+                next((name for name in files if name.startswith(f"{i}-")), ""),
             )
         )
     return sections

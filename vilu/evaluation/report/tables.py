@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from vilu import atomic
 from vilu.errors import UserError
 from vilu.evaluation.bootstrap import Interval
 from vilu.evaluation.columns import COLUMNS
-from vilu.evaluation.report.figures import figures
+from vilu.evaluation.report.figures import figures, file_name
 from vilu.evaluation.report.formatting import compared, versions
 from vilu.evaluation.report.html import as_html
+from vilu.evaluation.report.samples import Samples, as_file, by_class
 from vilu.evaluation.results import Evaluation, Result
 
 CSV_HEAD = ["set", "candidates", "samples", "method", "metric", "value", "low", "high"]
@@ -56,6 +57,8 @@ def _json_result(result: Result) -> dict[str, object]:
         "dropped": result.dropped,
         "failures": result.failures,
         "accuracy": result.accuracy,
+        "chance": result.chance or None,
+        "chance_rule": result.chance_rule or None,
         "note": result.note or None,
         "methods": {
             row.method: {
@@ -113,12 +116,17 @@ def check_output(output: Path) -> None:
     atomic.check_folder(output)
 
 
-def write(evaluation: Evaluation, output: Path) -> list[Path]:
+def write(
+    evaluation: Evaluation, output: Path, *, samples: Mapping[str, Samples] | None = None, kind: str = "csv"
+) -> list[Path]:
     """Write the report to a folder, whole or not at all; an earlier report there is replaced.
 
     Args:
         evaluation: what to report.
         output: the folder.
+        samples: by the name of a result, its single images; the report then has a table by class, galleries, and a
+            file of every image's scores.
+        kind: format of these files, one of `samples.FORMATS`.
 
     Returns:
         the files written.
@@ -127,13 +135,16 @@ def write(evaluation: Evaluation, output: Path) -> list[Path]:
         UserError: the folder holds something else, or cannot be written.
     """
     check_output(output)
-    images = figures(evaluation)
-    files: dict[str, bytes] = {
-        CSV: as_csv(evaluation).encode(),
-        HTML: as_html(evaluation, images).encode(),
-        **images,
-    }
+    images, samples = figures(evaluation), samples or {}
+    files: dict[str, bytes] = {CSV: as_csv(evaluation).encode(), **images}
+    for i, result in enumerate(evaluation.results, 1):
+        if result.name in samples and result.confidences and kind != "none":
+            files[file_name("samples", result.name, i, kind)] = as_file(result, samples[result.name], kind)
+    files[HTML] = as_html(evaluation, images, samples, [name for name in files if "-samples." in name]).encode()
+    classes = {r.name: by_class(r, samples[r.name]) for r in evaluation.results if r.name in samples}
     document = {**as_json(evaluation), "files": sorted([*files, JSON])}
+    if classes:
+        document["classes"] = {name: [asdict(row) for row in rows] for name, rows in classes.items()}
     files[JSON] = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode()
     with atomic.folder(output) as report:
         for name, content in files.items():
