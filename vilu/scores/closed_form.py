@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vilu.embeddings import BLOCK, Embeddings
 from vilu.errors import UserError
-from vilu.evaluation.metrics import auroc
 from vilu.scores.base import Score, probabilities
 from vilu.scores.per_class import stratified_folds
 
@@ -114,6 +113,8 @@ class RelU(Score):
 
     def _choose(self, v: Tensor, labels: Tensor, t: Tensor, scale: float) -> tuple[float, float]:
         """(λ, T) with the highest mean AUC over the folds; among equals, the nearest to the published (0.5, 1)."""
+        from sklearn.metrics import roc_auc_score
+
         lams = LAMBDAS if self.lam is None else (self.lam,)
         temperatures = TEMPERATURES if self.temperature is None else (self.temperature,)
         if len(lams) == len(temperatures) == 1:
@@ -134,7 +135,7 @@ class RelU(Score):
                 p, right = probabilities(v[held], t, scale / temperature), ~wrong[held].cpu().numpy()
                 for lam in lams:
                     confidence = -(p @ _matrix(moments - own, sizes - count, lam) * p).sum(dim=-1)
-                    auc[lam, temperature] += auroc(confidence.cpu().numpy(), right) / folds
+                    auc[lam, temperature] += roc_auc_score(right, confidence.cpu().numpy()) / folds
         best = max(auc.values()) - 1e-9
         off = {pair: abs(pair[0] - published[0]) + abs(math.log(pair[1] / published[1])) for pair in auc}
         return min((pair for pair in auc if auc[pair] >= best), key=off.__getitem__)
