@@ -101,7 +101,7 @@ def test_weighted_estimates_are_unbiased_and_plain_means_are_not():
         totals.append(bound.total() / 200)
         plain.append(values[looked].mean())
     for estimates in (ratios, totals):
-        error = np.std(estimates) / math.sqrt(len(estimates))
+        error = float(np.std(estimates)) / math.sqrt(len(estimates))
         assert np.mean(estimates) == pytest.approx(0.25, abs=4 * error)
     assert np.mean(plain) < 0.2
 
