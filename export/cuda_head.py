@@ -74,6 +74,11 @@ def write_head(
         limits=served.limits,
         queue_limit=False,
         # By default the server copies every input to the host first.
-        parameters={"threshold": repr(served.threshold), "FORCE_CPU_ONLY_INPUT_TENSORS": "no"},
+        parameters={
+            "threshold": repr(served.threshold),
+            "checkpoint": served.checkpoint,
+            "calibration": served.calibration,
+            "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
+        },
     )
     return manifest

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from vilu.checkpoint import Checkpoint
+from vilu.checkpoint import Checkpoint, digest
 from vilu.class_set import ClassSet
 from vilu.clip import Clip
 from vilu.export.graphs import HeadGraph
@@ -57,7 +58,16 @@ class Job:
     @property
     def served(self) -> Served:
         threshold, fingerprint = self.checkpoint.threshold, self.clip.spec.fingerprint
-        return Served(self.class_set, threshold, fingerprint, self.max_batch_size, self.limits)
+        known = (self.checkpoint.meta.get("calibration") or {}).get("reference")
+        return Served(
+            self.class_set,
+            threshold,
+            fingerprint,
+            self.max_batch_size,
+            self.limits,
+            digest(self.checkpoint),
+            json.dumps(known) if known else "",
+        )
 
     @cached_property
     def folded(self) -> FoldedHead:

@@ -45,6 +45,9 @@ class Served:
         fingerprint: of the CLIP; a class set made with another CLIP is refused.
         max_batch_size: the largest batch that the server forms.
         limits: what the server refuses.
+        checkpoint: the checkpoint's hash, which a record of answers names.
+        calibration: `vilu.evaluation.reference`'s summary in JSON, which answers are compared with; "" where there is
+            none.
     """
 
     class_set: ClassSet
@@ -52,6 +55,8 @@ class Served:
     fingerprint: str
     max_batch_size: int
     limits: Limits
+    checkpoint: str = ""
+    calibration: str = ""
 
     @property
     def dim(self) -> int:
@@ -120,6 +125,8 @@ def _write_head(folder: Path, served: Served, inputs: Tensors, outputs: Tensors)
         parameters={
             "threshold": repr(served.threshold),
             "fingerprint": served.fingerprint,
+            "checkpoint": served.checkpoint,
+            "calibration": served.calibration,
             "intra_op_thread_count": "1",
         },
         queue_limit=False,
@@ -149,6 +156,8 @@ def write_embeddings(folder: Path, served: Served, *, labels: bool = True) -> No
             "templates": json.dumps(served.class_set.templates),
             "threshold": repr(served.threshold),
             "fingerprint": served.fingerprint,
+            "checkpoint": served.checkpoint,
+            "calibration": served.calibration,
             "text_batch_size": str(served.max_batch_size),
             "text_cache_prompts": str(KEPT_PROMPTS),
             "max_labels": str(limits.max_labels),

@@ -29,7 +29,8 @@ def models(repository: Path) -> list[str]:
     return sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}"))
 
 
-def _keeper(repository: Path) -> str:
+def keeper(repository: Path) -> str:
+    """Name of the model whose version folders keep what belongs to a version as a whole."""
     return next((name for name in KEEPERS if (repository / name / CONFIG).is_file()), KEEPERS[0])
 
 
@@ -47,7 +48,7 @@ def versions(repository: Path) -> list[int]:
 
 def served(repository: Path) -> int:
     """The version a server takes: that of the version policy, else the newest."""
-    policy = load_config(repository / _keeper(repository) / CONFIG).version_policy
+    policy = load_config(repository / keeper(repository) / CONFIG).version_policy
     return int(policy.specific.versions[0]) if policy.specific.versions else max(versions(repository))
 
 
@@ -69,7 +70,7 @@ def add(staging: Path, repository: Path, version: int) -> None:
     for model in models(staging):
         if version != 1:
             (staging / model / "1").rename(staging / model / str(version))
-    _keep(staging, version)
+    keep(staging, version)
     if repository.exists() and (repository / "parity.json").is_file():
         present = versions(repository)
         if models(repository) != models(staging):
@@ -78,9 +79,8 @@ def add(staging: Path, repository: Path, version: int) -> None:
         for model in models(staging):
             for old in present:
                 shutil.copytree(repository / model / str(old), staging / model / str(old))
-        if not (staging / _keeper(staging) / str(now) / CONFIG).exists():  # a first export keeps nothing twice
-            _keep(staging, now, repository)
-    _serve(staging, version)
+        keep(staging, now, repository)
+    serve(staging, version)
 
 
 def keep_class_sets(repository: Path, staging: Path) -> None:
@@ -105,9 +105,8 @@ def use(repository: Path, version: int) -> list[str]:
     before = served(repository)
     with atomic.folder(repository) as staging:
         shutil.copytree(repository, staging, dirs_exist_ok=True)
-        if not (staging / _keeper(staging) / str(before) / CONFIG).exists():
-            _keep(staging, before)
-        _serve(staging, version)
+        keep(staging, before)
+        serve(staging, version)
         return [model for model in models(staging) if _differ(staging / model, before, version)]
 
 
@@ -125,7 +124,7 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
         RequestRefused: a model that did not load.
         AccessDenied, ServerUnavailable: as `AsyncClient` does.
     """
-    (running,) = await client.versions(_keeper(repository))
+    (running,) = await client.versions(keeper(repository))
     present = versions(repository)
     if running not in present:
         raise UserError(f"{client.url}: serves version {running}, which {repository} lacks: is it another repository?")
@@ -157,22 +156,25 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
     return names
 
 
-def _keep(root: Path, version: int, source: Path | None = None) -> None:
-    """Copy what `source` (by default root itself) serves now into the version's folders."""
+def keep(root: Path, version: int, source: Path | None = None) -> None:
+    """Copy what `source` (by default root itself) serves now into the version's folders, unless it is there already."""
     source = source or root
+    if (root / keeper(root) / str(version) / CONFIG).exists():  # a first export keeps nothing twice
+        return
     for model in models(root):
         shutil.copyfile(source / model / CONFIG, root / model / str(version) / CONFIG)
     for name in ABOUT:
-        shutil.copyfile(source / name, root / _keeper(root) / str(version) / name)
+        shutil.copyfile(source / name, root / keeper(root) / str(version) / name)
 
 
-def _serve(root: Path, version: int) -> None:
+def serve(root: Path, version: int) -> None:
+    """Make a kept version the one that a repository serves."""
     for model in models(root):
         config = load_config(root / model / str(version) / CONFIG)
         config.version_policy.specific.versions[:] = [version]
         save_config(root / model, config)
     for name in ABOUT:
-        shutil.copyfile(root / _keeper(root) / str(version) / name, root / name)
+        shutil.copyfile(root / keeper(root) / str(version) / name, root / name)
 
 
 def _differ(model: Path, one: int, other: int) -> bool:

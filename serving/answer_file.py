@@ -17,6 +17,7 @@ from vilu.errors import UserError
 T = TypeVar("T")
 FORMATS = (".jsonl", ".csv", ".parquet")
 FIELDS = ("source", "label", "class_index", "confidence", "failure_probability", "accept", "error")
+IDS = ("id",)  # what feedback names; only where it was asked for
 DETAILS = ("class_set", "top", "entropy", "doctor", "concepts")  # only where they were asked for
 ROWS = 1024  # answers held at once for a Parquet file
 

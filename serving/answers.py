@@ -86,6 +86,8 @@ def read_answers(result: Any, sources: Sequence[str], question: Question) -> lis
     if missing:
         raise RequestRefused(f"the server did not answer {', '.join(missing)}")
     columns = [found[name].reshape(-1) for name in OUTPUTS]
+    reply = result.get_response()
+    ids = answer_ids(reply.get("id", "") if isinstance(reply, dict) else reply.id, len(sources))
     answers = []
     for row, (source, label, i, c, f, a) in enumerate(zip(sources, *columns, strict=True)):
         more: dict[str, Any] = {}
@@ -97,8 +99,13 @@ def read_answers(result: Any, sources: Sequence[str], question: Question) -> lis
             more |= {name.lower(): float(found[name][row, 0]) for name in ("ENTROPY", "DOCTOR")}
         if question.embedding:
             more["embedding"] = found["IMAGE_EMBEDDING"][row]
-        answers.append(Answer(source, _text(label), int(i), float(c), float(f), bool(a), **more))
+        answers.append(Answer(source, _text(label), int(i), float(c), float(f), bool(a), id=ids[row], **more))
     return answers
+
+
+def answer_ids(request_id: str, images: int) -> list[str]:
+    """The ids of a request's answers: the request's own for one image, ID/0, ID/1, ... for several; "" for none."""
+    return [request_id] * images if images == 1 or not request_id else [f"{request_id}/{i}" for i in range(images)]
 
 
 def _text(value: Any) -> str:

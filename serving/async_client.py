@@ -13,6 +13,7 @@ import random
 import re
 import ssl
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -392,8 +393,9 @@ class AsyncClient:
                 region.fill(batch)
                 tensor.set_shared_memory(region.name, size)
             result = await self._client.infer(
-                model, inputs, outputs=outputs, headers=dict(self._headers), parameters=parameters
-            )
+                model, inputs, outputs=outputs, headers=dict(self._headers), parameters=parameters,
+                request_id=uuid.uuid4().hex,
+            )  # fmt: skip
             answered = True
             return result
         except InferenceServerException:

@@ -28,11 +28,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vilu.errors import UserError
 from vilu.preprocess.class_names import names_problem
 from vilu.preprocess.image import Transform
+from vilu.serving.address import open_directly
 from vilu.serving.answers import Answer, DeadlineExceeded, RequestRefused, ServerUnavailable
 from vilu.serving.async_client import AsyncClient
 from vilu.serving.classes import get_set, list_sets
 
-PAGE = Path(__file__).with_name("web.html")
+PAGE, MONITOR_PAGE = (Path(__file__).with_name(name) for name in ("web.html", "monitor.html"))
+MOST_REPORT = 16 << 20  # bytes of a monitor's report
 MAX_QUESTION = 1 << 20  # bytes of labels: the server takes 1000 of 256
 AT_ONCE = 16  # images held in memory; later requests wait before theirs is read
 UPLOAD_SECONDS = 30.0
@@ -67,7 +69,8 @@ class OwnPagesOnly:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *self.headers]
+                own = {key for key, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(one for one in self.headers if one[0] not in own)]
             await send(message)
 
         headers = Request(scope).headers
@@ -172,6 +175,7 @@ def application(
     max_bytes: int = Transform.max_bytes,
     examples: Sequence[tuple[str, bytes]] = (),
     served_examples: bool = False,
+    monitor: str | None = None,
 ) -> ASGIApp:
     """The page as an ASGI application.
 
@@ -181,6 +185,7 @@ def application(
         max_bytes: of an uploaded image.
         examples: (name, encoded image), offered to choose from.
         served_examples: offer only the examples whose name is one of the served classes.
+        monitor: URL of a `vilu monitor`, whose report /monitor shows; None: there is no such page.
     """
     page = PAGE.read_text("utf-8")
     room = asyncio.Semaphore(AT_ONCE)
@@ -217,6 +222,17 @@ def application(
         answer.raise_for_error()
         return JSONResponse(_plain(answer))
 
+    async def monitor_page(request: Request) -> Response:
+        text = MONITOR_PAGE.read_text("utf-8")
+        return Response(text, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": _policy(text)})
+
+    async def report(request: Request) -> Response:
+        assert monitor is not None
+        try:
+            return Response(await asyncio.to_thread(_report, monitor), media_type="application/json")
+        except OSError as error:
+            raise PageError(502, f"the monitor does not answer ({getattr(error, 'reason', error)})") from None
+
     def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             return _error(error.status_code, error.detail)
@@ -230,6 +246,7 @@ def application(
             Route("/api/served", served),
             Route("/api/ask", ask, methods=["POST"]),
             Route("/examples/{index:int}", example),
+            *([] if monitor is None else [Route("/monitor", monitor_page), Route("/api/monitor", report)]),
         ],
         exception_handlers={UserError: failed, HTTPException: failed, ClientDisconnect: failed},
         lifespan=lifespan,
@@ -243,6 +260,13 @@ def application(
         "Cache-Control": "no-store",
     }
     return OwnPagesOnly(app, names, headers)
+
+
+def _report(monitor: str) -> bytes:
+    """A monitor's report. Raises OSError."""
+    with open_directly(f"{monitor.rstrip('/')}/report.json", timeout=10) as reply:
+        found: bytes = reply.read(MOST_REPORT)
+        return found
 
 
 def _plain(answer: Answer) -> dict[str, Any]:

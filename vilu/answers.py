@@ -41,6 +41,7 @@ class Answer:
         doctor: the confidence -(1 - g) / g with g = Σ p², in [1 - K, 0]. None unless asked for.
         concepts: the labels that the head attended to most, each with its weight. Empty unless asked for.
         embedding: (D,) float32 image embedding of unit length. None unless asked for.
+        id: what feedback names, where the server records its answers (`vilu serve --record`).
 
     Example:
         >>> answer = Answer("cat.jpg", "cat", 3, 0.91, 0.07, accept=True)
@@ -61,6 +62,7 @@ class Answer:
     doctor: float | None = None
     concepts: tuple[tuple[str, float], ...] = ()
     embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
+    id: str = field(default="", compare=False, repr=False)
 
     def raise_for_error(self) -> Answer:
         """Return this answer. Raises RequestRefused where it has an error."""

@@ -13,6 +13,7 @@ globals that these files need.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -172,6 +173,16 @@ def written_with(path: str | os.PathLike[str]) -> dict[str, str] | None:
         return None
     good = isinstance(found, dict) and all(isinstance(version, str) for version in found.values())
     return found if good else None
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 in hexadecimal of a checkpoint's head and CLIP, whatever its threshold: a record of answers names it."""
+    known = {"head": checkpoint.head.config(), "clip": checkpoint.clip.fingerprint if checkpoint.clip else ""}
+    sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    for name, tensor in sorted(checkpoint.head.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def check_fits(

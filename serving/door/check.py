@@ -197,11 +197,16 @@ def _raw(tensor: Any, elements: int, data: bytes | memoryview) -> None:
 
 
 def tensors(config: Any) -> dict[str, Any]:
-    """What `check` needs of a ModelConfig: batch (0: none), inputs -> (type, dims, optional), outputs."""
+    """What is needed of a ModelConfig: batch (0: none), inputs -> (type, dims, optional), outputs, parameters."""
     kind = type(config).DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
     short = {number: value.name.removeprefix("TYPE_") for number, value in kind.values_by_number.items()}
     inputs = {
         one.name: ("BYTES" if short[one.data_type] == "STRING" else short[one.data_type], list(one.dims), one.optional)
         for one in config.input
     }
-    return {"batch": config.max_batch_size, "inputs": inputs, "outputs": {one.name for one in config.output}}
+    return {
+        "batch": config.max_batch_size,
+        "inputs": inputs,
+        "outputs": {one.name for one in config.output},
+        "parameters": {name: value.string_value for name, value in config.parameters.items()},
+    }

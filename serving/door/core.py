@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tritonclient.grpc import service_pb2 as pb
 
@@ -18,6 +18,9 @@ from vilu.serving.door.observe import Observer, Seen, trace_id
 from vilu.serving.door.refused import BUSY, NOT_FOUND, UNAUTHENTICATED, Refused
 from vilu.serving.door.upstream import Metadata, Upstreams
 from vilu.serving.tokens import CONTROL, GRPC_PREFIX, TOKEN
+
+if TYPE_CHECKING:
+    from vilu.serving.record.recorder import Recorder, Recording
 
 CHANGES = {
     "RepositoryModelLoad": pb.RepositoryModelLoadRequest,
@@ -36,15 +39,16 @@ class Core:
     Args:
         hand_on: whether clients' tokens are passed to the servers behind: where the door has none of its own.
         before_load: called with a model's name before it is loaded, in a thread's or the loop's own time.
+        recorder: records the answers.
     """
 
     def __init__(
         self, upstreams: Upstreams, keys: Keys, limits: Limits, observer: Observer, *, hand_on: bool = False,
-        before_load: Any = None,
+        before_load: Any = None, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         self.upstreams, self.keys, self.limits, self.observer = upstreams, keys, limits, observer
         self.metrics = observer.metrics
-        self.hand_on, self.before_load = hand_on, before_load
+        self.hand_on, self.before_load, self.recorder = hand_on, before_load, recorder
         self.in_flight: Counter[str] = Counter()
         self.reading = 0  # requests whose bodies are arriving
         self.held = 0  # bytes of requests
@@ -159,13 +163,31 @@ class Core:
         self.metrics.in_flight.labels(name).set(self.in_flight[name])
         try:
             with self.holding(len(data)):
-                check(request, raw, await self.upstreams.config(name, end, metadata))
+                model = await self.upstreams.config(name, end, metadata)
+                check(request, raw, model)
                 if "timeout" in request.parameters:
                     end = min(end, time.monotonic() + request.parameters["timeout"].int64_param / 1e6)
-                return await self.upstreams.ask("ModelInfer", data, end, metadata)
+                recording = None if self.recorder is None else self.recorder.begin(request, raw, model)
+                if recording is None:
+                    return await self.upstreams.ask("ModelInfer", data, end, metadata)
+                reply = await self.upstreams.ask("ModelInfer", data + recording.more, end, metadata)
+                seen.answer_id = recording.id
+                return await self._recorded(recording, reply, end, metadata)
         finally:
             self.in_flight[name] -= 1
             self.metrics.in_flight.labels(name).set(self.in_flight[name])
+
+    async def _recorded(self, recording: Recording, data: bytes, end: float, metadata: Metadata) -> bytes:
+        """Record a reply, and return what of it the client asked for."""
+        assert self.recorder is not None
+        reply = pb.ModelInferResponse.FromString(data)
+        known: dict[str, str] = {}
+        for head in ("vilu_head", "vilu_embeddings"):  # a repository has one or both
+            with contextlib.suppress(Refused):  # or a version that is gone already
+                known = (await self.upstreams.config(head, end, metadata, reply.model_version))["parameters"]
+                break
+        self.recorder.add(reply, recording, known.get("checkpoint", ""), known.get("calibration", ""))
+        return recording.stripped(reply, data)
 
     async def describe(self, method: str, data: bytes, seen: Seen, end: float, metadata: Metadata) -> bytes:
         """The reply to one of QUESTIONS, for the models that people ask. Raises Refused."""

@@ -28,6 +28,7 @@ from vilu.serving.tokens import GRPC_PREFIX
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 GONE_SECONDS = 0.2  # until gRPC cancels the handler of a client that has left, after it says that there is no message
+ANSWER_ID = "vilu-answer-id"  # in trailing metadata and as a header: what feedback names
 CHANGE_SECONDS = 600.0  # that a model may take to load
 
 
@@ -96,6 +97,8 @@ class GrpcSide:
                 raise
             else:
                 self.core.observer.done(seen, "ok")
+                if seen.answer_id:
+                    context.set_trailing_metadata(((ANSWER_ID, seen.answer_id),))
                 return reply
             raise AssertionError("abort raises")
 

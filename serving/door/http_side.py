@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2 as pb
 from vilu.serving.answers import Answer, Question, read_answers
 from vilu.serving.door.check import named
 from vilu.serving.door.core import Core
-from vilu.serving.door.grpc_side import CHANGE_SECONDS
+from vilu.serving.door.grpc_side import ANSWER_ID, CHANGE_SECONDS
 from vilu.serving.door.observe import Seen
 from vilu.serving.door.openapi import DOCS, description
 from vilu.serving.door.refused import (
@@ -109,6 +109,8 @@ class HttpSide:
                 return Response(status_code=499)
             except asyncio.CancelledError:  # uvicorn's, at the end of the grace
                 return self._refusal(request, seen, Refused("the server is stopping", STOPPING))
+            if seen.answer_id:
+                response.headers[ANSWER_ID] = seen.answer_id
             self.core.observer.done(seen, "ok" if response.status_code < 400 else str(response.status_code))
             return response
 
@@ -146,7 +148,8 @@ class HttpSide:
         asked, raw = image_question(image, question.outputs, [label.encode() for label in labels], question.class_set)
         answer = await self._answer(request, seen, asked, raw, end)
         (found,) = read_answers(InferResult(answer), ["image"], question)
-        return JSONResponse(described(found, question))
+        said = described(found, question)
+        return JSONResponse(said | {"id": seen.answer_id} if seen.answer_id else said)
 
     async def _infer(self, request: Request, seen: Seen) -> Response:
         core = self.core

@@ -52,6 +52,7 @@ class Seen:
     model: str = ""
     token: str = ""  # its name, never the token
     trace: str = ""
+    answer_id: str = ""  # of the recorded answers
     bytes_in: int = 0
     started: float = field(default_factory=time.monotonic)
 
@@ -106,5 +107,6 @@ class Observer:
             "bytes": seen.bytes_in,
             "token": seen.token,
             "trace": seen.trace,
+            "answer": seen.answer_id,
         }
         self.log.write(json.dumps({key: value for key, value in line.items() if value != ""}))

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -37,6 +37,9 @@ from vilu.serving.supervise import RESTART_SECONDS, RESTARTS
 from vilu.serving.tokens import CONTROL, GRPC_PREFIX, TOKEN
 from vilu.serving.tritonserver import describe_version
 
+if TYPE_CHECKING:
+    from vilu.serving.record.recorder import RecordOptions
+
 SILENT_SECONDS = 3.0  # without a server that is well, before it is started again
 RELOAD_SECONDS = 2.0  # between looks at the files of tokens and certificates
 
@@ -53,6 +56,7 @@ class Options:
         access_log: a file, or "-".
         upstreams: URLs of tritonservers that the door does not start.
         upstream_ca: PEM of who signed their certificates.
+        record: what is recorded; None for nothing.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +69,7 @@ class Options:
     access_log: str | None = None
     upstreams: Sequence[str] = ()
     upstream_ca: Path | None = None
+    record: RecordOptions | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -101,9 +106,15 @@ class Door:
         self.upstreams = Upstreams(upstreams, options.limits, self.metrics)
         hand_on = server is None and self.keys.open
         self.observer = Observer(self.metrics, options.access_log)
+        self.recorder = None
+        if options.record is not None:
+            from vilu.serving.record.recorder import Recorder
+
+            self.recorder = Recorder(options.record, self.metrics.registry)
         self.core = Core(
-            self.upstreams, self.keys, options.limits, self.observer, hand_on=hand_on, before_load=self._before_load
-        )
+            self.upstreams, self.keys, options.limits, self.observer, hand_on=hand_on, before_load=self._before_load,
+            recorder=self.recorder,
+        )  # fmt: skip
         self.ended: asyncio.Future[int] | None = None
         self.restarts: list[float] = []  # when
 
@@ -121,6 +132,8 @@ class Door:
         options, ports = self.options, Ports()
         self.ended = asyncio.get_running_loop().create_future()
         async with contextlib.AsyncExitStack() as stack:  # left from the last to the first: the server ends last
+            if self.recorder is not None:
+                stack.push_async_callback(asyncio.to_thread, self.recorder.close)
             if self.observer.log is not None:
                 stack.push_async_callback(asyncio.to_thread, self.observer.log.close)
             if self.server is not None:

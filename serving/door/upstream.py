@@ -137,7 +137,7 @@ class Upstreams:
     def __init__(self, upstreams: Sequence[Upstream], limits: Limits, metrics: Metrics) -> None:
         self.all, self.limits, self.metrics = list(upstreams), limits, metrics
         self.waiting: deque[asyncio.Future[Upstream]] = deque()
-        self.configs: dict[str, tuple[float, dict[str, Any]]] = {}
+        self.configs: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
         self.changing = asyncio.Lock()
         self.work: set[asyncio.Task[bytes]] = set()
 
@@ -232,15 +232,15 @@ class Upstreams:
                 free.sent += 1
                 ticket.set_result(free)
 
-    async def config(self, name: str, end: float, metadata: Metadata = ()) -> dict[str, Any]:
-        """What `check` needs of a model's configuration, a few seconds old at most. Raises Refused as `ask`."""
-        at, config = self.configs.get(name, (0.0, {}))
+    async def config(self, name: str, end: float, metadata: Metadata = (), version: str = "") -> dict[str, Any]:
+        """What `tensors` makes of a model's configuration, a few seconds old at most. Raises Refused as `ask`."""
+        at, config = self.configs.get((name, version), (0.0, {}))
         if not config or time.monotonic() - at > FRESH_SECONDS:
-            request = pb.ModelConfigRequest(name=name).SerializeToString()
+            request = pb.ModelConfigRequest(name=name, version=version).SerializeToString()
             config = tensors(
                 pb.ModelConfigResponse.FromString(await self.ask("ModelConfig", request, end, metadata)).config
             )
-            self.configs[name] = time.monotonic(), config
+            self.configs[name, version] = time.monotonic(), config
         return config
 
     async def change(self, method: str, data: bytes, end: float, metadata: Metadata = ()) -> bytes:

@@ -7,12 +7,14 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import onnx_ir
 import pytest
 from click.testing import CliRunner
 
-from vilu import UserError
+from vilu import UserError, save_checkpoint
 from vilu.cli import group
 from vilu.export import export, versions
+from vilu.export.threshold import add_threshold
 from vilu.serving import AccessDenied, AsyncClient, Client, RequestRefused, Server
 from vilu.serving.access import Access
 
@@ -197,3 +199,38 @@ def test_the_command(copy, tmp_path):
         with pytest.raises(UserError, match=told):
             group.main(["versions", str(folder), *arguments], standalone_mode=False)
     assert files(copy) == before
+
+
+@pytest.mark.slow
+def test_another_threshold_is_a_version_that_shares_the_towers(repository, photos, tmp_path, checkpoint):
+    """It is rolled out while the server answers, without an export, and the way back is --use."""
+    root = shutil.copytree(repository, tmp_path / "model_repository", ignore=shutil.ignore_patterns("sets"))
+    with pytest.raises(UserError, match="another head"):
+        add_threshold(root, 0.5, checkpoint="0" * 64)
+    with pytest.raises(UserError, match="in \\[0, 1\\]"):
+        add_threshold(root, 2)
+    assert versions.versions(root) == [1]
+    access = Access(control_token=CONTROL)
+    with Server(root, log=tmp_path / "log", access=access) as server, Client(server.grpc_url) as client:
+
+        def change(*options):
+            arguments = ["versions", str(root), *options, "--live", "--url", server.grpc_url]
+            done = CliRunner().invoke(group, [*arguments, "--control-token", CONTROL], standalone_mode=False)
+            assert done.exception is None, done.exception
+
+        def decided():
+            for labels in (None, ["zero", "one"]):
+                yield {answer.raise_for_error().accept for answer in client.ask(photos, labels)}
+
+        change("--threshold", "1.0")
+        assert list(decided()) == [{True}, {True}]
+        save_checkpoint(replace(checkpoint, threshold=0.0), tmp_path / "none.safetensors")
+        change("--threshold", str(tmp_path / "none.safetensors"))
+        assert list(decided()) == [{False}, {False}]
+        assert {answer.class_set for answer in client.ask(photos[:1], class_set="default")} == {"default@3"}
+        change("--use", "1")
+        assert client.ask(photos[:1], class_set="default")[0].class_set == "default@1"
+    first, third = (onnx_ir.load(root / "vilu_full" / version / "model.onnx") for version in "13")
+    limits = [next(v for v in m.graph.outputs if v.name == "ACCEPT").producer().inputs[1] for m in (first, third)]
+    assert [float(limit.const_value.numpy()) for limit in limits] == pytest.approx([0.505, 0.0])
+    assert json.loads((root / "vilu" / "3" / "parity.json").read_text())["threshold"] == 0.0

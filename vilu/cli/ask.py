@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also give the likeliest labels, the labels that the failure predictor looks at, and other confidence scores.",
 )
+@click.option("--ids", is_flag=True, help="Also give each answer's id, which `vilu feedback` names.")
 @click.option("--timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds to wait for an answer.")
 @click.option(
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Number of images per request."
@@ -68,6 +69,7 @@ def ask_command(
     labels: tuple[str, ...],
     class_set: str | None,
     details: bool,
+    ids: bool,
     timeout: float,
     batch_size: int,
     in_flight: int,
@@ -88,7 +90,7 @@ def ask_command(
     """
     from vilu.cli.tables import print_answers, printable
     from vilu.serving import Client
-    from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, read_part, row
+    from vilu.serving.answer_file import DETAILS, FIELDS, IDS, open_answer_file, read_part, row
     from vilu.serving.embedding_file import read_image_embeddings
     from vilu.serving.tokens import token_from
 
@@ -109,6 +111,9 @@ def ask_command(
         said.result(json.dumps(row(answer, columns)))
 
     columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
+    columns += IDS if ids else ()
+    if ids and output is None and not as_json:
+        raise UserError("--ids: give --output or --json")
     names = list(find_images(images))
     lines = output is not None and str(output) == "-"
     path = None if lines else output

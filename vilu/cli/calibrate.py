@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
+from vilu.cli.from_record import calibrate as calibrate_from_record
+from vilu.cli.from_record import record_data_options
 from vilu.cli.held_out import held_out
 from vilu.cli.options import (
     PATH,
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 @data_options
 @embeddings_option
 @clip_options
+@record_data_options
 @click.option(
     "--split",
     default="val",
@@ -84,6 +89,8 @@ def calibrate_command(
     embeddings: Path | None,
     clip_name: str | None,
     pretrained: str | None,
+    from_record: str | None,
+    since: datetime | None,
     split: str,
     drop_known: bool,
     target_risk: float | None,
@@ -125,6 +132,11 @@ def calibrate_command(
             "give one of --target-risk, --target-coverage and --target-tpr, or --probability-calibration or "
             "--refuse-outliers"
         )
+    if from_record is not None:
+        if target_risk is None or len(wanted) > 1 or probability != "none" or data or dataset or embeddings:
+            raise UserError("--from-record needs --target-risk, and no other target, data or calibration")
+        calibrate_from_record(ckpt, from_record, since, target_risk, confidence, output or ckpt)
+        return
     checkpoint = load_checkpoint(ckpt)
     if embeddings is not None and (clip_name or pretrained):
         raise UserError("--embeddings takes the place of --clip and --pretrained")
@@ -219,6 +231,10 @@ def calibrate_command(
         )
     elif "outlier" in before:
         note["outlier"] = before["outlier"]
+    if not held.captions and (wanted or probability != "none"):
+        # The half that the calibration of the probability did not see, as the monitor's test of drift needs it.
+        names = checkpoint.class_set.names if checkpoint.class_set else held.class_names
+        note["reference"] = _reference(failure, held, halves[1], names) | {"target_risk": target_risk}
     meta = {**checkpoint.meta, "calibration": note}
     save_checkpoint(
         replace(checkpoint, head=head, clip=spec, threshold=threshold, meta=meta, outlier=outlier), output or ckpt
@@ -269,6 +285,19 @@ def _held_out(
     with progress_bar() as bar:
         held = embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
     return held, clip.spec if any(named) else checkpoint.clip
+
+
+def _reference(failure: Any, held: EmbeddedSet, rows: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return the summary of the data that `vilu monitor` compares a server's answers with, classes in this order."""
+    import torch
+
+    from vilu.evaluation.reference import summarise
+
+    v = held.image.normalised[torch.as_tensor(rows)].float()
+    index = torch.cat([(part @ held.text.normalised.float().T).argmax(dim=1) for part in v.split(4096)])
+    place = {name: i for i, name in enumerate(names)}
+    order = torch.tensor([place[name] for name in held.class_names] or range(len(held.text)))
+    return summarise(failure[rows], order[index].numpy(), len(held.text), v.numpy())
 
 
 CAPTION_GROUP = 1024  # candidates per group of captions, as in the published tables

@@ -42,10 +42,12 @@ def demo_command(output: Path, model_repository: Path, seed: int) -> None:
     """Train, evaluate, export and serve on embedded data.
 
     The demo compares the head with MCM, asks the real server, checks its answers against the eager model and draws a
-    picture. A second run reuses the checkpoint and the model repository of the first.
+    picture. Then it records a stream of images that become darker, raises the alarm and rolls out a new threshold. A
+    second run reuses the checkpoint and the model repository of the first.
     """
     from rich.console import Console
 
+    from vilu.cli.demo_monitor import TARGET, promise
     from vilu.cli.tables import print_answers
     from vilu.clip import load_clip
     from vilu.export import export
@@ -86,6 +88,11 @@ def demo_command(output: Path, model_repository: Path, seed: int) -> None:
     console.print(f"picture: {output / 'demo.png'}")
     for line in NEXT:
         said.result(line)
+
+    report, picture = promise(output / "monitor", model_repository, clip, checkpoint, click.echo)
+    console.print(f"picture: {picture}")
+    if report.watched[-1].low > TARGET:
+        raise UserError(f"the risk is still above the target; see {picture}")
 
 
 def _table(scores: dict[str, dict[str, np.ndarray]], classes: int) -> Table:

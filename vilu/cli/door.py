@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vilu.cli.options import PATH, SECONDS, all_of
+from vilu.errors import UserError
 
 if TYPE_CHECKING:
     from vilu.serving.door import Limits
+    from vilu.serving.record.recorder import RecordOptions
 
 COUNT = click.IntRange(1)
 LIMITS = {
@@ -45,6 +47,53 @@ door_options = all_of(
     _limit("per_connection", COUNT, "Requests at a time on one gRPC connection.", "256"),
     _limit("timeout", SECONDS, "Seconds that a question may take.", "60"),
 )
+
+
+SHARE = click.FloatRange(0, 1, True)
+
+# A command receives these options as the names of RECORD.
+RECORD = (
+    "record",
+    "record_share",
+    "record_embeddings",
+    "record_entropy",
+    "keep_days",
+    "label_accepted",
+    "label_rejected",
+)
+record_options = all_of(
+    click.option(
+        "--record",
+        metavar="DIR|postgresql://...|@FILE",
+        help="Record one row for each answer, never the image (docs/monitor.md). A URL with a password goes in a FILE.",
+    ),
+    click.option("--record-share", type=SHARE, help="Share of the requests to record.  [default: 1]"),
+    click.option("--record-embeddings", is_flag=True, help="Record the image embedding (float16) and the entropy too."),
+    click.option("--record-entropy", is_flag=True, help="Record the entropy too. It costs the server some time."),
+    click.option("--keep-days", type=SECONDS, help="Remove rows that are older, in days.  [default: keep all]"),
+    click.option(
+        "--label-accepted", type=SHARE, help="Share of the accepted answers that people will label.  [default: 0.02]"
+    ),
+    click.option(
+        "--label-rejected", type=SHARE, help="Share of the rejected answers that people will label.  [default: 1]"
+    ),
+)
+
+
+def record_of(options: dict[str, Any]) -> RecordOptions | None:
+    """Remove the options of the record from a command's options and return what is recorded; None for nothing."""
+    given = {name: options.pop(name) for name in RECORD}
+    where = given.pop("record")
+    others = [name for name, value in given.items() if value]
+    if where is None and others:
+        raise UserError(f"--{others[0].replace('_', '-')}: is for --record")
+    if where is None:
+        return None
+    try:
+        from vilu.serving.record.recorder import RecordOptions
+    except ModuleNotFoundError as error:
+        raise UserError(f"--record needs the package {error.name!r}: pip install 'vilu[record]'") from None
+    return RecordOptions(where, **{name.removeprefix("record_"): value for name, value in given.items() if value})
 
 
 def limits_of(options: dict[str, Any], **defaults: Any) -> Limits:

@@ -9,7 +9,7 @@ import click
 
 from vilu.cli.command import Command
 from vilu.cli.config import config_option
-from vilu.cli.door import LIMITS, door_options, limits_of, watched_files
+from vilu.cli.door import LIMITS, door_options, limits_of, record_of, record_options, watched_files
 from vilu.cli.options import PATH, REPOSITORY, SECONDS, all_of, host_option, listening_tls_options
 from vilu.errors import UserError
 
@@ -64,6 +64,7 @@ _PORTS = all_of(
 )
 @click.option("--upstream-ca", type=PATH, help="PEM file of the authority that signed the servers' certificates.")
 @door_options
+@record_options
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def serve_command(
     model_repository: Path,
@@ -114,13 +115,14 @@ def serve_command(
 
     from vilu.serving.door import Door, Options, own_server, run
 
-    limits, upstreams = limits_of(door), door.pop("upstreams")
+    limits, record, upstreams = limits_of(door), record_of(door), door.pop("upstreams")
     options = Options(
         host=host,
         access=access,
         watched=watched_files((token, "VILU_TOKEN"), (control_token, "VILU_CONTROL_TOKEN")),
         upstreams=upstreams,
         limits=limits,
+        record=record,
         **ports,
         **door,
     )

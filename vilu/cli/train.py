@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import click
 from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
 from vilu.cli.config import config_option
+from vilu.cli.from_record import record_data_options, training_set
 from vilu.cli.options import (
     PATH,
     all_of,
@@ -78,6 +80,8 @@ _setting_options = all_of(
 @config_option
 @data_options
 @embeddings_option
+@record_data_options
+@click.option("--ckpt", type=PATH, help="With --from-record: checkpoint whose answers were recorded.")
 @click.option("--output", type=PATH, required=True, help="Checkpoint to write (.safetensors).")
 @train_clip_options
 @template_option
@@ -133,6 +137,9 @@ def train_command(
     caption_column: str,
     cache: Path,
     embeddings: Path | None,
+    from_record: str | None,
+    since: datetime | None,
+    ckpt: Path | None,
     output: Path,
     clip_name: str | None,
     pretrained: str | None,
@@ -155,7 +162,7 @@ def train_command(
     the epoch that was best on samples set aside from the training data; OUTPUT's .last.safetensors is the last one. A
     killed run continues where it was when it is started again. For several GPUs: torchrun -m vilu train ...
     """
-    from vilu.checkpoint import Checkpoint, save_checkpoint
+    from vilu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from vilu.class_set import DEFAULT_TEMPLATES, ClassSet
     from vilu.clip import load_clip
     from vilu.data import embed, load_embeddings, open_source
@@ -176,7 +183,13 @@ def train_command(
     spec: ClipSpec | None = None
     augmented = None
     with _processes() as (rank, turn), progress_bar(rank == 0) as bar:
-        if embeddings is not None:
+        if from_record is not None:
+            if data or dataset or embeddings or no_cache or clip_name or pretrained or ckpt is None:
+                raise UserError("--from-record needs --ckpt, and takes the place of other data and of --clip")
+            known = load_checkpoint(ckpt)
+            train, spec = training_set(from_record, known, since), known.clip
+            prompts = known.class_set.templates if known.class_set else prompts
+        elif embeddings is not None:
             if data or dataset or no_cache or clip_name or pretrained:
                 raise UserError("--embeddings takes the place of --data, --dataset, --clip and --no-cache")
             train = load_embeddings(embeddings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from vilu.errors import UserError
 )
 @click.option("--live", is_flag=True, help="With --use: make the running server at --url change to it now.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: repository, versions, served and changes.")
+@click.option(
+    "--threshold",
+    metavar="NUMBER|CKPT",
+    help="Serve a copy of the served version with this threshold, or with that of this checkpoint of the same head.",
+)
 @server_options
 @control_option
 def versions_command(
@@ -27,6 +33,7 @@ def versions_command(
     chosen: int | None,
     live: bool,
     as_json: bool,
+    threshold: str | None,
     url: str,
     token: str | None,
     control_token: str | None,
@@ -34,13 +41,20 @@ def versions_command(
 ) -> None:
     """List the versions of a model repository, or serve another one.
 
-    The list marks the served version. --use goes back, or forward, to another.
+    The list marks the served version. --use goes back, or forward, to another. --threshold makes a new version without
+    exporting anything again.
     """
     from vilu.export.versions import served, switch, use, versions
     from vilu.serving.tokens import token_from
 
-    if live and chosen is None:
-        raise UserError("--live needs --use VERSION")
+    if live and chosen is None and threshold is None:
+        raise UserError("--live needs --use VERSION or --threshold")
+    if threshold is not None:
+        if chosen is not None:
+            raise UserError("--use and --threshold: give one or the other")
+        before = served(repository)
+        chosen = _with_threshold(repository, threshold)
+        output.note(f"{repository}: version {chosen} has this threshold; --use {before} goes back")
     changed: list[str] | None = None
     if chosen is not None and live:
         version, control = chosen, token_from(control_token, "VILU_CONTROL_TOKEN")
@@ -55,3 +69,20 @@ def versions_command(
         return
     for version in present:
         output.result(f"{version}{' served' if version == now else ''}")
+
+
+def _with_threshold(repository: Path, given: str) -> int:
+    """Return the number of the new version. `given` is a number, or the name of a checkpoint that has a threshold."""
+    from vilu.export.threshold import add_threshold
+
+    try:
+        return add_threshold(repository, float(given))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+    from vilu.checkpoint import digest, load_checkpoint
+
+    checkpoint = load_checkpoint(Path(given))
+    reference = (checkpoint.meta.get("calibration") or {}).get("reference")
+    text = json.dumps(reference) if reference else ""
+    return add_threshold(repository, checkpoint.threshold, text, checkpoint=digest(checkpoint))

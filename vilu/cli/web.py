@@ -10,6 +10,7 @@ import click
 from vilu.cli import output
 from vilu.cli.command import Command
 from vilu.cli.options import PATH, SECONDS, connection_options, host_option
+from vilu.errors import UserError
 
 if TYPE_CHECKING:
     from vilu.serving import AsyncClient
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--examples", type=PATH, help="Folder of example images to offer.  [default: embedded images of the served classes]"
 )
+@click.option("--monitor", metavar="URL", help="Address of a `vilu monitor`; the page /monitor shows its report.")
 def web_command(
     url: str,
     token: str | None,
@@ -42,6 +44,7 @@ def web_command(
     names: tuple[str, ...],
     max_image_bytes: int | None,
     examples: Path | None,
+    monitor: str | None,
     **tls: Any,
 ) -> int:
     """Show a page that asks a running server.
@@ -61,6 +64,8 @@ def web_command(
     from vilu.serving.web import AT_ONCE, application, embedded_examples, folder_examples
 
     token = token_from(token, "VILU_TOKEN")
+    if monitor is not None and not monitor.startswith(("http://", "https://")):
+        raise UserError(f"--monitor: must be http://HOST:PORT, not {monitor}")
 
     def connect() -> AsyncClient:
         return AsyncClient(url, token=token, timeout=timeout, in_flight=AT_ONCE, shared_memory=False, **tls)
@@ -75,6 +80,7 @@ def web_command(
         connect,
         names=(host, *names),
         max_bytes=Transform.max_bytes if max_image_bytes is None else max_image_bytes,
+        monitor=monitor,
         examples=embedded_examples() if examples is None else folder_examples(examples),
         served_examples=examples is None,
     )

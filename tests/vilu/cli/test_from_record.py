@@ -1,0 +1,132 @@
+"""`vilu calibrate --from-record` and `vilu train --from-record`: recorded answers and feedback as data."""
+
+from datetime import datetime, timedelta, timezone
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn import functional as F
+
+from tests.support.embeddings import unit_rows
+from vilu import Checkpoint, ClassSet, UserError, load_checkpoint, save_checkpoint, train_head
+from vilu.checkpoint import ClipSpec, digest
+from vilu.cli import group
+from vilu.evaluation.calibration import TargetNotMetError, guaranteed_risk
+from vilu.evaluation.labelled import guaranteed_risk_of_labelled
+from vilu.recipes import Recipe
+from vilu.serving.record import Feedback, ParquetRecord
+
+START = datetime(2026, 1, 2, tzinfo=timezone.utc)
+
+
+def sample(random, n):
+    """P(failure), whether right, and the probability of a label: 0.3 below P(failure) 0.4, 1 above."""
+    failure = 1 / (1 + np.exp(-random.normal(-2, 1.5, n)))
+    return failure, random.random(n) >= failure, np.where(failure < 0.4, 0.3, 1.0)
+
+
+def test_with_all_labels_it_is_the_exact_test():
+    failure, right, _ = sample(np.random.default_rng(0), 3000)
+    whole = guaranteed_risk(failure, right, 0.1)
+    found = guaranteed_risk_of_labelled(failure, right, np.ones(3000), failure, 0.1)
+    # The exact one may choose other starts; both keep the promise, at nearly the same coverage.
+    assert found.bound <= 0.1
+    assert found.coverage == pytest.approx(whole.coverage, abs=0.02)
+    assert found.risk == pytest.approx((~right[failure < found.threshold]).mean())
+    with pytest.raises(TargetNotMetError):
+        guaranteed_risk_of_labelled(failure[:20], right[:20], np.ones(20), failure, 0.001)
+    with pytest.raises(UserError):
+        guaranteed_risk_of_labelled(failure, right, np.zeros(3000), failure, 0.1)
+
+
+def test_the_promise_holds_with_labels_drawn_by_a_policy():
+    """The true risk below θ is the mean of P(failure) there. 200 runs at 90%: more than 32 misses have p < 1e-2."""
+    random = np.random.default_rng(1)
+    truth = np.sort(sample(random, 200_000)[0])
+    missed, coverage = 0, 0.0
+    for _ in range(200):
+        failure, right, chance = sample(random, 2000)
+        looked = random.random(2000) < chance
+        found = guaranteed_risk_of_labelled(failure[looked], right[looked], chance[looked], failure, 0.15, 0.9)
+        missed += truth[: np.searchsorted(truth, found.threshold)].mean() > 0.15
+        coverage += found.coverage / 200
+    assert missed <= 32
+    assert coverage > 0.6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A checkpoint, its record with embeddings and feedback, and images of the same source."""
+    folder = tmp_path_factory.mktemp("recorded")
+    t = unit_rows(6, 24, 0).float()
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(6, (4000,), generator=generator)
+    noise = 0.25 * torch.rand(4000, 1, generator=generator) * torch.randn(4000, 24, generator=generator)
+    v = F.normalize(t[labels] + noise, dim=1)
+    head = train_head(v[:1000], labels[:1000], t, recipe=Recipe(epochs=3, min_steps=0, folds=1))
+    names = tuple(f"class {i}" for i in range(6))
+    made = Checkpoint(head, ClipSpec("vilu-tiny", None, 100.0, "f"), ClassSet(names, ("a {}",), t), threshold=0.3)
+    save_checkpoint(made, folder / "head.safetensors")
+    record, random = ParquetRecord(folder / "record", create=True), np.random.default_rng(2)
+    failure, predicted = head.failure_probability(v, t).numpy(), (v @ t.T).argmax(dim=1).numpy()
+    rows, said = [], []
+    for i in range(1000, 3500):
+        accept = bool(failure[i] < 0.3)
+        chosen = bool(random.random() < (0.5 if accept else 1.0))
+        row = {"id": f"r{i}", "time": START + timedelta(minutes=i), "model": "vilu", "model_version": 1}
+        row |= {"checkpoint": digest(made), "class_set": "default", "class_set_version": 1}
+        row |= {"class_index": int(predicted[i]), "label": names[predicted[i]], "confidence": 0.5, "entropy": None}
+        row |= {"failure_probability": float(failure[i]), "accept": accept, "chosen": chosen}
+        row |= {"label_probability": 0.5 if accept else 1.0, "embedding": v[i].numpy().astype(np.float16)}
+        rows.append(row)
+        if chosen:
+            right = bool(predicted[i] == labels[i])
+            kind = {"right": right, "label": None} if i % 2 else {"right": None, "label": names[labels[i]]}
+            said.append(Feedback(f"r{i}", time=START, **kind))
+    record.append(rows)
+    record.give(said)
+    return folder, v[3500:], labels[3500:], t
+
+
+def run(*arguments):
+    return CliRunner().invoke(group, [str(a) for a in arguments], standalone_mode=False)
+
+
+def test_a_threshold_is_chosen_from_a_record(world, tmp_path):
+    folder, v, labels, t = world
+    options = ["--ckpt", folder / "head.safetensors", "--from-record", folder / "record"]
+    done = run("calibrate", *options, "--target-risk", 0.15, "--output", tmp_path / "a.safetensors")
+    assert done.exception is None, done.exception
+    assert "2500 recorded answers" in done.output
+    found = load_checkpoint(tmp_path / "a.safetensors")
+    accepted = found.head.failure_probability(v, t) < found.threshold
+    wrong = (v @ t.T).argmax(dim=1) != labels
+    assert accepted.float().mean() > 0.3
+    assert wrong[accepted].float().mean() < 0.2
+    note = found.meta["calibration"]
+    assert note["threshold"]["bound"] <= 0.15
+    assert (note["reference"]["samples"], note["reference"]["target_risk"]) == (2500, 0.15)
+    assert digest(found) == digest(load_checkpoint(folder / "head.safetensors"))
+    for more, said in (
+        (["--since", "2030-01-01"], "no answers of this checkpoint"),
+        (["--probability-calibration", "platt"], "no other target"),
+    ):
+        done = run("calibrate", *options, "--target-risk", 0.15, *more)
+        assert isinstance(done.exception, UserError)
+        assert said in str(done.exception)
+
+
+def test_a_head_is_trained_on_a_record(world, tmp_path):
+    folder, v, labels, t = world
+    options = ["--from-record", folder / "record", "--output", tmp_path / "new.safetensors", "--epochs", 3]
+    done = run("train", *options, "--ckpt", folder / "head.safetensors", "--no-estimate-images")
+    assert done.exception is None, done.exception
+    found = load_checkpoint(tmp_path / "new.safetensors")
+    assert found.class_set.names == load_checkpoint(folder / "head.safetensors").class_set.names
+    from vilu.evaluation.metrics import auroc
+
+    right = ((v @ t.T).argmax(dim=1) == labels).numpy()
+    assert auroc(-found.head.failure_probability(v, t).numpy(), right) > 0.7
+    done = run("train", *options)
+    assert "needs --ckpt" in str(done.exception)

@@ -1,0 +1,116 @@
+"""`vilu monitor` watches the risk of a server's recorded answers."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from vilu.cli.command import Command
+from vilu.cli.options import SECONDS, host_option
+
+if TYPE_CHECKING:
+    from vilu.serving.monitor import Report
+
+
+@click.command("monitor", cls=Command, extra="record")
+@click.option(
+    "--record",
+    envvar="VILU_RECORD",
+    required=True,
+    metavar="DIR|postgresql://...|@FILE",
+    help="The record of `vilu serve --record`.  [default: $VILU_RECORD]",
+)
+@click.option("--once", is_flag=True, help="Print a table and end, with exit code 1 where there is an alarm.")
+@click.option("--json", "as_json", is_flag=True, help="With --once: print JSON.")
+@click.option(
+    "--target-risk",
+    type=click.FloatRange(0, 1, True, True),
+    help="Risk that must not be exceeded.  [default: what `vilu calibrate --target-risk` promised]",
+)
+@click.option(
+    "--level",
+    type=click.FloatRange(0, 1, True, True),
+    default=0.05,
+    show_default=True,
+    help="Largest probability of a false alarm over all time, for the risk and for drift.",
+)
+@click.option("--window", type=SECONDS, default=86400, show_default=True, help="Length of a time window in seconds.")
+@click.option(
+    "--every", type=SECONDS, default=60, show_default=True, help="Seconds between two readings of the record."
+)
+@host_option
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8003, show_default=True, help="Port. 0 picks a free one."
+)
+@click.option("--token", metavar="TOKEN|@FILE", help="Token that feedback must carry.  [default: $VILU_TOKEN, or none]")
+def monitor_command(
+    record: str,
+    once: bool,
+    as_json: bool,
+    target_risk: float | None,
+    level: float,
+    window: float,
+    every: float,
+    host: str,
+    port: int,
+    token: str | None,
+) -> int:
+    """Watch the risk of a server's recorded answers.
+
+    For each class set and version: how many answers are accepted, how many of these are wrong by the feedback, within
+    bounds that hold at all times at once, and whether the answers differ from the calibration data. Without --once, a
+    service reads the record again and again. It takes feedback (POST /feedback), and has metrics (/metrics) and the
+    report (/report.json).
+    """
+    from vilu.serving.monitor import watch
+    from vilu.serving.monitor_service import as_plain, serve
+    from vilu.serving.record import open_record
+    from vilu.serving.tokens import token_from
+
+    opened = open_record(record)
+    if not once:
+        word = token_from(token, "VILU_TOKEN")
+        return serve(
+            opened, host=host, port=port, every=every, token=word, target_risk=target_risk, level=level, window=window
+        )
+    report = watch(opened, target_risk=target_risk, level=level, window=window)
+    if as_json:
+        click.echo(json.dumps(as_plain(report), indent=2))
+    else:
+        _print(report)
+    return 1 if report.alarm else 0
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    def percent(value: float | None) -> str:
+        return "" if value is None or value != value else f"{value:.1%}"
+
+    table = Table("class set", "version", "answers", "accepted", "labelled", "risk", "target", "expected", "drift", "")
+    for one in report.watched:
+        risk = f"{percent(one.risk)} ({percent(one.low)}–{percent(one.high)})" if one.labelled else ""
+        drift = max(one.drift.values(), default=None)
+        table.add_row(
+            escape(f"{one.class_set}@{one.class_set_version}" if one.class_set else "own labels"),
+            str(one.model_version),
+            str(one.answers),
+            percent(one.accepted / one.answers),
+            str(one.labelled),
+            risk,
+            percent(one.target_risk),
+            percent(one.expected_risk),
+            "" if drift is None else f"e{drift:.1f}",
+            f"[red]{' and '.join(one.alarms)}[/]" if one.alarms else "[green]well[/]",
+        )
+    Console().print(table)
+    told = report.feedback
+    click.echo(
+        f"feedback: {told['used']} used, {told['unasked']} about answers that were not chosen, {told['changed']} "
+        f"changed, {told['unknown']} about unknown ids",
+        err=True,
+    )
