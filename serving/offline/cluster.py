@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from vilu.data.files import first_line
+from vilu.data.tables import first_line
 from vilu.errors import UserError
 
 # Ray reads these when it is imported, so they stand before the first import.

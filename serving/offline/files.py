@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vilu.data.files import first_line
 from vilu.data.source import READ_LIMIT
+from vilu.data.tables import first_line
 from vilu.errors import UserError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

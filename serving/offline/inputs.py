@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vilu.data.files import first_line
 from vilu.data.image_files import SUFFIXES
 from vilu.data.shards import _expand as expand
+from vilu.data.tables import first_line
 from vilu.errors import UserError
 from vilu.serving.offline.files import is_uri, join, resolve
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from vilu.data.files import first_line
+from vilu.data.tables import first_line
 from vilu.errors import UserError
 from vilu.serving.offline.files import read_image
 from vilu.serving.offline.triton import InferenceRequest, Tensor, load_model, read_config, version_folder

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from vilu.data.files import first_line
+from vilu.data.tables import first_line
 from vilu.errors import UserError
 
 BACKEND = "triton_python_backend_utils"
