@@ -103,7 +103,7 @@ def test_it_needs_no_torch_and_leaves_the_repository_as_it_was(repository):
     ("options", "message"),
     [
         ({"class_set": "pets"}, "class set 'pets' is not served"),
-        ({"labels": ["cat", "cat"]}, "there twice"),
+        ({"labels": ["cat", "cat"]}, "repeats label 1"),
         ({"labels": ["cat"], "class_set": "pets"}, "not both"),
         ({"expected": "0" * 64}, "is another repository here"),
     ],
