@@ -1,4 +1,4 @@
-"""The service: starting NVIDIA's tritonserver on a model repository, and asking it. No torch here.
+"""The service: starting NVIDIA's tritonserver on a model repository, asking it, and offline scoring. No torch here.
 
 Names are resolved on first use. So a module of this package needs only the packages that it uses itself.
 """
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vilu.serving.answers import AccessDenied, DeadlineExceeded, ServerUnavailable
     from vilu.serving.async_client import AsyncClient
     from vilu.serving.client import Client
+    from vilu.serving.offline import Scorer, score
     from vilu.serving.server import Server
     from vilu.serving.tritonserver import find_tritonserver
 
@@ -23,9 +24,11 @@ _HOME = {
     "Client": "vilu.serving.client",
     "DeadlineExceeded": "vilu.serving.answers",
     "RequestRefused": "vilu.answers",
+    "Scorer": "vilu.serving.offline",
     "Server": "vilu.serving.server",
     "ServerUnavailable": "vilu.serving.answers",
     "find_tritonserver": "vilu.serving.tritonserver",
+    "score": "vilu.serving.offline",
 }
 __all__ = [
     "Access",
@@ -35,9 +38,11 @@ __all__ = [
     "Client",
     "DeadlineExceeded",
     "RequestRefused",
+    "Scorer",
     "Server",
     "ServerUnavailable",
     "find_tritonserver",
+    "score",
 ]
 
 

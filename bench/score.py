@@ -1,0 +1,240 @@
+"""Measures offline scoring: `vilu score` beside what a user would otherwise run, on the same cores.
+
+    python bench/score.py [--clip ViT-B-32] [--images 600] [--small 100000] [--output bench/results/score-cpu]
+
+The weights are random, which changes no speed; every contender answers the same photographs with the same head.
+
+    loop       the exported graphs in a plain loop of one process (`Scorer`), with all cores
+    authors    open_clip in float32 and the authors' head in a plain loop, with all cores
+    recipe     Ray's documented recipe for batch inference: open_clip in float32 in `map_batches`
+    score N    `vilu score` with N actors that share the cores
+
+A contender's images per second count from its first answer to its last, so that no start is timed. `--small` answers
+so many small images from Parquet with the embedded CLIP, and reports the most memory that all of Ray's processes held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
+
+from bench.common import RESULTS, machine, markdown_table, write_results
+from bench.exports import export_measured
+from bench.inputs import photos, stand_in
+from vilu.checkpoint import save_checkpoint
+from vilu.clip import load_clip
+from vilu.serving.offline import Scorer, Workers, run_job, score
+from vilu.serving.offline.cluster import cluster
+
+CORES = len(os.sched_getaffinity(0))
+OBJECTS = 300 << 20  # bytes of Ray's object store
+BATCH = 16
+SAMPLE = 256  # photographs that the export measures its parity on
+
+
+def rate(batches: Iterable[int]) -> float:
+    """Images per second from the first batch's arrival to the last; `batches` yields their sizes."""
+    count, first, last = 0, 0.0, 0.0
+    for size in batches:
+        last = time.perf_counter()
+        if first:
+            count += size
+        else:
+            first = last
+    return count / (last - first)
+
+
+def loop(files: Sequence[Path], answer: Callable[[list[bytes]], Any]) -> float:
+    def batches() -> Iterable[int]:
+        for i in range(0, len(files), BATCH):
+            some = [path.read_bytes() for path in files[i : i + BATCH]]
+            answer(some)
+            yield len(some)
+
+    return rate(batches())
+
+
+class Recipe:
+    """The callable class of Ray's documentation, with open_clip: decode, transform, encode in float32."""
+
+    def __init__(self, clip: str, checkpoint: str, threads: int) -> None:
+        import torch
+
+        from bench.contenders import peers
+        from vilu.checkpoint import load_checkpoint
+
+        torch.set_num_threads(threads)
+        loaded = load_clip(clip, "random" if clip != "vilu-tiny" else None)
+        _, _, build = next(iter(peers(loaded, load_checkpoint(Path(checkpoint)), "cpu", threads, Path(), True)))
+        self.way = build()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+
+        with torch.inference_mode():
+            failure, index = self.way.answer(list(batch["bytes"]))
+        return {"failure_probability": failure, "class_index": index}
+
+
+def recipe(folder: Path, clip: str, checkpoint: Path, workers: int) -> float:
+    import ray
+
+    dataset = ray.data.read_binary_files(str(folder)).map_batches(
+        Recipe,
+        fn_constructor_args=(clip, str(checkpoint), max(CORES // workers, 1)),
+        batch_size=BATCH,
+        num_cpus=max(CORES // workers, 1),
+        compute=ray.data.ActorPoolStrategy(size=workers),
+    )
+    return rate(bundle.num_rows() or 0 for bundle in dataset.iter_internal_ref_bundles())
+
+
+def scored(folder: Path, repository: Path, workers: int) -> float:
+    asked = Workers(workers, workers, max(CORES // workers, 1), batch_size=BATCH)
+    dataset = score(folder, repository, workers=asked)
+    return rate(bundle.num_rows() or 0 for bundle in dataset.iter_internal_ref_bundles())
+
+
+class Memory(threading.Thread):
+    """The most memory (PSS, bytes) that this process and all below it held, looked at every half second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.ended = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.5):
+            self.most = max(self.most, sum(_pss(pid) for pid in _family(os.getpid())))
+
+
+def _family(pid: int) -> list[int]:
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with suppress(OSError):
+                found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def _pss(pid: int) -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return 0
+
+
+def small(count: int, repository: Path, work: Path) -> dict[str, Any]:
+    """Answer `count` small images from Parquet, in 20 files, and report time and memory."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    from vilu.tiny import data
+
+    images = []
+    for image in data.digits("test").images:
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(image)).resize((32, 32)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    folder = work / f"small-{count}"
+    folder.mkdir()
+    for number in range(20):
+        rows = [images[i % len(images)] for i in range(count // 20)]
+        pq.write_table(pa.table({"image": rows}), folder / f"{number:02}.parquet", row_group_size=5000)
+    memory = Memory()
+    memory.start()
+    options = {"object_store_bytes": OBJECTS}
+    summary = run_job([str(folder)], repository, work / f"out-{count}", ray_options=options, workers=Workers(2, 2))
+    memory.ended.set()
+    memory.join()
+    return {"images": count, "peak_mib": memory.most >> 20, **summary["this_run"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--clip", default="ViT-B-32")
+    parser.add_argument("--images", type=int, default=600, help="photographs for each contender")
+    parser.add_argument("--small", type=int, default=100_000, help="small images for the memory; a tenth too; 0: none")
+    parser.add_argument("--output", type=Path, default=RESULTS / "score-cpu")
+    arguments = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="vilu-score-"))
+    try:
+        found = measure(arguments, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    rows = [(name, f"{value:.1f}") for name, value in found["images_per_second"].items()]
+    lines = markdown_table(("contender", "images/s"), rows)
+    if found["small"]:
+        table = [(r["images"], r["images_per_second"], r["peak_mib"]) for r in found["small"]]
+        lines += ["", *markdown_table(("small images", "images/s", "peak MiB of all processes"), table)]
+    write_results(arguments.output, {".json": found, ".md": "\n".join(lines) + "\n"})
+    print("\n".join(lines))
+
+
+def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    import torch
+
+    from bench.contenders import peers
+
+    random = None if arguments.clip == "vilu-tiny" else "random"
+    clip = load_clip(arguments.clip, random)
+    jpegs = photos(max(arguments.images, SAMPLE))
+    folder, checkpoint = work / "photos", work / "checkpoint.safetensors"
+    folder.mkdir()
+    files = [folder / f"{i:05}.jpg" for i in range(len(jpegs))]
+    for path, jpeg in zip(files, jpegs, strict=True):
+        path.write_bytes(jpeg)
+    made = stand_in(clip, jpegs[:32])
+    save_checkpoint(made, checkpoint)
+    repository = work / "model_repository"
+    sample = work / "sample"
+    sample.mkdir()
+    for path in files[:SAMPLE]:
+        shutil.copy(path, sample)
+    export_measured(checkpoint, repository, sample, "float32", "cpu", ["--max-batch-size", str(BATCH)])
+    rates: dict[str, float] = {}
+    scorer = Scorer(repository, threads=CORES)
+    rates["loop"] = loop(files, scorer.answers)
+    _, _, build = next(iter(peers(clip, made, "cpu", CORES, work, True)))
+    way = build()
+    with torch.inference_mode():
+        rates["authors"] = loop(files, way.answer)
+    with cluster(cpus=CORES + 1, object_store_bytes=OBJECTS):
+        for workers in (1, 2):
+            rates[f"score {workers}"] = scored(folder, repository, workers)
+        rates["recipe"] = recipe(folder, arguments.clip, checkpoint, 1)
+    rates["loop again"] = loop(files, scorer.answers)  # what else ran on this machine meanwhile shows here
+    tiny = work / "tiny"
+    small_rows = []
+    if arguments.small:
+        embedded = load_clip()
+        save_checkpoint(stand_in(embedded, jpegs[:32]), work / "tiny.safetensors")
+        export_measured(work / "tiny.safetensors", tiny, sample, "float32", "cpu", ["--max-batch-size", "64"])
+        small_rows = [small(count, tiny, work) for count in (arguments.small // 10, arguments.small)]
+    return {
+        "machine": machine("cpu"),
+        "clip": arguments.clip,
+        "batch": BATCH,
+        "provider": scorer.tower.provider,
+        "images_per_second": rates,
+        "small": small_rows,
+    }
+
+
+if __name__ == "__main__":
+    main()
