@@ -13,6 +13,7 @@ from vilu import atomic
 from vilu.checkpoint import Checkpoint, load_checkpoint
 from vilu.clip import Clip, load_clip_for
 from vilu.export import build, checks, cuda_head, measure, parity, report, versions
+from vilu.export.cache import Cache
 from vilu.export.job import Job, Progress, Ticker
 from vilu.export.limits import Limits
 from vilu.export.sample import draw_sample
@@ -36,6 +37,7 @@ def export(
     preprocess: str = "exact",
     version: int | None = None,
     limits: Limits | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a Triton model repository, whole and within its parity budget, or not at all.
@@ -63,6 +65,8 @@ def export(
         version: keep what the folder holds and add this export beside it; the server's next start serves it
             (`vilu.export.versions.use` goes back). None: replace the folder.
         limits: what the server refuses.
+        cache: folder that keeps traced towers and what they answered, for the next export of the same CLIP
+            (`vilu.export.cache`); None keeps nothing.
         progress: called with (what, steps done, steps in all).
 
     Returns:
@@ -98,7 +102,7 @@ def export(
         clip = load_clip_for(checkpoint)
     checks.check_clip(checkpoint, clip, class_set, limits)
     sample = draw_sample(clip, class_set.names, images, labels, calibrate=precision == "int8")
-    job = Job(checkpoint, clip, class_set, sample, max_batch_size, runtime, limits, archs, preprocess)
+    job = Job(checkpoint, clip, class_set, sample, max_batch_size, runtime, limits, archs, preprocess, Cache(cache))
     with atomic.folder(output) as staging:
         tick = Ticker(progress, 12 + len(archs) + len(parity.batch_sizes(max_batch_size)))
         build.write_graphs(job, staging, tick)

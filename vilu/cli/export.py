@@ -10,7 +10,7 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
-from vilu.cli.options import PATH, REPOSITORY, clip_options, template_option
+from vilu.cli.options import PATH, REPOSITORY, clip_options, default_cache, template_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -124,6 +124,14 @@ if TYPE_CHECKING:
 @click.option("--max-image-pixels", type=int, help="Largest decoded image, in pixels.  [default: 50,000,000]")
 @click.option("--max-labels", type=int, help="Number of labels that a request may bring itself.  [default: 1000]")
 @click.option("--max-label-bytes", type=int, help="Longest such label, in bytes of UTF-8.  [default: 256]")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="VILU_CACHE",
+    default=default_cache,
+    show_default="VILU_CACHE, or ~/.cache/vilu",
+    help="Folder that keeps the traced towers, which makes the next export of the same CLIP fast.",
+)
 def export_command(
     ckpt: Path,
     output: Path,
@@ -145,6 +153,7 @@ def export_command(
     engines: str,
     cuda_arch: str | None,
     version: int | None,
+    cache: Path,
     **limits: float | None,
 ) -> None:
     """Write ONNX graphs and a Triton model repository.
@@ -169,7 +178,7 @@ def export_command(
     target: dict[str, Any] = {"device": device or ("gpu" if cuda_arch else "cpu"), "provider": provider, "cores": cores}
     target |= {"precision": precision, "allow_loss": allow_loss, "engines": engines, "preprocess": preprocess}
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-    target |= {"version": version, "limits": Limits(**given)}
+    target |= {"version": version, "limits": Limits(**given), "cache": cache / "towers"}
     if cuda_arch is not None:
         if device == "cpu":
             raise UserError("--cuda-arch is for --device gpu")
