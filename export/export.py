@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def export(
     version: int | None = None,
     limits: Limits | None = None,
     cache: Path | None = None,
+    tried: Sequence[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a Triton model repository, whole and within its parity budget, or not at all.
@@ -67,6 +68,7 @@ def export(
         limits: what the server refuses.
         cache: folder that keeps traced towers and what they answered, for the next export of the same CLIP
             (`vilu.export.cache`); None keeps nothing.
+        tried: what `vilu.export.auto` measured to choose the precision, for the report.
         progress: called with (what, steps done, steps in all).
 
     Returns:
@@ -109,6 +111,8 @@ def export(
         build.write_models(job, staging)
         measured = measure.measure(job, staging, tick)
         summary = report.build(job, measured.figures)
+        if tried:
+            summary["tried"] = list(tried)
         summary["over_budget"] = checks.check_parity(summary, allow_loss=allow_loss)
         report.write(staging, summary, measured)
         tick.progress("checked", tick.total, tick.total)
