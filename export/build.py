@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from vilu.export.float16 import to_float16
 from vilu.export.graphs import ANSWER, ImageGraph, TextGraph, write_graph
 from vilu.export.int8 import quantise
 from vilu.export.job import Job, Ticker
-from vilu.export.onnx_file import merge_full
+from vilu.export.onnx_file import copy_graph, merge_full
 from vilu.export.open_vocabulary import write_open_vocabulary
 from vilu.export.tokenizer import write_tokenizer
 from vilu.kernels import fold
@@ -29,10 +30,13 @@ def write_graphs(job: Job, root: Path, tick: Ticker) -> None:
     fused = job.runtime.provider != "tensorrt"  # TensorRT knows none of ONNX Runtime's own operators
     paths = {name: root / name / "1" / "model.onnx" for name in ("clip_image", "clip_text", "vilu_head", "vilu_full")}
     image, text = {"IMAGE_EMBEDDING": [dim]}, {"TEXT_EMBEDDING": [dim]}
-    write_graph(ImageGraph(job.clip), pixels, paths["clip_image"], "PIXELS", image, fused=fused)
-    tick("writing clip_image")
-    write_graph(TextGraph(job.clip), tokens[:2], paths["clip_text"], "TOKENS", text, fused=fused)
-    tick("writing clip_text")
+    for name, module, example, entry, outputs in (
+        ("clip_image", ImageGraph, pixels, "PIXELS", image),
+        ("clip_text", TextGraph, tokens[:2], "TOKENS", text),
+    ):
+        write = partial(write_graph, module(job.clip), example, paths[name], entry, outputs, fused=fused)
+        job.towers.graph(paths[name], fused, write)
+        tick(f"writing {name}")
     feeds = {"clip_image": {"PIXELS": job.sample.calibration}, "clip_text": {"TOKENS": calibration.numpy()}}
     for name, feed in feeds.items():
         if job.precision == "float16":
@@ -79,16 +83,18 @@ def write_models(job: Job, root: Path) -> None:
     plain = fold(
         job.checkpoint.head, job.class_set.text_embeddings, logit_scale=job.clip.spec.logit_scale, layout="plain"
     )
-    for name in ("vilu_embeddings",) if job.cuda_archs else ("vilu_head", "vilu_embeddings"):
-        write_open_vocabulary(plain, job.checkpoint.threshold, root / name / "1" / "ragged.onnx")
-    for name in ("vilu_details", "vilu_embeddings"):
-        write_details(plain, root / name / "1" / "details.onnx")
+    both = root / "vilu_embeddings" / "1"
+    write_open_vocabulary(plain, job.checkpoint.threshold, both / "ragged.onnx")
+    write_details(plain, both / "details.onnx")
+    copy_graph(both / "details.onnx", root / "vilu_details" / "1" / "details.onnx")
+    if not job.cuda_archs:
+        copy_graph(both / "ragged.onnx", root / "vilu_head" / "1" / "ragged.onnx")
     tokenizer = root / "clip_text" / "1" / "tokenizer.json"
     transform = write_tokenizer(job.clip, tokenizer)
     repository.write_tokenize(root / "tokenize", tokenizer, transform, job.tokens[0].shape[1], served)
     repository.write_text(root / "vilu_text", dim, batch)
     repository.write_answering(root / "vilu", dim, batch, head="vilu_head", details_from="vilu_details")
-    both = "vilu_embeddings"
-    repository.write_answering(root / "vilu_open", dim, batch, head=both, details_from=both, candidates=True)
+    model = both.parent.name
+    repository.write_answering(root / "vilu_open", dim, batch, head=model, details_from=model, candidates=True)
     repository.write_labels(root / "labels.txt", job.class_set.names)
     shutil.copyfile(README, root / "README.md")

@@ -23,6 +23,10 @@ from vilu.preprocess.image import MODES
 from vilu.serving.backends.onnxruntime import session
 
 
+class OverBudgetError(FailedError):
+    """The written graphs are over their precision's parity budget."""
+
+
 def check_output(output: Path, version: int | None) -> None:
     """Refuse a folder that no export wrote, unless it is empty, and a version that is there already."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -83,10 +87,13 @@ def check_parity(report: Mapping[str, Any], *, allow_loss: bool) -> list[str]:
 
     Returns:
         One line for everything that is over the budget.
+
+    Raises:
+        OverBudgetError: the graphs are refused.
     """
     problems = list(parity.over_budget(report))
     broken = [problem for problem in problems if parity.NOT_FINITE in problem]
     if broken or (problems and not allow_loss):
         first, more = (broken or problems)[0], len(problems) - 1
-        raise FailedError(f"export refused: {first}" + (f" (and {more} more)" if more else ""))
+        raise OverBudgetError(f"export refused: {first}" + (f" (and {more} more)" if more else ""))
     return problems

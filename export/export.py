@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from vilu import atomic
 from vilu.checkpoint import Checkpoint, load_checkpoint
 from vilu.clip import Clip, load_clip_for
 from vilu.export import build, checks, cuda_head, measure, parity, report, versions
+from vilu.export.cache import Cache
 from vilu.export.job import Job, Progress, Ticker
 from vilu.export.limits import Limits
 from vilu.export.sample import draw_sample
@@ -36,6 +37,8 @@ def export(
     preprocess: str = "exact",
     version: int | None = None,
     limits: Limits | None = None,
+    cache: Path | None = None,
+    tried: Sequence[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a Triton model repository, whole and within its parity budget, or not at all.
@@ -63,6 +66,9 @@ def export(
         version: keep what the folder holds and add this export beside it; the server's next start serves it
             (`vilu.export.versions.use` goes back). None: replace the folder.
         limits: what the server refuses.
+        cache: folder that keeps traced towers and what they answered, for the next export of the same CLIP
+            (`vilu.export.cache`); None keeps nothing.
+        tried: what `vilu.export.auto` measured to choose the precision, for the report.
         progress: called with (what, steps done, steps in all).
 
     Returns:
@@ -98,13 +104,15 @@ def export(
         clip = load_clip_for(checkpoint)
     checks.check_clip(checkpoint, clip, class_set, limits)
     sample = draw_sample(clip, class_set.names, images, labels, calibrate=precision == "int8")
-    job = Job(checkpoint, clip, class_set, sample, max_batch_size, runtime, limits, archs, preprocess)
+    job = Job(checkpoint, clip, class_set, sample, max_batch_size, runtime, limits, archs, preprocess, Cache(cache))
     with atomic.folder(output) as staging:
         tick = Ticker(progress, 12 + len(archs) + len(parity.batch_sizes(max_batch_size)))
         build.write_graphs(job, staging, tick)
         build.write_models(job, staging)
         measured = measure.measure(job, staging, tick)
         summary = report.build(job, measured.figures)
+        if tried:
+            summary["tried"] = list(tried)
         summary["over_budget"] = checks.check_parity(summary, allow_loss=allow_loss)
         report.write(staging, summary, measured)
         tick.progress("checked", tick.total, tick.total)

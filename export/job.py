@@ -12,11 +12,13 @@ import torch
 from vilu.checkpoint import Checkpoint, digest
 from vilu.class_set import ClassSet
 from vilu.clip import Clip
+from vilu.export.cache import NO_CACHE, Cache
 from vilu.export.graphs import HeadGraph
 from vilu.export.limits import Limits
 from vilu.export.model_config import Runtime, Tensors
 from vilu.export.repository import Served
 from vilu.export.sample import Sample, texts
+from vilu.export.towers import Towers
 from vilu.kernels import FoldedHead, fold
 
 # How many inputs measure what needs no more: the provider that servers fall back to, the joined graph, and texts in
@@ -39,6 +41,7 @@ class Job:
         limits: what the server refuses.
         cuda_archs: compute capabilities of the fused head; empty for a head in ONNX.
         preprocess: "exact" or "fast", how images are decoded.
+        cache: what earlier exports kept of their towers.
     """
 
     checkpoint: Checkpoint
@@ -50,6 +53,7 @@ class Job:
     limits: Limits
     cuda_archs: tuple[int, ...]
     preprocess: str
+    cache: Cache = NO_CACHE
 
     @property
     def precision(self) -> str:
@@ -68,6 +72,10 @@ class Job:
             digest(self.checkpoint),
             json.dumps(known) if known else "",
         )
+
+    @cached_property
+    def towers(self) -> Towers:
+        return Towers(self.clip, self.cache)
 
     @cached_property
     def folded(self) -> FoldedHead:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from vilu.export import parity
+from vilu.export.cache import digest
 from vilu.export.job import FEW_INPUTS, Job, Ticker
 from vilu.export.parity import Answers, Reference
+from vilu.export.towers import KeptSession
 from vilu.head import ViLUHead
 from vilu.scores import Entropy
 from vilu.serving.backends.onnxruntime import session
@@ -67,8 +69,11 @@ def measure(job: Job, root: Path, tick: Ticker) -> Measured:
             batches[provider] = _batch_effect(job, tower, head, answers, tick)
         else:
             by_provider[provider]["ranking"] = f"{len(reference)} images are too few to rank"
+        tower.keep()
         texts = references["clip_text"] if serves else references["clip_text"].first(FEW_INPUTS)
-        outputs = parity.run_batches(_open_tower(job, root, "clip_text", provider), "TOKENS", texts.feed, batch)
+        tower = _open_tower(job, root, "clip_text", provider)
+        outputs = parity.run_batches(tower, "TOKENS", texts.feed, batch)
+        tower.keep()
         graphs["clip_text"][provider] = {label: parity.compare_outputs(outputs, texts)}
         tick(f"checking clip_text ({provider})")
     head_row = parity.compare_outputs(head(truth.feed, batch), truth)
@@ -81,7 +86,7 @@ def measure(job: Job, root: Path, tick: Ticker) -> Measured:
     full = references["vilu_full"].first(FEW_INPUTS)
     if job.precision in ("float16", "int8"):  # the joined graph must answer as its own parts do
         full = Reference(full.input_name, full.feed, {name: cpu_outputs[name] for name in full.outputs})
-    joined = session.open_session(root / "vilu_full" / "1" / "model.onnx", threads=job.runtime.cores)
+    joined = session.open_session(root / "vilu_full" / "1" / "model.onnx", threads=session.cores())
     outputs = parity.run_batches(joined, "PIXELS", full.feed, batch)
     graphs["vilu_full"]["cpu"] = {label: parity.compare_outputs(outputs, full)}
     tick("checking vilu_full")
@@ -89,9 +94,12 @@ def measure(job: Job, root: Path, tick: Ticker) -> Measured:
     return Measured(figures, served, eager)
 
 
-def _open_tower(job: Job, root: Path, name: str, provider: str) -> parity.Session:
+def _open_tower(job: Job, root: Path, name: str, provider: str) -> KeptSession:
     path = root / name / "1" / "model.onnx"
-    return session.open_session(path, provider, job.precision, threads=job.runtime.cores)
+    output = "IMAGE_EMBEDDING" if name == "clip_image" else "TEXT_EMBEDDING"
+    sample = digest(job.sample.pixels if name == "clip_image" else job.tokens[0].numpy())
+    threads = min(job.runtime.cores, session.cores())  # more threads than cores would only wait for one another
+    return KeptSession(path, output, provider, job.precision, threads, sample, job.cache)
 
 
 def _batch_effect(job: Job, tower: parity.Session, head: Head, answers: Answers, tick: Ticker) -> dict[str, Any]:
@@ -106,7 +114,7 @@ def _batch_effect(job: Job, tower: parity.Session, head: Head, answers: Answers,
 
 def _measure_open_vocabulary(job: Job, root: Path, truth: Reference) -> dict[str, Any]:
     """Compare the open-vocabulary head, with the class set as the candidates of every image."""
-    opened = session.open_session(root / "vilu_embeddings" / "1" / "ragged.onnx", threads=job.runtime.cores)
+    opened = session.open_session(root / "vilu_embeddings" / "1" / "ragged.onnx", threads=session.cores())
     outputs = run_open_vocabulary(opened, truth.feed, job.class_set.text_embeddings.numpy())
     expected = {name: value for name, value in truth.outputs.items() if name in outputs}
     return parity.compare_outputs(outputs, Reference("IMAGE_EMBEDDING", truth.feed, expected))
@@ -166,9 +174,9 @@ def eager_references(job: Job) -> dict[str, Reference]:
     """What the eager model, its head not folded, answers for the inputs of every graph."""
     t = job.class_set.text_embeddings
     feed, tokens = torch.from_numpy(job.sample.pixels), job.tokens[0]
+    v = job.towers.eager(job.clip.encode_pixels, feed, 32)
+    text = job.towers.eager(job.clip.encode_tokens, tokens, 64)
     with torch.no_grad():
-        v = torch.cat([job.clip.encode_pixels(chunk) for chunk in feed.split(32)])
-        text = torch.cat([job.clip.encode_tokens(chunk) for chunk in tokens.split(64)])
         similarity = v @ t.T
         confidence = torch.softmax(job.clip.spec.logit_scale * similarity, dim=-1).amax(dim=-1)
         answer = {

@@ -40,6 +40,13 @@ def save(model: ir.Model, path: Path) -> None:
             os.replace(file, path.with_name(file.name))
 
 
+def copy_graph(source: Path, path: Path) -> None:
+    """Write a graph again for another model, whose name it takes; it is not traced again."""
+    model = ir.load(source)
+    model.graph.name = path.parent.parent.name
+    save(model, path)
+
+
 def merge_full(image_graph: Path, head_graph: Path, path: Path) -> None:
     """Join the image tower's file and the head's into one: PIXELS -> what the head gives. Nothing is traced again.
 

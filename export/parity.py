@@ -19,7 +19,6 @@ Arrays = Mapping[str, np.ndarray]
 class Session(Protocol):
     """What `open_session` gives."""
 
-    provider: str
     outputs: list[str]
 
     def run(self, names: Sequence[str], feed: Arrays) -> list[np.ndarray]: ...

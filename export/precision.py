@@ -5,6 +5,7 @@ Logits, softmax, LayerNorm statistics, the last normalisation and the whole head
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from vilu.errors import UserError
@@ -49,6 +50,26 @@ MAX_BATCH_EFFECT = 1e-6
 PRODUCTS = ("MatMul", "Gemm", "Conv", "MultiHeadAttention")
 
 PROVIDERS = {"cpu": ("openvino", "cpu"), "gpu": ("cuda", "tensorrt")}
+
+
+def needs(precision: str, cpu_flags: Collection[str]) -> str:
+    """What a processor lacks to run a precision faster than float32; "" where it lacks nothing.
+
+    Args:
+        cpu_flags: as /proc/cpuinfo names them. On ARM those are asimddp and bf16.
+
+    Examples:
+        >>> needs("int8", {"avx2"})
+        'VNNI'
+        >>> needs("int8", {"avx2", "avx512_vnni"})
+        ''
+    """
+    hardware = {
+        "int8": ("VNNI", {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}),
+        "bfloat16": ("AMX and AVX512-BF16", {"amx_bf16", "avx512_bf16", "bf16"}),
+    }
+    name, flags = hardware.get(precision, ("", set()))
+    return "" if not flags or flags & set(cpu_flags) else name
 
 
 def check(precision: str, device: str, provider: str, *, has_openvino: bool, has_bfloat16: bool) -> None:

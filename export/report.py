@@ -20,7 +20,8 @@ from vilu.checkpoint import Checkpoint
 from vilu.export.job import Job
 from vilu.export.measure import Measured
 from vilu.export.parity import Answers
-from vilu.export.precision import BUDGETS, HEAD_BUDGET, MAX_BATCH_EFFECT
+from vilu.export.precision import BUDGETS, HEAD_BUDGET, MAX_BATCH_EFFECT, needs
+from vilu.serving.backends.onnxruntime import session
 
 
 def write(root: Path, report: Mapping[str, Any], measured: Measured) -> None:
@@ -42,6 +43,11 @@ def build(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
     if runtime.provider == "openvino":
         notes.append(
             "vilu_full holds strings, which OpenVINO cannot run, so all of it runs on ONNX Runtime's CPU provider."
+        )
+    lacking = needs(runtime.precision, session.cpu_flags()) if runtime.device == "cpu" else ""
+    if runtime.precision == "int8" and lacking:
+        notes.append(
+            f"int8 is not faster here: this processor lacks {lacking}. float32 answers better at least as fast."
         )
     return about(job.checkpoint, runtime.precision) | {
         "device": runtime.device,
@@ -138,9 +144,24 @@ def markdown(report: Mapping[str, Any]) -> str:
                 for batch, row in by_batch.items()
             ],
         ),
+        *_tried(report.get("tried", ())),
         *report["notes"],
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def _tried(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    table = []
+    for row in rows:
+        speed = row["images_per_second"]
+        table.append((row["precision"], row["provider"], f"{speed:.1f}" if speed else "", row["verdict"]))
+    return [
+        "## Why this precision",
+        "The image tower was timed on the machine that exported it, in every way that exists there.",
+        _table(("precision", "provider", "images a second", "verdict"), table),
+    ]
 
 
 def _ranking_line(provider: str, ranking: dict[str, Any] | str | None) -> str:

@@ -26,10 +26,16 @@ def checkpoint(clip):
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory, clip, checkpoint) -> Path:
+def tower_cache(tmp_path_factory) -> Path:
+    """Where `repository` kept its towers, which makes another export of the embedded CLIP fast."""
+    return tmp_path_factory.mktemp("cache") / "towers"
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory, clip, checkpoint, tower_cache) -> Path:
     """One export for all tests: copy it before changing it."""
     from vilu.export import export
 
     root = tmp_path_factory.mktemp("export") / "model_repository"
-    export(checkpoint, root, clip=clip, max_batch_size=8)
+    export(checkpoint, root, clip=clip, max_batch_size=8, cache=tower_cache)
     return root

@@ -33,7 +33,21 @@ if TYPE_CHECKING:
 
 
 @click.command("calibrate", cls=Command, extra="train")
-@click.option("--ckpt", type=PATH, required=True, help="Checkpoint to calibrate.")
+@click.argument("stages", nargs=-1, type=PATH, metavar="[CHECKPOINT]...")
+@click.option("--ckpt", type=PATH, help="Checkpoint to calibrate.")
+@click.option(
+    "--cascade",
+    is_flag=True,
+    help="Choose a cascade's threshold instead: name a checkpoint for each stage, the smallest CLIP first. An image "
+    "goes on to the next stage where its failure probability is above the threshold.",
+)
+@click.option(
+    "--margin",
+    type=click.FloatRange(0, 1, True, True),
+    default=0.005,
+    show_default=True,
+    help="Largest loss of a cascade's accuracy against its last stage alone, a fraction.",
+)
 @data_options
 @embeddings_option
 @clip_options
@@ -74,12 +88,19 @@ if TYPE_CHECKING:
     show_default=True,
     help="Method that calibrates the failure probability, on a half of the data that the threshold does not see.",
 )
-@click.option("--output", type=PATH, help="Checkpoint to write.  [default: replace --ckpt]")
+@click.option(
+    "--output",
+    type=PATH,
+    help="Checkpoint to write, or with --cascade a JSON file.  [default: replace --ckpt; with --cascade none]",
+)
 @dtype_option("float32")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split into halves.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object with the results.")
 def calibrate_command(
-    ckpt: Path,
+    stages: tuple[Path, ...],
+    ckpt: Path | None,
+    cascade: bool,
+    margin: float,
     data: str | None,
     dataset: str | None,
     root: Path | None,
@@ -110,7 +131,39 @@ def calibrate_command(
     on them. --target-risk is a guarantee: with probability --confidence
     over the draw of this data, accepted answers from the same source are wrong at most that often. The checkpoint
     stores the choice and the data it was made on.
+
+    With --cascade the threshold is the cheapest whose accuracy is within --margin of the last stage alone, or whose
+    accepted answers meet --target-risk, with the same guarantee.
     """
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if cascade:
+        from vilu.cli.cascade import choose_threshold
+        from vilu.data import open_source
+
+        if ckpt is not None or len(stages) < 2:
+            raise UserError(
+                "--cascade takes two or more checkpoints, as in --cascade small.safetensors large.safetensors"
+            )
+        others = (embeddings, clip_name, pretrained, target_coverage, target_tpr, refuse_outliers)
+        if any(value is not None for value in others) or probability != "none":
+            raise UserError("--cascade takes --data or --dataset, and --margin or --target-risk")
+        choose_threshold(
+            stages,
+            open_source(data, dataset=dataset, root=root, split=split, cache=cache, **columns),
+            cache,
+            dtype,
+            drop_known=drop_known,
+            margin=margin,
+            target_risk=target_risk,
+            confidence=confidence,
+            output=output,
+            as_json=as_json,
+        )
+        return
+    if stages:
+        raise UserError(f"{stages[0]}: name the checkpoint with --ckpt, or give --cascade")
+    if ckpt is None:
+        raise UserError("give --ckpt")
     import numpy as np
     import torch
 
@@ -142,7 +195,6 @@ def calibrate_command(
         raise UserError("--embeddings takes the place of --clip and --pretrained")
     if refuse_outliers is not None and checkpoint.outlier is None:
         raise UserError(f"{ckpt}: has no outlier score; train it with --outlier-score")
-    columns = {"image_column": image_column, "caption_column": caption_column}
     named = (clip_name, pretrained)
     held, spec = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype, columns, named)
     check_fits(ckpt, checkpoint, held)

@@ -10,7 +10,7 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
-from vilu.cli.options import PATH, REPOSITORY, clip_options, template_option
+from vilu.cli.options import PATH, REPOSITORY, clip_options, default_cache, template_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -57,10 +57,17 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
+    type=click.Choice(["auto", "float32", "float16", "bfloat16", "int8"]),
     default="float32",
     show_default=True,
-    help="Precision of the CLIP towers: float16 for GPUs, bfloat16 for CPUs that have it, int8 calibrated on --images.",
+    help="Precision of the CLIP towers: float16 for GPUs, bfloat16 for CPUs that have it, int8 calibrated on --images; "
+    "auto for a CPU measures them all here, and takes the fastest that is within its budget.",
+)
+@click.option(
+    "--cpu-flags",
+    metavar="LIST",
+    help="What the servers' CPU can do, as /proc/cpuinfo names it (avx2,avx512_vnni), for --precision auto.  "
+    "[default: as this machine]",
 )
 @click.option(
     "--allow-loss",
@@ -124,6 +131,14 @@ if TYPE_CHECKING:
 @click.option("--max-image-pixels", type=int, help="Largest decoded image, in pixels.  [default: 50,000,000]")
 @click.option("--max-labels", type=int, help="Number of labels that a request may bring itself.  [default: 1000]")
 @click.option("--max-label-bytes", type=int, help="Longest such label, in bytes of UTF-8.  [default: 256]")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="VILU_CACHE",
+    default=default_cache,
+    show_default="VILU_CACHE, or ~/.cache/vilu",
+    help="Folder that keeps the traced towers, which makes the next export of the same CLIP fast.",
+)
 def export_command(
     ckpt: Path,
     output: Path,
@@ -135,6 +150,7 @@ def export_command(
     images: Path | None,
     parity_images: int,
     precision: str,
+    cpu_flags: str | None,
     allow_loss: bool,
     preprocess: str,
     threshold: float | None,
@@ -145,6 +161,7 @@ def export_command(
     engines: str,
     cuda_arch: str | None,
     version: int | None,
+    cache: Path,
     **limits: float | None,
 ) -> None:
     """Write ONNX graphs and a Triton model repository.
@@ -163,13 +180,26 @@ def export_command(
     from vilu.class_set import DEFAULT_TEMPLATES, read_names
     from vilu.clip import load_clip_for
     from vilu.export import export
+    from vilu.export.auto import export_fastest
     from vilu.export.limits import Limits
     from vilu.export.sample import CALIBRATION, from_folder
 
     target: dict[str, Any] = {"device": device or ("gpu" if cuda_arch else "cpu"), "provider": provider, "cores": cores}
-    target |= {"precision": precision, "allow_loss": allow_loss, "engines": engines, "preprocess": preprocess}
+    automatic = precision == "auto"
+    if automatic and target["device"] == "gpu":
+        raise UserError("--precision auto measures on this machine's CPU; for a GPU name float16 or int8")
+    if automatic and allow_loss:
+        raise UserError("--precision auto takes nothing over its budget; leave out --allow-loss")
+    if cpu_flags is not None and not automatic:
+        raise UserError("--cpu-flags is for --precision auto")
+    if automatic:
+        del target["device"]
+        target["cpu_flags"] = None if cpu_flags is None else cpu_flags.replace(",", " ").split()
+    else:
+        target["precision"] = precision
+    target |= {"allow_loss": allow_loss, "engines": engines, "preprocess": preprocess}
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-    target |= {"version": version, "limits": Limits(**given)}
+    target |= {"version": version, "limits": Limits(**given), "cache": cache / "towers"}
     if cuda_arch is not None:
         if device == "cpu":
             raise UserError("--cuda-arch is for --device gpu")
@@ -209,12 +239,19 @@ def export_command(
     )
     with progress_bar() as bar:
         if images is not None:
-            wanted = parity_images + (CALIBRATION if precision == "int8" else 0)
+            wanted = parity_images + (CALIBRATION if precision in ("int8", "auto") else 0)
             target["images"], target["labels"] = from_folder(images, class_set.names, wanted)
-        report = export(checkpoint, output, clip=clip, max_batch_size=max_batch_size, **target, progress=bar)
+        write = export_fastest if automatic else export
+        report = write(checkpoint, output, clip=clip, max_batch_size=max_batch_size, **target, progress=bar)
+    for row in report.get("tried", ()):
+        speed = "" if row["images_per_second"] is None else f"{row['images_per_second']:.1f} images/s, "
+        said.result(f"{row['precision']} {row['provider']}: {speed}{row['verdict']}")
+    for note in report["notes"]:
+        if note.startswith("int8"):
+            said.warn(note)
     cost = report["answers"][next(iter(report["answers"]))]
     said.result(
-        f"{output}: {precision}, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
+        f"{output}: {report['precision']}, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
         f"P(failure) within {cost['failure_probability_error']['max']:.1e}"
     )
     if checkpoint.outlier is not None:

@@ -20,10 +20,11 @@ DEFAULT_URL = "127.0.0.1:8001"  # as in vilu.serving.address, which needs the cl
 REPOSITORY = Path("serving/model_repository")
 
 
-def _default_cache() -> Path:
-    from vilu.data.cache import default_cache
+def default_cache() -> Path:
+    """Return the folder that keeps embeddings and towers by default."""
+    from vilu.data import cache
 
-    return default_cache()
+    return cache.default_cache()
 
 
 def all_of(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
@@ -76,7 +77,7 @@ data_options = all_of(
         "--cache",
         type=click.Path(path_type=Path, file_okay=False),
         envvar="VILU_CACHE",
-        default=_default_cache,
+        default=default_cache,
         show_default="VILU_CACHE, or ~/.cache/vilu",
         help="Folder that keeps the embeddings. They are computed once, resumed after a kill, and computed again when "
         "their inputs change.",

@@ -58,13 +58,17 @@ def has_openvino() -> bool:
 
 
 @cache
+def cpu_flags() -> frozenset[str]:
+    """What this CPU can do, as /proc/cpuinfo names it; empty where there is no such file."""
+    try:
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return frozenset()
+
+
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware: AMX or AVX512-BF16."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return not cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
 
 
 def cores() -> int:

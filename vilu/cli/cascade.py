@@ -1,0 +1,164 @@
+"""What `vilu calibrate --cascade` does: it chooses the threshold above which the next, larger CLIP is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vilu.cli import output as said
+from vilu.cli.held_out import held_out
+from vilu.cli.progress import progress_bar
+from vilu.errors import UserError
+
+if TYPE_CHECKING:
+    from vilu.checkpoint import Checkpoint
+    from vilu.clip import Clip
+    from vilu.data.source import Source
+    from vilu.embeddings import EmbeddedSet
+    from vilu.evaluation.cascade import Stage
+
+
+def choose_threshold(
+    paths: Sequence[Path],
+    source: Source,
+    cache: Path,
+    dtype: str,
+    *,
+    drop_known: bool,
+    margin: float,
+    target_risk: float | None,
+    confidence: float,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Choose a cascade's threshold on held-out data, print what it costs, and write it as JSON where asked for.
+
+    Args:
+        paths: a checkpoint for each stage, the smallest CLIP first.
+        source: the images.
+        cache: folder of the embeddings.
+        dtype: number type of the embeddings.
+        drop_known: leave out the samples that a head was trained on.
+        margin: largest loss of accuracy against the last stage alone.
+        target_risk: if given, the rule instead of the margin.
+        confidence: probability of the guarantee.
+        output: JSON file to write.
+        as_json: print that JSON, and everything else on stderr.
+    """
+    from vilu import atomic
+    from vilu.evaluation.cascade import within_margin, within_risk
+    from vilu.evaluation.cost import milliseconds, multiply_adds
+
+    say = said.result_or_note(as_json)
+    loaded = [_load(path) for path in paths]
+    _same_classes(paths, [checkpoint for checkpoint, _ in loaded])
+    sets = _embed(paths, loaded, source, cache, dtype, drop_known)
+    costs = [milliseconds(clip) for _, clip in loaded]
+    for number, (path, (_, clip), cost) in enumerate(zip(paths, loaded, costs, strict=True), 1):
+        billions = multiply_adds(clip) / 1e9
+        say(f"stage {number}, {path}: {clip.spec.name}, {cost:.2f} ms and {billions:.2f} G multiply-adds an image")
+
+    def choose(stages: list[Stage]) -> Any:
+        if target_risk is not None:
+            return within_risk(stages, target_risk, confidence)
+        return within_margin(stages, margin, confidence)
+
+    by_method = {
+        name: [_stage(ckpt, held, cost, name) for (ckpt, _), held, cost in zip(loaded, sets, costs, strict=True)]
+        for name in ("P(failure)", "MCM")
+    }
+    found = choose(by_method["P(failure)"])
+    what = f"risk {found.target:.2%}" if found.rule == "risk" else f"a loss of {found.target:.2%}"
+    shares = ", ".join(f"{share:.1%} to stage {number}" for number, share in enumerate(found.reached[1:], 2))
+    alone = by_method["MCM"][-1].cost
+    say(
+        f"threshold {found.threshold:.4f} on {found.samples} samples: {shares} go on; accuracy {found.accuracy:.2%}, "
+        f"the last stage alone {found.last_accuracy:.2%}; promised at {found.confidence:.0%}: at most {what} "
+        f"(bound {found.bound:.2%})"
+    )
+    say(f"cost {found.cost:.2f} ms an image, {found.cost / alone:.0%} of the last stage alone")
+    try:
+        other = choose(by_method["MCM"])
+        say(f"with MCM in place of P(failure): {other.cost:.2f} ms, {other.cost / alone:.0%}")
+    except UserError as reason:
+        say(f"with MCM in place of P(failure): {reason}")
+    stages = [
+        {"checkpoint": path.name, **asdict(clip.spec), "milliseconds": cost}
+        for path, (_, clip), cost in zip(paths, loaded, costs, strict=True)
+    ]
+    note = {"format": "vilu-cascade", "version": 1, "data": sets[0].name, "stages": stages, **asdict(found)}
+    if output is not None:
+        atomic.write(output, json.dumps(note, indent=2) + "\n")
+        say(f"{output}: written")
+    if as_json:
+        said.result(json.dumps(note))
+
+
+def _load(path: Path) -> tuple[Checkpoint, Clip]:
+    from vilu.checkpoint import load_checkpoint
+    from vilu.clip import load_clip_for
+
+    checkpoint = load_checkpoint(path)
+    return checkpoint, load_clip_for(checkpoint, path, missing="train it with one")
+
+
+def _same_classes(paths: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> None:
+    names = [checkpoint.class_set.names if checkpoint.class_set else None for checkpoint in checkpoints]
+    for path, other in zip(paths[1:], names[1:], strict=True):
+        if other != names[0]:
+            raise UserError(f"{path}: has other classes than {paths[0]}; the stages of a cascade share their classes")
+
+
+def _embed(
+    paths: Sequence[Path],
+    loaded: Sequence[tuple[Checkpoint, Clip]],
+    source: Source,
+    cache: Path,
+    dtype: str,
+    drop_known: bool,
+) -> list[EmbeddedSet]:
+    """The samples that no head was trained on, embedded by the CLIP of each stage, in the same order."""
+    import torch
+
+    from vilu.checkpoint import check_fits
+    from vilu.class_set import DEFAULT_TEMPLATES
+    from vilu.data import embed
+
+    sets = []
+    for path, (checkpoint, clip) in zip(paths, loaded, strict=True):
+        templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
+        with progress_bar() as bar:
+            held = embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
+        if held.captions:
+            raise UserError(f"{held.name}: a cascade is calibrated on classes, not on captions")
+        check_fits(path, checkpoint, held)
+        if checkpoint.samples is None:
+            said.warn(f"{path}: does not say which samples it was trained on; {held.name} must not be among them")
+        else:
+            held, known, lines = held_out(held, {f"{path}: was trained": checkpoint.samples}, drop_known)
+            if known:
+                raise UserError(f"{lines[0]}: nothing can be promised on them; leave them out (--drop-known)")
+            for line in lines:
+                said.note(line)
+        sets.append(held)
+    rows = [torch.arange(len(held)) if held.rows is None else held.rows for held in sets]
+    kept = rows[0]
+    for other in rows[1:]:
+        kept = kept[torch.isin(kept, other)]
+    if not len(kept):
+        raise UserError(f"{sets[0].name}: no sample is held out for every stage")
+    return [held[torch.isin(own, kept)] for held, own in zip(sets, rows, strict=True)]
+
+
+def _stage(checkpoint: Checkpoint, held: EmbeddedSet, cost: float, method: str) -> Stage:
+    from vilu.evaluation.cascade import Stage
+    from vilu.evaluation.evaluate import confidences, correct
+    from vilu.scores import MCM, ViLU
+
+    score = ViLU(checkpoint.head)
+    found = confidences({"P(failure)": score, "MCM": MCM()}, held)
+    accepted = 1 - found["P(failure)"] < checkpoint.threshold
+    return Stage(1 - found[method], correct(held), cost, accepted)
