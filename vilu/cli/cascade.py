@@ -49,8 +49,8 @@ def choose_threshold(
         as_json: print that JSON, and everything else on stderr.
     """
     from vilu import atomic
+    from vilu.clip.cost import milliseconds, multiply_adds
     from vilu.evaluation.cascade import within_margin, within_risk
-    from vilu.evaluation.cost import milliseconds, multiply_adds
 
     say = said.result_or_note(as_json)
     loaded = [_load(path) for path in paths]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vilu import Checkpoint, UserError, ViLUHead, load_clip, save_checkpoint, tiny
 from vilu.cli.calibrate import calibrate_command
-from vilu.evaluation.cost import multiply_adds
+from vilu.clip.cost import multiply_adds
 from vilu.fingerprints import remembered
 from vilu.preprocess.image import pixels
 from vilu.tiny import data

@@ -8,7 +8,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vilu.clip import Clip
+from vilu.clip.model import Clip
 
 BATCH = 16
 RUNS = 5
