@@ -134,7 +134,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except text_format.ParseError as error:
         raise UserError(f"{path}: not a Triton model configuration ({error})") from None
     config: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
-    return {"max_batch_size": 0, "parameters": {}, **config}
+    # The message leaves an empty string out; tritonserver hands it on.
+    given = {key: {"string_value": "", **value} for key, value in config.get("parameters", {}).items()}
+    return {"max_batch_size": 0, **config, "parameters": given}
 
 
 def version_folder(folder: Path, config: Mapping[str, Any]) -> Path:

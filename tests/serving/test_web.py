@@ -339,7 +339,7 @@ def test_repeated_labels_are_refused_as_elsewhere(browser, files):
     browser.wait("answer !== null")
     browser.run("document.querySelector('#labels').value = 'a star\\na star\\na cross'; own.checked = true; ask()")
     browser.wait("!error.hidden && !asking")
-    assert "'a star' is there twice" in browser.text("#error")
+    assert "repeats label 1" in browser.text("#error")
     browser.complaints = [told for told in browser.complaints if "status of 400" not in told]
 
 

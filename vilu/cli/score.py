@@ -76,7 +76,9 @@ def score_command(
     limit: int | None,
     max_bad: float,
 ) -> None:
-    """Write the label, confidence and failure probability of every image of a data set, without a server.
+    """Answer for every image of a data set, without a server.
+
+    The output holds each image's label, confidence and failure probability.
 
     INPUT is a folder of images, a pattern, a text file that lists images, WebDataset shards ('shards/{000..010}.tar'),
     or Parquet or CSV files with a column of paths or encoded images; local, or a URI such as s3://bucket/images.
