@@ -35,8 +35,8 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two tests at a time, whole files together: the tests of a file share their export and their server.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# Three tests at a time, as many wait for a server; whole files together, which share their export and their server.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST) -m "not slow" --doctest-modules tests vilu

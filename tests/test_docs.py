@@ -104,7 +104,10 @@ def test_files_and_make_targets_exist(page):
         assert (page.parent / link).exists(), f"the link {link} leads nowhere"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=by_name)
+LONG = [pytest.param(page, marks=pytest.mark.slow) if page.name == "extend.md" else page for page in PAGES]
+
+
+@pytest.mark.parametrize("page", LONG, ids=by_name)
 def test_python_blocks_run(page):
     """A block runs as a program of its own; one that asks a server must at least be Python."""
     for language, block in code(page):

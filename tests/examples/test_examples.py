@@ -49,6 +49,7 @@ def test_calibrate_and_refuse():
     assert risk <= 10
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_export_serve_ask(tmp_path):
     printed = run("export_serve_ask.py", tmp_path).splitlines()

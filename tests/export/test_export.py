@@ -111,6 +111,7 @@ def test_the_committed_readme_is_the_one_export_writes(repository):
     assert committed.read_bytes() == README.read_bytes() == (repository / "README.md").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_files(repository, tmp_path, clip, checkpoint):
     export(checkpoint, tmp_path / "again", clip=clip, max_batch_size=8)
     for path in repository.rglob("*"):

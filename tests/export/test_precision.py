@@ -162,9 +162,8 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("float16", marks=pytest.mark.slow), pytest.param("bfloat16", marks=pytest.mark.slow), "int8"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "int8"])
 def test_towers_with_weights_in_files_of_their_own_are_exported_and_served(
     name, clip, checkpoint, tmp_path, monkeypatch
 ):

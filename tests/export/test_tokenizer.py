@@ -144,7 +144,7 @@ def assert_same(texts: list[str], mine: Tokenizer, theirs) -> None:
     assert not len(wrong), f"{len(wrong)} of {len(texts)} differ, the first: {texts[wrong[0]]!r}"
 
 
-@pytest.fixture(scope="module", params=["vilu-tiny", "ViT-B-32"])
+@pytest.fixture(scope="module", params=["vilu-tiny", pytest.param("ViT-B-32", marks=pytest.mark.slow)])
 def pair(request, tmp_path_factory):
     """The embedded default's own merges (context 24), and CLIP's (context 77): ours, open_clip's."""
     theirs = load_clip().tokenize if request.param == "vilu-tiny" else open_clip.get_tokenizer(request.param)

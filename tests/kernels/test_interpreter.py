@@ -10,14 +10,22 @@ from pathlib import Path
 
 import pytest
 
-SLOW_SUITES = ("test_ragged.py", "test_operator.py", "test_tuning.py")
+LARGE = "real_sizes or any_shape"
+SUITES = [
+    pytest.param("test_parity.py", f"not ({LARGE})", id="parity"),
+    pytest.param("test_parity.py", LARGE, marks=pytest.mark.slow, id="parity-large"),
+    *(
+        pytest.param(f"test_{suite}.py", "", marks=pytest.mark.slow, id=suite)
+        for suite in ("ragged", "operator", "tuning")
+    ),
+]
 
 
-@pytest.mark.parametrize("suite", ["test_parity.py", *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SUITES)])
-def test_kernels_interpreted(suite):
+@pytest.mark.parametrize(("suite", "chosen"), SUITES)
+def test_kernels_interpreted(suite, chosen):
     pytest.importorskip("triton")
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / suite)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(here / suite)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

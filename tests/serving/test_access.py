@@ -250,6 +250,7 @@ def test_a_dead_stub_is_noticed_and_the_server_comes_back(repository, photos, ea
         launcher.wait()
 
 
+@pytest.mark.slow
 @WAYS
 def test_a_stub_that_dies_before_the_first_answer_is_noticed(repository, tmp_path, way):
     """Then no answer would ever come; the launcher must not wait for it, nor take it for a mistake of its user's."""

@@ -218,6 +218,7 @@ def test_sets_and_candidates_of_ones_own_are_not_asked_for_together(steered, pho
         assert answer.error.startswith("class set '../secret' is not served")
 
 
+@pytest.mark.slow
 def test_every_answer_is_of_one_whole_set_while_it_is_replaced(steered, photos, expected):
     """Sets of other names, sizes and thresholds follow each other; all that an answer says is of the one it names."""
     sizes = [2, 3, 12, 5]

@@ -209,6 +209,7 @@ def test_several_servers_share_the_questions_and_one_may_go_and_come(repository,
                 assert again.inferences() > before
 
 
+@pytest.mark.slow
 def test_a_class_set_is_put_at_every_server_or_at_none(repository, photos, checkpoint, tmp_path, monkeypatch):
     names = list(checkpoint.class_set.names)
 

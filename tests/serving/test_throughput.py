@@ -133,6 +133,7 @@ def test_limit_adds_the_two_parts():
     assert throughput_rows.limit(0.004, 0.016) == pytest.approx(50.0)
 
 
+@pytest.mark.slow
 def test_whole_run(clip, checkpoint, repository, tmp_path, monkeypatch):
     ckpt = tmp_path / "head.safetensors"
     save_checkpoint(checkpoint, ckpt)

@@ -103,7 +103,7 @@ class Asking(threading.Thread):
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("scheme", ["grpc", "http"])
+@pytest.mark.parametrize("scheme", ["grpc", pytest.param("http", marks=pytest.mark.slow)])
 def test_a_running_server_changes_version_there_and_back_again(copy, photos, tmp_path, scheme):
     """Under load: every answer is whole, none is lost, and the last ones are of the version asked for."""
     threshold = {1: 0.5, 2: 1.0}

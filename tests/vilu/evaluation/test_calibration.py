@@ -53,7 +53,7 @@ def naive(probability, correct, target):
 
 
 @pytest.mark.parametrize("error", WORLDS)
-@pytest.mark.parametrize("size", [60, 400])
+@pytest.mark.parametrize("size", [60, pytest.param(400, marks=pytest.mark.slow)])
 def test_the_guarantee_holds(error, size):
     rng = np.random.default_rng(0)
     draws, broken, broken_naive = 300, 0, 0
