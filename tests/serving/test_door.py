@@ -383,42 +383,52 @@ def test_the_command(server, photos):
         assert process.stderr.read() == ""
 
 
-def serve_in_a_terminal(server, *before):
-    """`vilu serve` in a session of its own, whose terminal is a pseudo-terminal; returns (process, the other end)."""
+ATTACH = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+@contextlib.contextmanager
+def serving_in_a_terminal(server, *before):
+    """Serve in a session of its own, whose terminal is a pseudo-terminal: (process, the terminal's other end)."""
     ours, theirs = os.openpty()
-    attach = (
-        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
-    )
     serve = [sys.executable, "-m", "vilu", "serve", "--upstream", server.grpc_url]
     free = [flag for kind, port in ports().items() for flag in (f"--{kind}-port", str(port))]
-    command = [sys.executable, "-c", attach, *before, *serve, *free]
     process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, "-c", ATTACH, *before, *serve, *free],
+        stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     os.close(theirs)
-    assert process.stderr.readline().startswith("serving ")
-    return process, ours
+    try:
+        assert process.stderr.readline().startswith("serving ")
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
 def test_it_ends_with_its_terminal(server):
-    process, terminal = serve_in_a_terminal(server)
-    process.send_signal(signal.SIGHUP)  # the terminal is there: only the tokens are read anew
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    os.close(terminal)
-    assert process.wait(20) == 0
+    with serving_in_a_terminal(server) as (process, terminal):
+        process.send_signal(signal.SIGHUP)  # the terminal is there: only the tokens are read anew
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        os.close(terminal)
+        assert process.wait(20) == 0
 
 
 @pytest.mark.slow
 def test_nohup_outlives_its_terminal(server):
     """As nohup starts it: SIGHUP is ignored."""
-    process, terminal = serve_in_a_terminal(server, "sh", "-c", "trap '' HUP; exec \"$@\"", "nohup")
-    os.close(terminal)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    with serving_in_a_terminal(server, "sh", "-c", "trap '' HUP; exec \"$@\"", "nohup") as (process, terminal):
+        os.close(terminal)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
 def test_what_cannot_be_is_told(server):
