@@ -7,6 +7,7 @@ of `batch_size` images each are read and under way.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -15,7 +16,17 @@ import ssl
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypedDict
@@ -201,10 +212,17 @@ class AsyncClient:
     ) -> AsyncIterator[Answer]:
         """`ask` for any number of images: answers come in order while later images are read and asked."""
         question = Question(labels, class_set, details, embedding)
+        work = (self.ask_batch(batch, question) for batch in batches(images, self.batch_size))
+        async with contextlib.aclosing(self._in_order(work)) as found:
+            async for answer in found:
+                yield answer
+
+    async def _in_order(self, work: Iterable[Coroutine[Any, Any, list[Answer]]]) -> AsyncGenerator[Answer, None]:
+        """Answers in the order of the requests, of which `in_flight` are under way at a time."""
         pending: deque[asyncio.Task[list[Answer]]] = deque()
         try:
-            for batch in batches(images, self.batch_size):
-                pending.append(asyncio.create_task(self.ask_batch(batch, question)))
+            for request in work:
+                pending.append(asyncio.create_task(request))
                 if len(pending) == self.in_flight:
                     for answer in await pending.popleft():
                         yield answer
@@ -247,19 +265,9 @@ class AsyncClient:
             raise UserError("text_embeddings hold a value that is not finite")
         if named and t is not None and len(t) != len(labels or ()):
             raise UserError(f"{len(labels or ())} labels but text_embeddings of shape {t.shape}")
-        pending: deque[asyncio.Task[list[Answer]]] = deque()
-        found: list[Answer] = []
-        try:
-            for start in range(0, len(v), self.batch_size):
-                some = v[start : start + self.batch_size]
-                pending.append(asyncio.create_task(self._ask_rows(some, start, t, question)))
-                if len(pending) == self.in_flight:
-                    found += await pending.popleft()
-            while pending:
-                found += await pending.popleft()
-        finally:
-            for task in pending:
-                task.cancel()
+        step = self.batch_size
+        work = (self._ask_rows(v[start : start + step], start, t, question) for start in range(0, len(v), step))
+        found = [answer async for answer in self._in_order(work)]
         if not named or labels is None:
             return found
         return [a if a.error is not None else replace(a, label=labels[a.class_index]) for a in found]

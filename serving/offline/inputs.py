@@ -17,8 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vilu.data.image_files import SUFFIXES
-from vilu.data.shards import _expand as expand
-from vilu.data.tables import first_line
+from vilu.data.shards import expand
+from vilu.data.tables import first_line, without_surrogates
 from vilu.errors import UserError
 from vilu.serving.offline.files import is_uri, join, resolve
 
@@ -353,7 +353,7 @@ def place_of(ids: np.ndarray) -> list[int]:
 
 def _list_images(start: int, names: Sequence[str]) -> Iterator[pa.Table]:
     for first in range(0, len(names), BLOCK_ROWS):
-        some = [_printable(name) for name in names[first : first + BLOCK_ROWS]]
+        some = [without_surrogates(name) for name in names[first : first + BLOCK_ROWS]]
         numbers = [row_id(start + first + i, 0) for i in range(len(some))]
         yield _block(numbers, some, path=list(names[first : first + BLOCK_ROWS]))
 
@@ -378,8 +378,8 @@ def _members(unit: Unit, cap: int) -> Iterator[tuple[str, bytes | None]]:
                     file.seek(member.offset_data)
                     data = file.read(member.size)
                     if len(data) != member.size:
-                        raise UserError(f"{unit.name}: is cut short within {_printable(member.name)}")
-                    yield _printable(member.name), data
+                        raise UserError(f"{unit.name}: is cut short within {without_surrogates(member.name)}")
+                    yield without_surrogates(member.name), data
                     count += 1
                 # tarfile takes a damaged header for the end of the file. The true end is a block of zeros.
                 file.seek(tar.offset)
@@ -398,7 +398,7 @@ def _read_shard(place: int, unit: Unit, cap: int) -> Iterator[pa.Table]:
     held = 0
     for row, (name, data) in enumerate(_members(unit, cap)):
         numbers.append(row_id(place, row))
-        sources.append(f"{_printable(unit.name)}: {name}")
+        sources.append(f"{without_surrogates(unit.name)}: {name}")
         images.append(data)
         held += len(data or b"")
         if len(numbers) == BLOCK_ROWS or held >= BLOCK_BYTES:
@@ -428,7 +428,7 @@ def _read_parquet(
             numbers = [row_id(place, start + done + i) for i in range(len(batch))]
             kept = {name: batch.column(name) for name in columns}
             if pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type):
-                sources = [f"{_printable(unit.name)}: row {start + done + i + 1}" for i in range(len(batch))]
+                sources = [f"{without_surrogates(unit.name)}: row {start + done + i + 1}" for i in range(len(batch))]
                 yield _block(numbers, sources, kept, image=cells)
             elif pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
                 yield _paths(numbers, cells.to_pylist(), base, kept)
@@ -468,7 +468,7 @@ def _read_csv(place: int, unit: Unit, cap: int, column: str, columns: Sequence[s
 
 def _paths(numbers: Sequence[int], cells: Sequence[str | None], base: str, kept: dict[str, Any]) -> pa.Table:
     paths = [join(base, cell) if cell and cell.strip() else None for cell in cells]
-    return _block(numbers, [path and _printable(path) for path in paths], kept, path=paths)
+    return _block(numbers, [path and without_surrogates(path) for path in paths], kept, path=paths)
 
 
 def _block(
@@ -486,8 +486,3 @@ def _block(
             cells.cast(pa.large_binary()) if isinstance(cells, pa.Array) else pa.array(cells, pa.large_binary())
         )
     return pa.table(columns)
-
-
-def _printable(text: str) -> str:
-    """Replace what UTF-8 cannot hold."""
-    return text.encode("utf-8", "replace").decode()

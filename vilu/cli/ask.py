@@ -16,7 +16,7 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command
-from vilu.cli.options import PATH, SECONDS, connection_options
+from vilu.cli.options import PATH, SECONDS, connection_options, details_option, labels_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -34,15 +34,9 @@ if TYPE_CHECKING:
 )
 @connection_options
 @click.option("--model", default="vilu", show_default=True, help="Name of the served model.")
-@click.option(
-    "--label", "labels", multiple=True, help="Candidate to choose from instead of the class set. Repeat it for several."
-)
+@labels_option
 @click.option("--class-set", metavar="NAME", help="Class set of the server to choose from (see `vilu classes list`).")
-@click.option(
-    "--details",
-    is_flag=True,
-    help="Also give the likeliest labels, the labels that the failure predictor looks at, and other confidence scores.",
-)
+@details_option
 @click.option("--ids", is_flag=True, help="Also give each answer's id, which `vilu feedback` names.")
 @click.option("--timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds to wait for an answer.")
 @click.option(
@@ -88,7 +82,7 @@ def ask_command(
     from standard input, one per line. A terminal shows a table. Elsewhere each image is a line of tab-separated file,
     label, confidence, P(failure) and verdict. The exit code is 0 when every image was answered, and 1 when one was not.
     """
-    from vilu.cli.tables import print_answers, printable
+    from vilu.cli.tables import print_answers
     from vilu.serving import Client
     from vilu.serving.answer_file import DETAILS, FIELDS, IDS, open_answer_file, read_part, row
     from vilu.serving.embedding_file import read_image_embeddings
@@ -145,7 +139,7 @@ def ask_command(
             add(answer)
             if answer.error is not None:
                 bad += 1
-                said.warn(printable(f"{answer.source}: {answer.error}"))
+                said.warn(said.printable(f"{answer.source}: {answer.error}"))
             bar("asking", done, len(names) or len(rows))
     if path is not None:
         said.result(f"{path}: {total} {'images' if images else 'embeddings'}, {bad} without an answer")

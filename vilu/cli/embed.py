@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command
 from vilu.cli.options import PATH, REPOSITORY
 from vilu.cli.score import actors, job_options
@@ -56,4 +57,4 @@ def embed_command(
         progress=sys.stderr.isatty(),
         **options,
     )
-    click.echo(f"{output}/embeddings: {summary['answered']} images, {summary['bad_images']} bad images left out")
+    said.result(f"{output}/embeddings: {summary['answered']} images, {summary['bad_images']} bad images left out")

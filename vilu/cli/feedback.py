@@ -10,19 +10,15 @@ from pathlib import Path
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command
+from vilu.cli.options import record_option
 from vilu.errors import UserError
 
 
 @click.command("feedback", cls=Command, extra="record")
 @click.argument("source", metavar="FILE|-", required=False)
-@click.option(
-    "--record",
-    envvar="VILU_RECORD",
-    required=True,
-    metavar="DIR|postgresql://...|@FILE",
-    help="The record of `vilu serve --record`.  [default: $VILU_RECORD]",
-)
+@record_option
 @click.option("--to-label", is_flag=True, help="List the answers that were chosen to be labelled and have no feedback.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def feedback_command(source: str | None, record: str, to_label: bool, as_json: bool) -> None:
@@ -42,7 +38,7 @@ def feedback_command(source: str | None, record: str, to_label: bool, as_json: b
         rows = (row | {"time": row["time"].isoformat()} for row in waiting(opened))
         if as_json:
             for row in rows:
-                click.echo(json.dumps(row))
+                said.result(json.dumps(row))
             return
         table = csv.writer(sys.stdout)
         table.writerow(("id", "time", "class_set", "label", "failure_probability", "accept"))
@@ -54,9 +50,9 @@ def feedback_command(source: str | None, record: str, to_label: bool, as_json: b
         raise UserError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'})") from None
     taken = give_feedback(opened, read_feedback(text, "standard input" if source == "-" else source))
     if as_json:
-        click.echo(json.dumps(asdict(taken)))
+        said.result(json.dumps(asdict(taken)))
     else:
-        click.echo(
+        said.result(
             f"{taken.taken} taken, {taken.repeated} known before, {taken.changed} changed, "
             f"{taken.unknown} about ids that the record does not have"
         )

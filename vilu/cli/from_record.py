@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.options import all_of
 from vilu.errors import UserError
 
@@ -64,12 +65,12 @@ def calibrate(
     meta = {**checkpoint.meta, "calibration": note}
     with torch.no_grad():
         save_checkpoint(replace(checkpoint, threshold=chosen.threshold, meta=meta), output)
-    click.echo(
+    said.result(
         f"threshold {chosen.threshold:.4f} on {len(failure)} recorded answers, {chosen.samples} of them labelled: "
         f"accepts {chosen.coverage:.1%} of answers, {chosen.risk:.2%} of them wrong, promised at {confidence:.0%}: at "
         f"most {chosen.target:.2%}"
     )
-    click.echo(f"{output}: written")
+    said.result(f"{output}: written")
 
 
 def training_set(where: str, checkpoint: Checkpoint, since: datetime | None) -> EmbeddedSet:

@@ -47,7 +47,7 @@ def info_command(path: Path, as_json: bool) -> None:
         said.document(about)
         return
     for name, text in lines:
-        said.result(f"{name:<14}{_printable(text)}")
+        said.result(f"{name:<14}{said.printable(text)}")
 
 
 def _about_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -221,8 +221,3 @@ def _short(value: Any) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
-def _printable(text: str) -> str:
-    """The text with control characters as escapes: a name in a file must not steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command
-from vilu.cli.options import SECONDS, host_option
+from vilu.cli.options import SECONDS, host_option, record_option
 
 if TYPE_CHECKING:
     from vilu.serving.monitor import Report
 
 
 @click.command("monitor", cls=Command, extra="record")
-@click.option(
-    "--record",
-    envvar="VILU_RECORD",
-    required=True,
-    metavar="DIR|postgresql://...|@FILE",
-    help="The record of `vilu serve --record`.  [default: $VILU_RECORD]",
-)
+@record_option
 @click.option("--once", is_flag=True, help="Print a table and end, with exit code 1 where there is an alarm.")
 @click.option("--json", "as_json", is_flag=True, help="With --once: print JSON.")
 @click.option(
@@ -77,7 +71,7 @@ def monitor_command(
         )
     report = watch(opened, target_risk=target_risk, level=level, window=window)
     if as_json:
-        click.echo(json.dumps(as_plain(report), indent=2))
+        said.document(as_plain(report))
     else:
         _print(report)
     return 1 if report.alarm else 0
@@ -109,8 +103,7 @@ def _print(report: Report) -> None:
         )
     Console().print(table)
     told = report.feedback
-    click.echo(
+    said.note(
         f"feedback: {told['used']} used, {told['unasked']} about answers that were not chosen, {told['changed']} "
-        f"changed, {told['unknown']} about unknown ids",
-        err=True,
+        f"changed, {told['unknown']} about unknown ids"
     )

@@ -162,6 +162,25 @@ listening_tls_options = all_of(
         "--tls-ca", type=PATH, help="PEM file of an authority. Clients must show a certificate that it signed."
     ),
 )
+# A command receives this option as `record`.
+record_option = click.option(
+    "--record",
+    envvar="VILU_RECORD",
+    required=True,
+    metavar="DIR|postgresql://...|@FILE",
+    help="The record of `vilu serve --record`.  [default: $VILU_RECORD]",
+)
+
+# `vilu ask` and `vilu predict` share these: a command receives them as `labels` and `details`.
+labels_option = click.option(
+    "--label", "labels", multiple=True, help="Candidate to choose from instead of the class set. Repeat it for several."
+)
+details_option = click.option(
+    "--details",
+    is_flag=True,
+    help="Also give the likeliest labels, the labels that the failure predictor looks at, and other confidence scores.",
+)
+
 host_option = click.option(
     "--host",
     default="127.0.0.1",

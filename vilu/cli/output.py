@@ -107,6 +107,18 @@ def warn(text: str) -> None:
     click.echo(text, err=True)
 
 
+def printable(text: str) -> str:
+    """Return the text with control characters and bytes that are not UTF-8 written as escapes.
+
+    A file's name can hold a tab, a line break, or codes that steer a terminal.
+
+    Example:
+        >>> printable("a\\tb")
+        'a\\\\tb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def failed(text: str) -> None:
     """Print the error that ends a command; with --verbose also where it arose."""
     warn(text)

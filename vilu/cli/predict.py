@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import click
 from vilu.cli import output as said
 from vilu.cli.ask import find_images
 from vilu.cli.command import Command
-from vilu.cli.options import PATH, clip_options, template_option
+from vilu.cli.options import PATH, clip_options, details_option, labels_option, template_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -26,9 +26,7 @@ FORMATS = ("table", "tsv", "jsonl", "csv", "parquet")
 @click.command("predict", cls=Command, extra="train")
 @click.argument("images", nargs=-1, required=True)
 @click.option("--ckpt", type=PATH, required=True, help="Checkpoint of a ViLU head.")
-@click.option(
-    "--label", "labels", multiple=True, help="Candidate to choose from instead of the class set. Repeat it for several."
-)
+@labels_option
 @click.option("--classes", type=PATH, help="File with other class names, one per line.")
 @template_option
 @clip_options
@@ -37,11 +35,7 @@ FORMATS = ("table", "tsv", "jsonl", "csv", "parquet")
     type=click.FloatRange(0, 1),
     help="Failure probability below which an answer is accepted.  [default: the checkpoint's]",
 )
-@click.option(
-    "--details",
-    is_flag=True,
-    help="Also give the likeliest labels, the labels that the failure predictor looks at, and other confidence scores.",
-)
+@details_option
 @click.option(
     "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Number of images per CLIP run."
 )
@@ -78,7 +72,6 @@ def predict_command(
     exit code is 0 when every image was answered, and 1 when one was not.
     """
     from vilu.class_set import read_names
-    from vilu.cli.tables import printable
     from vilu.predictor import Predictor
 
     if labels and classes is not None:
@@ -100,7 +93,7 @@ def predict_command(
             add(answer)
             if answer.error is not None:
                 bad += 1
-                said.warn(printable(f"{answer.source}: {answer.error}"))
+                said.warn(said.printable(f"{answer.source}: {answer.error}"))
             bar("answering", done, len(names))
     if output is not None and str(output) != "-":
         said.result(f"{output}: {len(names)} images, {bad} without an answer")
@@ -131,20 +124,13 @@ def _written(output: Path | None, kind: str | None, details: bool) -> Iterator[C
 
             print_answers(good)
     elif kind == "tsv":
+        from vilu.cli.tables import answer_cells
 
         def add(answer: Answer) -> None:
             if answer.error is None:
-                said.result("\t".join(_cells(answer, details)))
+                said.result("\t".join(map(said.printable, answer_cells(answer, details))))
 
         yield add
     else:
         with write_answers(sys.stdout.buffer, columns, f".{kind}") as file:
             yield file.add
-
-
-def _cells(answer: Answer, details: bool) -> Sequence[str]:
-    numbers = f"{answer.confidence:.3f}", f"{answer.failure_probability:.3f}"
-    doubt = [", ".join(f"{label} {weight:.0%}" for label, weight in answer.concepts[:3])] if details else []
-    cells: list[str] = [answer.source, answer.label, *numbers, "accept" if answer.accept else "reject", *doubt]
-    # A file's name can hold a tab or a line break, which would be another cell or line.
-    return ["".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cell) for cell in cells]

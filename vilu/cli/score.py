@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from vilu.cli import output as said
 from vilu.cli.command import Command
 from vilu.cli.options import PATH, REPOSITORY, all_of
 
@@ -105,14 +105,14 @@ def score_command(
         progress=sys.stderr.isatty(),
     )
     if as_json:
-        click.echo(json.dumps(summary, indent=2))
+        said.document(summary)
         return
     run = summary["this_run"]
     accepted = "" if summary["accept_rate"] is None else f", {summary['accept_rate']:.1%} accepted"
-    click.echo(f"{output}: {summary['rows']} rows{accepted}, {summary['bad_images']} bad images")
+    said.result(f"{output}: {summary['rows']} rows{accepted}, {summary['bad_images']} bad images")
     for reason, number in summary["reasons"].items():
-        click.echo(f"  {number}: {reason}")
-    click.echo(f"  this run: {run['rows']} rows, {run['images_per_second']:g} images/s")
+        said.result(f"  {number}: {reason}")
+    said.result(f"  this run: {run['rows']} rows, {run['images_per_second']:g} images/s")
 
 
 def actors(workers: str | None, num_cpus: int, num_gpus: float) -> Workers:

@@ -102,12 +102,15 @@ ANSWER_COLUMNS = ("file", "label", "confidence", "P(failure)", "verdict")
 def print_answers(answers: Sequence[Answer]) -> None:
     """Print a server's answers, one row per image: a table in a terminal, tab-separated lines elsewhere."""
     detailed = any(a.concepts for a in answers)
-    rows = []
-    for a in answers:
-        doubt = [", ".join(f"{label} {weight:.0%}" for label, weight in a.concepts[:3])] if detailed else []
-        verdict = "accept" if a.accept else "reject"
-        rows.append((a.source, a.label, f"{a.confidence:.3f}", f"{a.failure_probability:.3f}", verdict, *doubt))
+    rows = [answer_cells(answer, detailed) for answer in answers]
     print_rows((*ANSWER_COLUMNS, *(["doubt between"] if detailed else [])), rows, cut=(0, 1, 5))
+
+
+def answer_cells(answer: Answer, detailed: bool) -> list[str]:
+    """Return the cells of ANSWER_COLUMNS; where it is detailed, also the labels that the doubt is between."""
+    numbers = f"{answer.confidence:.3f}", f"{answer.failure_probability:.3f}"
+    doubt = [", ".join(f"{label} {weight:.0%}" for label, weight in answer.concepts[:3])] if detailed else []
+    return [answer.source, answer.label, *numbers, "accept" if answer.accept else "reject", *doubt]
 
 
 def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], cut: Sequence[int]) -> None:
@@ -121,7 +124,7 @@ def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], cut: Sequence
         rows: cells of each row, as many as there are columns.
         cut: columns whose cells may be shortened in the middle where the terminal is too narrow.
     """
-    shown = [[printable(cell) for cell in row] for row in rows]
+    shown = [[output.printable(cell) for cell in row] for row in rows]
     if not output.in_terminal():
         for row in shown:
             output.result("\t".join(row))
@@ -177,15 +180,3 @@ def shorten(text: str, width: int) -> str:
     while cell_len(head) > width - 1 - cell_len(tail):
         head = head[:-1]
     return f"{head}…{tail}"
-
-
-def printable(text: str) -> str:
-    """Return the text with control characters and bytes that are not UTF-8 written as escapes.
-
-    A file's name can hold a tab, a line break, or codes that steer a terminal.
-
-    Example:
-        >>> printable("a\\tb")
-        'a\\\\tb'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

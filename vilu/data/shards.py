@@ -21,7 +21,7 @@ from vilu.class_set import read_names
 from vilu.data.image_files import SUFFIXES, ignored
 from vilu.data.source import LIMIT, READ_LIMIT, Source, check_text, stamp
 from vilu.data.splits import no_split, split_within
-from vilu.data.tables import first_line
+from vilu.data.tables import first_line, without_surrogates
 from vilu.errors import UserError
 from vilu.preprocess.image import ImageError
 
@@ -115,7 +115,7 @@ def _named_shards(data: str) -> list[Path] | None:
         return None
     if Path(data).is_file():
         return [Path(data)]
-    names = [Path(name) for name in _expand(data)]
+    names = [Path(name) for name in expand(data)]
     if len(names) == 1 and glob.has_magic(data):
         names = [Path(name) for name in sorted(glob.glob(data))]
         if not names:
@@ -128,7 +128,7 @@ def _named_shards(data: str) -> list[Path] | None:
     return names
 
 
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """Expand every {a..b} and {a,b} of a pattern as a shell does."""
     parts: list[list[str]] = []
     count = 1
@@ -253,11 +253,11 @@ def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
                 if not member.isreg() or member.sparse is not None or not stem or stem.startswith("__"):
                     continue
                 if member.offset_data + member.size > length:
-                    raise UserError(f"{shard}: is cut short within {_printable(member.name)}")
+                    raise UserError(f"{shard}: is cut short within {without_surrogates(member.name)}")
                 kind = "." + extension.lower()
                 if not kind.endswith((*SUFFIXES, *TEXTS)):
                     continue
-                found = _Member(_printable(member.name), member.offset_data, member.size)
+                found = _Member(without_surrogates(member.name), member.offset_data, member.size)
                 if kind in TEXTS:
                     file.seek(member.offset_data)
                     found.text = _decoded(file.read(min(member.size, MAX_TEXT + 1)))
@@ -271,7 +271,7 @@ def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, MemoryError) as error:
         raise UserError(f"{shard}: cannot be read as a plain, uncompressed tar file ({first_line(error)})") from None
     for key, kinds in keys.items():
-        yield from _samples_of(_printable(key.lstrip("/")), kinds, caption_column)
+        yield from _samples_of(without_surrogates(key.lstrip("/")), kinds, caption_column)
 
 
 def _samples_of(key: str, kinds: dict[str, list[_Member]], caption_column: str) -> Iterator[_Sample]:
@@ -319,9 +319,4 @@ def _caption(text: str, column: str) -> str | None:
         value = json.loads(text)[column]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
-    return (_printable(value).strip() or None) if isinstance(value, str) else None
-
-
-def _printable(text: str) -> str:
-    """Replace lone surrogates, which neither a terminal nor a tokenizer accepts."""
-    return text.encode("utf-8", "replace").decode()
+    return (without_surrogates(value).strip() or None) if isinstance(value, str) else None

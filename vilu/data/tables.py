@@ -168,6 +168,11 @@ def first_line(error: BaseException) -> str:
     return next(islice(str(error).splitlines(), 1), "") or type(error).__name__
 
 
+def without_surrogates(text: str) -> str:
+    """Replace lone surrogates, which neither UTF-8, nor a terminal, nor a tokenizer accepts."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _header(path: Path, cells: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """Return the names of the columns. Raises UserError where a wanted one is missing or there twice."""
     names = list(cells)

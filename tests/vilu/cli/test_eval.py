@@ -11,7 +11,6 @@ from tests.support.evaluation import captioned, closed, head
 from tests.support.files import jpeg, put
 from vilu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vilu.class_set import ClassSet
-from vilu.cli import run
 from vilu.cli.eval import choose_methods, eval_command, one_each, whole_numbers
 from vilu.errors import UserError
 from vilu.evaluation import metrics
@@ -21,18 +20,8 @@ from vilu.scores import SCORES
 
 
 @pytest.fixture
-def vilu(monkeypatch, capsys):
-    """vilu("--ckpt", ...) -> (exit code, stdout, stderr)."""
-
-    monkeypatch.setattr("vilu.cli.progress.SECONDS", 600)  # no lines of progress where this machine is slow
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["vilu eval", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            run(eval_command, "vilu eval")
-        return stopped.value.code, *capsys.readouterr()
-
-    return call
+def vilu(command_line):
+    return command_line(eval_command, "vilu eval")
 
 
 def save(path, data):

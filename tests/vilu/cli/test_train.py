@@ -9,24 +9,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.support.embeddings import unit_rows
-from vilu.cli import run
 from vilu.cli.train import train_command, verdict
 from vilu.training.validation import Validation
 
 
 @pytest.fixture
-def vilu(monkeypatch, capsys):
-    """vilu("--output", ...) -> (exit code, stdout, stderr)."""
-
-    monkeypatch.setattr("vilu.cli.progress.SECONDS", 600)  # no lines of progress where this machine is slow
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["vilu train", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            run(train_command, "vilu train")
-        return stopped.value.code, *capsys.readouterr()
-
-    return call
+def vilu(command_line):
+    return command_line(train_command, "vilu train")
 
 
 def embeddings(path, noise, samples=200, classes=8):

@@ -21,7 +21,7 @@ from vilu.data import augment, batches, check_same_classes, open_source
 from vilu.data.cifar import _load
 from vilu.data.coop import SPLIT_FILES
 from vilu.data.pipeline import Augment
-from vilu.data.shards import _expand
+from vilu.data.shards import expand
 from vilu.data.source import ArraySource, inside
 from vilu.errors import UserError
 from vilu.preprocess.image import ImageError
@@ -710,12 +710,12 @@ def test_any_damage_to_a_shard_is_one_line_or_none(tmp_path, data):
 
 
 def test_braces():
-    assert _expand("a/{008..011}.tar") == [f"a/{i:03d}.tar" for i in range(8, 12)]
-    assert _expand("{9..10}-{x,y}.tar") == ["9-x.tar", "9-y.tar", "10-x.tar", "10-y.tar"]
-    assert _expand("plain.tar") == ["plain.tar"]
+    assert expand("a/{008..011}.tar") == [f"a/{i:03d}.tar" for i in range(8, 12)]
+    assert expand("{9..10}-{x,y}.tar") == ["9-x.tar", "9-y.tar", "10-x.tar", "10-y.tar"]
+    assert expand("plain.tar") == ["plain.tar"]
     for bad in ("{9..1}.tar", "{0..99999999}.tar", "{0..999}{0..999}{0..999}.tar"):
         with pytest.raises(UserError, match="shards"):
-            _expand(bad)
+            expand(bad)
 
 
 # ---------------------------------------------------------------------- the embedded ones
