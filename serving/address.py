@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import random
 import re
 import socket
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 
 from vilu.errors import UserError
 
@@ -104,10 +107,28 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {join_host_port(host, port)} ({reason})") from None
 
 
+_CHOICE = random.SystemRandom()
+_offered: set[int] = set()
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of `host` that nobody listens on now."""
-    with listen(host, 0) as probe:
-        return int(probe.getsockname()[1])
+    """A TCP port of `host` that nobody listens on now, and that this process has not been offered before.
+
+    It lies below the range that the system takes the ports of outgoing connections from: until the caller listens on
+    it, no client of any process can be given it.
+    """
+    try:
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        lowest = 32768
+    for _ in range(100):
+        port = _CHOICE.randrange(10_000, lowest) if lowest > 12_000 else 0
+        with contextlib.suppress(UserError), listen(host, port) as probe:
+            port = int(probe.getsockname()[1])
+            if port not in _offered:
+                _offered.add(port)
+                return port
+    raise UserError(f"found no free port on {host}")
 
 
 # Requests to this machine must not go to a proxy: http_proxy is set in most company networks.

@@ -132,7 +132,7 @@ class Server:
         ports = [http_port, grpc_port, metrics_port]
         for i in range(3):
             if not ports[i]:
-                ports[i] = next(port for port in iter(free_port, 0) if port not in ports)  # it may offer one twice
+                ports[i] = next(port for port in iter(free_port, 0) if port not in ports)  # a given one may be free
         self.http_port, self.grpc_port, self.metrics_port = ports
         self.flags = list(flags)
         self.startup_seconds, self.stop_seconds = startup_seconds, stop_seconds

@@ -86,6 +86,7 @@ class Upstream:
             return
         if self.probing is None or self.probing.done():
             self.probing = asyncio.create_task(self._ask_probe(data))
+            self.probing.add_done_callback(_taken)  # a door that ends meanwhile asks for no result
         await asyncio.wait({self.probing}, timeout=PROBE_TIMEOUT)
         try:
             if not self.probing.done():
@@ -310,6 +311,12 @@ def embedding_question(width: int) -> pb.ModelInferRequest:
     request.inputs.add(name="IMAGE_EMBEDDING", datatype="FP32", shape=[1, width])
     request.raw_input_contents.append(struct.pack("<f", 1.0) * width)
     return request
+
+
+def _taken(task: asyncio.Task[bytes]) -> None:
+    """Take a task's error, so that asyncio does not print it where nobody waits for the task any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _gone(error: grpc.aio.AioRpcError) -> bool:

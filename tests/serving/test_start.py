@@ -1,5 +1,7 @@
 """Starting on an unusual machine: proxies, spaces in paths, IPv6, taken ports, a small /dev/shm, mistyped options."""
 
+import asyncio
+import gc
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ from vilu import UserError
 from vilu.serving import Client, Server
 from vilu.serving.address import free_port, is_loopback, is_this_machine, parse_url
 from vilu.serving.door import Door
+from vilu.serving.door.upstream import Upstream, probe_question
 from vilu.serving.server_log import copy_without_alarms
 
 pytestmark = pytest.mark.server
@@ -124,6 +127,27 @@ def test_a_taken_port_is_one_line(repository):
     assert done.stderr.splitlines() == [f"vilu: cannot listen on 127.0.0.1:{port} (Address already in use)"]
 
 
+def test_a_probe_that_nobody_waits_for_any_more_is_no_second_line():
+    """A door that cannot listen ends while its first probe is under way."""
+    complaints = []
+
+    async def end_while_it_asks():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        upstream = Upstream(f"127.0.0.1:{free_port()}")
+        waiting = asyncio.create_task(upstream.probe(probe_question().SerializeToString()))
+        await asyncio.sleep(0)  # it asks
+        await asyncio.sleep(0)
+        waiting.cancel()
+        assert upstream.probing is not None
+        await asyncio.wait({upstream.probing})
+        upstream.probing = None
+        gc.collect()
+
+    asyncio.run(end_while_it_asks())
+    gc.collect()
+    assert complaints == []
+
+
 def test_a_small_shared_memory_is_named(repository):
     """In a mount namespace whose /dev/shm has 1 MiB, as in a container with too little."""
     serve = f"{BIN / 'vilu'} serve --direct --model-repository {repository} " + " ".join(
@@ -143,6 +167,13 @@ def test_a_small_shared_memory_is_named(repository):
 def test_a_bad_address_is_refused(url):
     with pytest.raises(UserError, match="HOST:PORT"):
         parse_url(url)
+
+
+def test_a_free_port_is_offered_once_and_to_no_outgoing_connection():
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    offered = [free_port() for _ in range(200)]
+    assert len(set(offered)) == 200
+    assert all(1024 < port < lowest for port in offered)
 
 
 def test_what_is_this_machine():
