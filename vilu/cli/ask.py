@@ -16,7 +16,7 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command
-from vilu.cli.options import PATH, SECONDS, connection_options, details_option, labels_option
+from vilu.cli.options import PATH, SECONDS, connection_options, details_option, labels_option, resume_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -48,11 +48,7 @@ if TYPE_CHECKING:
     type=PATH,
     help="File to write the answers to: .jsonl, .csv or .parquet, or - for JSON lines on standard output.",
 )
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Go on where an earlier run with this --output stopped: ask only what is left.",
-)
+@resume_option
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per image.")
 def ask_command(
     images: tuple[str, ...],
@@ -117,7 +113,7 @@ def ask_command(
     earlier = read_part(path, columns) if path is not None and resume else []
     bad = sum(answer.get("error") is not None for answer in earlier)
     if earlier:
-        names = _unasked(names, earlier)
+        names = unasked(names, earlier)
         said.note(f"{len(earlier)} answers are there, {len(names)} images are left to ask")
     with (
         Client(
@@ -150,7 +146,7 @@ def ask_command(
     return 1 if bad else 0
 
 
-def _unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
+def unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
     """Return the names without those that have an answer. A name that was given twice is answered twice."""
     left = Counter(answer["source"] for answer in earlier)
     rest = []
@@ -186,7 +182,7 @@ def find_images(given: Iterable[str]) -> Iterator[str]:
         if name == "-":
             yield from (line for line in sys.stdin.read().removeprefix("\ufeff").splitlines() if line)
         elif os.path.isdir(name):
-            yield from some(name, map(str, sorted(Path(name) / path for path in walk(Path(name), links=True))))
+            yield from some(name, map(str, sorted(Path(name) / path for path in walk(Path(name)))))
         elif not os.path.exists(name) and glob.has_magic(name):
             yield from some(name, sorted(glob.glob(name, recursive=True)))
         else:

@@ -171,7 +171,7 @@ record_option = click.option(
     help="The record of `vilu serve --record`.  [default: $VILU_RECORD]",
 )
 
-# `vilu ask` and `vilu predict` share these: a command receives them as `labels` and `details`.
+# `vilu ask` and `vilu predict` share these: a command receives them as `labels`, `details` and `resume`.
 labels_option = click.option(
     "--label", "labels", multiple=True, help="Candidate to choose from instead of the class set. Repeat it for several."
 )
@@ -179,6 +179,11 @@ details_option = click.option(
     "--details",
     is_flag=True,
     help="Also give the likeliest labels, the labels that the failure predictor looks at, and other confidence scores.",
+)
+resume_option = click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where an earlier run with this --output stopped: ask only what is left.",
 )
 
 host_option = click.option(

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -452,6 +453,27 @@ def test_a_disk_too_small_is_told_at_once(tmp_path, clip, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(UserError, match=r"needs 0\.\d MB, the disk has 0\.0 MB free"):
         embed(open_source(str(folder(tmp_path / "d"))), clip, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("file", ["index.json", "image.normalised.npy"])
+def test_a_cache_of_somebody_else_is_not_called_damaged(tmp_path, clip, monkeypatch, file):
+    source = open_source(str(folder(tmp_path / "d", 2)))
+    embed(source, clip, cache=tmp_path / "cache")
+    entry = entries(tmp_path / "cache")[0]
+    read_text, stat = Path.read_text, Path.stat
+
+    def refuse(call):
+        def instead(path, *args, **kwargs):
+            if path == entry / file:
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *args, **kwargs)
+
+        return instead
+
+    monkeypatch.setattr(Path, "read_text", refuse(read_text))
+    monkeypatch.setattr(Path, "stat", refuse(stat))
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); --cache or VILU_CACHE names another"):
+        embed(source, clip, cache=tmp_path / "cache")
 
 
 def test_a_cache_that_cannot_be_made(tmp_path, clip):
