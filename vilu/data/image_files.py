@@ -14,8 +14,10 @@ from vilu.preprocess.image import FORMATS
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Folders that systems and storage servers make. ".name" is hidden anyway.
-JUNK = ("__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information", "lost+found")
-JUNK += ("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot")
+JUNK = (
+    *("__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+)
 
 
 def ignored(name: str) -> bool:
