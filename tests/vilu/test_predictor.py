@@ -100,7 +100,9 @@ def test_a_pillow_image_has_the_pixels_of_its_file(clip, tmp_path, mode):
     with Image.open(path) as again:
         assert again.mode == mode
         np.testing.assert_array_equal(clip.transform(opened(again, 0)[1]), expected)
-        asked = decode(encoded(again, 0)[1], clip.transform)
+        sent = encoded(again, 0)[1]
+        assert isinstance(sent, bytes)
+        asked = decode(sent, clip.transform)
         if mode == "CMYK":  # which PNG cannot hold
             assert np.abs(asked.astype(int) - expected).max() < 40
         else:
