@@ -170,7 +170,7 @@ def _about_rows(client: Client, rows: Any, chosen: dict[str, Any]) -> Iterator[A
 
 def find_images(given: Iterable[str]) -> Iterator[str]:
     """Yield the image files that the user named. Raises UserError where a folder or a pattern has no image."""
-    from vilu.data.image_files import SUFFIXES, walk
+    from vilu.data.image_files import CONVERT, OTHERS, SUFFIXES, walk
 
     def some(name: str, found: Iterable[str]) -> list[str]:
         files = [path for path in found if os.path.isfile(path)]
@@ -183,6 +183,9 @@ def find_images(given: Iterable[str]) -> Iterator[str]:
             yield from (line for line in sys.stdin.read().removeprefix("\ufeff").splitlines() if line)
         elif os.path.isdir(name):
             yield from some(name, map(str, sorted(Path(name) / path for path in walk(Path(name)))))
+            if others := sorted(walk(Path(name), OTHERS)):
+                more = f" ({len(others)} such files)" if len(others) > 1 else ""
+                said.warn(said.printable(f"left out: {Path(name) / others[0]} {CONVERT}{more}"))
         elif not os.path.exists(name) and glob.has_magic(name):
             yield from some(name, sorted(glob.glob(name, recursive=True)))
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vilu.data.image_files import SUFFIXES, ignored, walk
+from vilu.data.image_files import CONVERT, OTHERS, SUFFIXES, ignored, walk
 from vilu.data.source import FileSource
 from vilu.data.splits import no_split, split_named
 from vilu.errors import UserError
@@ -19,7 +19,8 @@ def open_folder(folder: Path, split: str) -> FileSource:
 
     The directory's name is the class name, with _ read as a space. Hidden files, __MACOSX and directories without
     images are ignored. Directories named as splits (train, training, val, valid, validation, dev, test, testing, ... in
-    any case) that hold class directories are splits. A folder without them gives the same data for every split.
+    any case) that hold class directories are splits. A folder without them gives the same data for every split. Images
+    of other kinds than JPEG, PNG and WebP are listed in `skipped`.
 
     Args:
         folder: the folder.
@@ -27,8 +28,9 @@ def open_folder(folder: Path, split: str) -> FileSource:
 
     Raises:
         UserError: the folder does not exist, holds no images or fewer than two classes, lacks the split, its splits
-            have different classes, a directory named as a split stands beside or below class directories, or all its
-            directories hold the same class directories, as splits of other names do.
+            have different classes, a directory named as a split stands beside or below class directories, all its
+            directories hold the same class directories, as splits of other names do, or a class has only images of
+            other kinds.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
@@ -41,6 +43,7 @@ def open_folder(folder: Path, split: str) -> FileSource:
         folder = splits[split]
     else:
         _refuse_unnamed_splits(folder, names)
+    others = _others(folder, names)
     if not names:
         raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} files in class directories")
     if len(names) < 2:
@@ -54,7 +57,19 @@ def open_folder(folder: Path, split: str) -> FileSource:
         paths=paths,
         labels=number[labels],
         class_names=tuple(one.replace("_", " ") for one in names),
+        skipped=tuple(f"{folder / path}: {CONVERT}" for path in others),
     )
+
+
+def _others(folder: Path, names: list[str]) -> list[str]:
+    """Return the images that are not read. Raises UserError where a directory has no others, and so is no class."""
+    found = []
+    for directory in sorted({*_directories(folder), *names}):
+        here = sorted(os.path.join(directory, path) for path in walk(folder / directory, OTHERS))
+        if here and directory not in names:
+            raise UserError(f"{folder / here[0]}: {CONVERT}; {directory!r} holds no other images")
+        found += here
+    return found
 
 
 def _split_folders(folder: Path, names: list[str]) -> dict[str, Path]:

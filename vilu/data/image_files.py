@@ -13,6 +13,12 @@ from vilu.errors import UserError
 from vilu.preprocess.image import FORMATS
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Images that are not read, so that nobody misses them without a word.
+OTHERS = (
+    *(".jfif", ".jpe", ".jp2", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".heic", ".heif", ".avif", ".jxl", ".ppm", ".pgm"),
+)
+CONVERT = "is not .jpg, .png or .webp; convert it, or rename it if it is a JPEG"
 # Folders that systems and storage servers make. ".name" is hidden anyway.
 JUNK = (
     *("__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information", "lost+found"),
@@ -25,8 +31,8 @@ def ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """Yield the paths of the images below a folder, relative to it, in no order.
+def walk(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[str]:
+    """Yield the paths of the files with these endings below a folder, relative to it, in no order.
 
     Links are followed, each folder once.
     """
@@ -39,7 +45,7 @@ def walk(folder: Path) -> Iterator[str]:
         seen.add((place.st_dev, place.st_ino))
         below[:] = [name for name in below if not ignored(name)]
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not ignored(name):
+            if name.lower().endswith(suffixes) and not ignored(name):
                 yield os.path.relpath(os.path.join(parent, name), folder)
 
 

@@ -100,6 +100,13 @@ def test_links_are_followed_and_hidden_files_are_not_looked_at(tmp_path):
         assert list(find_images([str(folder)])) == [f"{folder}/{name}" for name in expected]
 
 
+def test_images_of_other_kinds_are_named(tmp_path, capsys):
+    for name in ("a.jpg", "b.bmp", "c.heic"):
+        (tmp_path / name).write_bytes(b"")
+    assert list(find_images([str(tmp_path)])) == [f"{tmp_path}/a.jpg"]
+    assert f"left out: {tmp_path}/b.bmp is not .jpg, .png or .webp" in capsys.readouterr().err
+
+
 def test_a_folder_that_hides_the_package(tmp_path):
     (tmp_path / "vilu").mkdir()
     (tmp_path / "vilu" / "__main__.py").write_text(Path(cli.__file__).parents[1].joinpath("__main__.py").read_text())

@@ -107,6 +107,19 @@ def test_splits_and_domains_of_other_names_are_no_classes(tmp_path, paths, said)
     assert top in open_source(str(tmp_path)).class_names
 
 
+def test_images_of_other_kinds_are_not_left_out_without_a_word(tmp_path):
+    folder(tmp_path)
+    put(tmp_path / "zebra" / "scan.TIFF")
+    source = open_source(str(tmp_path))
+    assert len(source) == 6
+    assert source.skipped == (
+        f"{tmp_path}/zebra/scan.TIFF: is not .jpg, .png or .webp; convert it, or rename it if it is a JPEG",
+    )
+    put(tmp_path / "okapi" / "deep" / "0.heic")
+    with pytest.raises(UserError, match=r"okapi/deep/0\.heic: is not .*; 'okapi' holds no other images"):
+        open_source(str(tmp_path))
+
+
 def test_classes_with_folders_of_their_own(tmp_path):
     for path in ("cat/indoor/0.jpg", "cat/outdoor/0.jpg", "dog/beach/0.jpg", "dog/park/0.jpg", "dog/indoor/0.jpg"):
         put(tmp_path / path)
