@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vilu.cli import output as said
+from vilu.errors import UserError
+
 if TYPE_CHECKING:
     from vilu.serving import AsyncClient
 
@@ -20,11 +23,15 @@ DEFAULT_URL = "127.0.0.1:8001"  # as in vilu.serving.address, which needs the cl
 REPOSITORY = Path("serving/model_repository")
 
 
-def default_cache() -> Path:
-    """Return the folder that keeps embeddings and towers by default."""
+def default_cache() -> Path | None:
+    """Return the folder that keeps embeddings and towers by default; None, with a note, where there is no home."""
     from vilu.data import cache
 
-    return cache.default_cache()
+    try:
+        return cache.default_cache()
+    except UserError as error:
+        said.note(f"{error}; until then none are kept")
+        return None
 
 
 def all_of(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:

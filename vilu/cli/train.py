@@ -134,7 +134,7 @@ def train_command(
     root: Path | None,
     image_column: str,
     caption_column: str,
-    cache: Path,
+    cache: Path | None,
     embeddings: Path | None,
     from_record: str | None,
     since: datetime | None,

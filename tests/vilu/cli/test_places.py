@@ -12,6 +12,7 @@ import pytest
 
 import vilu
 from vilu import UserError, cli
+from vilu.cli import options
 from vilu.cli.ask import find_images
 from vilu.data.cache import default_cache
 from vilu.data.image_files import image_files
@@ -67,12 +68,14 @@ def test_an_interrupt_says_what_was_kept(capsys):
     assert capsys.readouterr().err.strip() == "odd: interrupted; the answers until then are in a.part.csv"
 
 
-def test_no_home(monkeypatch):
+def test_no_home(monkeypatch, capsys):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)  # a number without an entry in passwd
     with pytest.raises(UserError, match="set VILU_CACHE"):
         default_cache()
+    assert options.default_cache() is None  # nothing needs the cache but the speed of the next run
+    assert "set VILU_CACHE to a folder that keeps embeddings; until then none are kept" in capsys.readouterr().err
 
 
 def test_a_user_without_a_name(monkeypatch):
