@@ -99,7 +99,7 @@ def find_shards(data: str, split: str) -> list[Path] | None:
     found = _named_shards(data)
     if not found:
         return None
-    top = os.path.commonpath([path.parent for path in found])
+    top = os.path.commonpath([os.path.abspath(path.parent) for path in found])
     split_of = {path: _split_of(path, top) for path in found}
     splits = set(split_of.values())
     if len(splits) < 2:
@@ -114,7 +114,7 @@ def find_shards(data: str, split: str) -> list[Path] | None:
 
 def _split_of(path: Path, top: str) -> str | None:
     """Return the split that a shard's name stands for, or the nearest folder's below `top`."""
-    folders = path.parent.relative_to(top).parts
+    folders = Path(os.path.relpath(os.path.abspath(path.parent), top)).parts
     return next(filter(None, map(split_within, (path.stem, *reversed(folders)))), None)
 
 
