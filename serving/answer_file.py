@@ -51,7 +51,7 @@ class AnswerFile:
 def open_answer_file(
     path: Path, columns: Sequence[str] = FIELDS, suffix: str | None = None, earlier: Sequence[dict[str, Any]] = ()
 ) -> Iterator[AnswerFile]:
-    """A file to add answers to. It appears under its name when it is whole.
+    """A file to add answers to. It appears under its name when it is whole. A pipe or a device takes them at once.
 
     Where the answers stop with a UserError or an interrupt, those until then stay in NAME.part.SUFFIX beside it, and
     the error says so.
@@ -60,29 +60,43 @@ def open_answer_file(
         path: the file.
         columns: fields of `Answer` to write.
         suffix: one of FORMATS, the format to write; None: the name's ending says it.
-        earlier: rows to begin with, as `read_part` returns them.
+        earlier: rows to begin with, as `read_part` returns them. What holds them stays until they are written again.
 
     Raises:
         UserError: the ending is unknown, the file cannot be written, or the answers were interrupted.
     """
     kind, part = _choose(path, suffix, _WRITERS), _part(path)
+    new = part.with_name(f".{part.name}") if earlier else part
     try:
-        with part.open("wb") as under:
+        if path.exists() and not path.is_file():  # a pipe or a device such as /dev/stdout, which stays what it is
+            with path.open("wb") as under, contextlib.closing(kind(columns, under)) as file:
+                yield file
+            return
+        with new.open("wb") as under:
             file = kind(columns, under)
             try:
                 for cells in earlier:
                     file.add_row(cells)
+                under.flush()
+                if new.suffix != ".parquet":  # which no program can read before its end is written
+                    os.replace(new, part)
                 yield file
             except (UserError, KeyboardInterrupt) as error:
                 file.close()
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(new, part)
                 why = "interrupted" if isinstance(error, KeyboardInterrupt) else error
                 raise type(error)(
                     f"{why}; the answers until then are in {part}, and --resume goes on from there"
                 ) from None
             file.close()
-        os.replace(part, path)
+        os.replace(new if new.exists() else part, os.path.realpath(path))
+        part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if new != part:
+            new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -95,8 +109,10 @@ def write_answers(under: IO[bytes], columns: Sequence[str], suffix: str) -> Iter
         file.close()
 
 
-def read_part(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+def read_part(path: Path, columns: Sequence[str], suffix: str | None = None) -> list[dict[str, Any]]:
     """Read the answers that an interrupted run left beside `path`, or those in `path` where it ended.
+
+    The arguments are those of `open_answer_file`.
 
     Returns:
         Rows as the file has them. Empty where there is no file.
@@ -104,7 +120,7 @@ def read_part(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read, or holds other columns.
     """
-    read = _choose(path, None, {".jsonl": _read_lines, ".csv": _read_csv, ".parquet": _read_parquet})
+    read = _choose(path, suffix, {".jsonl": _read_lines, ".csv": _read_csv, ".parquet": _read_parquet})
     found = next((file for file in (_part(path), path) if file.exists()), None)
     if found is None:
         return []
@@ -119,6 +135,7 @@ def read_part(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _part(path: Path) -> Path:
+    path = Path(os.path.realpath(path))  # a link stays a link
     return path.with_name(f"{path.stem}.part{path.suffix}")
 
 

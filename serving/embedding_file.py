@@ -47,10 +47,17 @@ def _npz(path: Path) -> Any:
 
 
 def _safetensors(path: Path) -> Any:
-    from safetensors import safe_open
+    from safetensors import deserialize, safe_open
 
     with safe_open(path, "numpy") as file:
-        return file.get_tensor(NAME) if NAME in file.keys() else None  # noqa: SIM118
+        if NAME not in file.keys():  # noqa: SIM118
+            return None
+        part = file.get_slice(NAME)
+        if part.get_dtype() != "BF16":
+            return file.get_tensor(NAME)
+    # NumPy has no bfloat16, which is the upper half of a float32.
+    data = next(tensor["data"] for name, tensor in deserialize(path.read_bytes()) if name == NAME)
+    return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(part.get_shape())
 
 
 def _parquet(path: Path) -> Any:

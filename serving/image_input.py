@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from vilu.answers import Answer, ImageLike, opened
 
 Item = tuple[str, "bytes | Answer"]  # an image's name and its encoded bytes, or an answer that says why there are none
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of Pillow
 REQUEST_BYTES = 32 << 20  # a batch of large images ends here, whatever its number
 
 
@@ -31,7 +32,11 @@ def encoded(image: ImageLike, index: int) -> Item:
     if isinstance(found, bytes | Answer):
         return name, found
     buffer = io.BytesIO()
-    found.save(buffer, "PNG")  # lossless: the server sees these very pixels
+    try:
+        found = found if found.mode in PNG_MODES else found.convert("RGB")
+        found.save(buffer, "PNG")  # lossless: the server sees these very pixels
+    except Exception as error:  # Pillow raises many types for modes that it cannot convert
+        return name, Answer(name, error=f"image of mode {found.mode} cannot be sent ({type(error).__name__})")
     return name, buffer.getvalue()
 
 

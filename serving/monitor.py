@@ -18,6 +18,7 @@ import pyarrow as pa
 from vilu.errors import UserError
 from vilu.evaluation.reference import distance_bins, failure_bins
 from vilu.evaluation.sequential import Drift, RiskBound
+from vilu.serving.record.feedback import is_right
 from vilu.serving.record.table import Feedback, Record
 
 COLUMNS = ("id", "time", "checkpoint", "model_version", "class_set", "class_set_version", "class_index", "label",
@@ -202,7 +203,7 @@ class _Stream:
                 continue
             counts["used"] += 1
             right, label = said[name]
-            wrong = float(label != labels[row] if right is None else not right)
+            wrong = float(not is_right(labels[row], right, label))
             self.scored.append((float(failure[row]), wrong, 1 / float(chance[row])))
             if accept[row]:
                 self.windows[int(at[row])].labels[wrong, float(chance[row])] += 1

@@ -77,3 +77,14 @@ def test_the_claimed_versions_are_those_that_are_found():
     claimed = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
     assert claimed == ["3.10", "3.11", "3.12", "3.13", "3.14"]
     assert 'requires-python = ">=3.10,<3.15"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_an_editable_install_wins_over_a_folder_of_its_name(tmp_path):
+    """Such an install puts `.ci/import` on Python's path, where a folder `vilu` beside it does not hide the package."""
+    assert 'package-dir = {"" = ".ci/import"}' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert os.listdir(ROOT / ".ci" / "import") in (["vilu"], ["vilu", "vilu.egg-info"], ["vilu.egg-info", "vilu"])
+    (tmp_path / "vilu").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(ROOT / ".ci" / "import")}
+    command = [sys.executable, "-c", "import vilu.serving; from vilu import UserError; print(vilu.__file__)"]
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == str(ROOT / ".ci" / "import" / "vilu" / "__init__.py"), run.stderr

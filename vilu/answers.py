@@ -79,8 +79,8 @@ def opened(image: ImageLike, index: int) -> tuple[str, bytes | Image.Image | Ans
         index: the image's place among those that are asked about, from 0; it names an image without a path.
 
     Returns:
-        The name, and encoded bytes or an RGB Pillow image; in their place an Answer with the error for a file that
-        cannot be read, and for anything else that is no image.
+        The name, and encoded bytes or a Pillow image in its own mode; in their place an Answer with the error for a
+        file that cannot be read, and for anything else that is no image.
 
     Example:
         >>> opened(b"...", 7)
@@ -104,6 +104,7 @@ def opened(image: ImageLike, index: int) -> tuple[str, bytes | Image.Image | Ans
     if not isinstance(image, Image.Image):
         return name, Answer(name, error=f"not a path, bytes, a Pillow image or an array, but {type(image).__name__}")
     try:
-        return name, image.convert("RGB")
+        image.load()
+        return name, image
     except Exception as error:  # Pillow reads a lazily opened file here, and raises many types on a damaged one
         return name, Answer(name, error=f"image cannot be decoded ({type(error).__name__})")

@@ -8,6 +8,7 @@ RUN python -m venv /opt/build && python -m venv --without-pip /opt/vilu \
   && /opt/build/bin/pip --python /opt/vilu/bin/python install --no-cache-dir --no-deps --require-hashes \
     --only-binary :all: -r /locked/cpu.txt
 COPY pyproject.toml README.md LICENSE /src/
+COPY .ci/import /src/.ci/import
 COPY vilu /src/vilu
 COPY kernels /src/kernels
 COPY export /src/export

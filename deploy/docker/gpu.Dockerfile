@@ -8,6 +8,7 @@ COPY deploy/docker/build.txt /locked/
 RUN python -m venv /opt/build \
   && /opt/build/bin/pip install --no-cache-dir --no-deps --require-hashes --only-binary :all: -r /locked/build.txt
 COPY pyproject.toml README.md LICENSE /src/
+COPY .ci/import /src/.ci/import
 COPY vilu /src/vilu
 COPY kernels /src/kernels
 COPY export /src/export

@@ -27,7 +27,7 @@ def open_record(where: str, *, create: bool = False) -> Record:
     """
     if where.startswith("@"):
         try:
-            where = Path(where[1:]).read_text("utf-8").strip()
+            where = Path(where[1:]).read_text("utf-8-sig").strip()
         except (OSError, ValueError) as error:
             raise UserError(f"{where[1:]}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not where:

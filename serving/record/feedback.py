@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from vilu.errors import UserError
+from vilu.preprocess.class_names import cleaned
 from vilu.serving.record.table import Feedback, Record
 
 LONGEST = 4096  # characters of an id or a label
@@ -46,7 +47,7 @@ def read_feedback(text: str, source: str = "feedback") -> list[Feedback]:
         >>> [(one.id, one.right, one.label) for one in read_feedback("id,feedback\\na,right\\nb,wrong\\n")]
         [('a', True, None), ('b', False, None)]
     """
-    now = datetime.now(timezone.utc)
+    now, text = datetime.now(timezone.utc), text.removeprefix("\ufeff")
     rows = _json_rows(text, source) if text.lstrip()[:1] in ("{", "[") else _csv_rows(text, source)
     return [_feedback(row, f"{source}, line {number}", now) for number, row in rows]
 
@@ -68,12 +69,17 @@ def _json_rows(text: str, source: str) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(text: str, source: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff")))
+    reader = csv.DictReader(io.StringIO(text))
     columns = set(reader.fieldnames or ())
     if "id" not in columns or not columns & {"feedback", "label"}:
         raise UserError(f"{source}: needs a line of column names with id, and feedback or label (or both)")
     try:
         for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{source}, line {reader.line_num}: has more fields than the header; a cell with a comma needs "
+                    "double quotes around it"
+                )
             if any(row.values()):
                 yield reader.line_num, {name: row[name] for name in ("id", "feedback", "label") if row.get(name)}
     except csv.Error as error:
@@ -95,6 +101,16 @@ def _feedback(row: Any, where: str, now: datetime) -> Feedback:
     if verdict is not None and verdict not in VERDICTS:
         raise UserError(f"{where}: feedback must be right or wrong, not {verdict[:64]!r}")
     return Feedback(given["id"], None if verdict is None else VERDICTS[verdict], label, now)
+
+
+def is_right(answered: str, right: bool | None, label: str | None) -> bool:
+    """Whether an answer was right, by what was said of it; a label is the answer where CLIP reads them alike.
+
+    Example:
+        >>> is_right("red star", None, "Red star"), is_right("red star", False, None)
+        (True, False)
+    """
+    return cleaned(answered) == cleaned(label or "") if right is None else right
 
 
 def give_feedback(record: Record, feedback: Iterable[Feedback]) -> Taken:

@@ -9,6 +9,7 @@ from datetime import datetime
 import numpy as np
 
 from vilu.errors import UserError
+from vilu.serving.record.feedback import is_right
 from vilu.serving.record.table import Record
 
 COLUMNS = ("id", "time", "checkpoint", "class_set", "class_index", "label", "failure_probability",
@@ -83,8 +84,8 @@ def read_labelled(
             if chosen and name in said:
                 right, true = said.pop(name)
                 rows.append(at)
-                correct.append(label == true if right is None else right)
-                labels.append(true if right is None else label if right else None)
+                correct.append(is_right(label, right, true))
+                labels.append(label if correct[-1] else true)
                 chance.append(probability)
         total += len(table)
     if not total:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 
@@ -107,3 +108,43 @@ def test_a_line_that_a_kill_cut_is_asked_again(tmp_path, suffix):
         file.add(GOOD)
     path.write_bytes(path.read_bytes()[:-5])
     assert len(read_part(path, FIELDS)) == 1
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_earlier_answers_are_kept_until_they_are_written_again(tmp_path, suffix):
+    """A kill while a resumed run begins leaves what the first one kept."""
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    path = tmp_path / f"a{suffix}"
+
+    def interrupted():
+        with open_answer_file(path) as file:
+            file.add(GOOD)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    kept = read_part(path, FIELDS)
+    with open_answer_file(path, earlier=kept) as file:
+        assert read_part(path, FIELDS) == kept
+        file.add(GOOD)
+    assert [entry.name for entry in tmp_path.iterdir()] == [f"a{suffix}"]
+    assert len(read_part(path, FIELDS)) == 2
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, pipe = tmp_path / "a.csv", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "there" / "real.csv")
+    with open_answer_file(link) as file:
+        file.add(GOOD)
+    assert link.is_symlink()
+    assert len(rows_of(link)) == 1
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with open_answer_file(pipe, suffix=".jsonl") as file:
+        file.add(GOOD)
+    assert json.loads(os.read(reader, 10_000))["source"] == GOOD.source
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.csv", "pipe", "there"]

@@ -150,7 +150,7 @@ def test_each_kind_of_feedback_has_its_treatment(record):
 def test_a_true_label_says_whether_the_answer_was_right(record):
     fill(record, np.random.default_rng(8), 1, policy=(1.0, 1.0))
     (row,) = next(iter(record.batches(["id", "label", "accept"]))).to_pylist()
-    for label, risk in ((row["label"], 0.0), ("another", 1.0)):
+    for label, risk in ((row["label"], 0.0), ("another", 1.0), (f" {row['label'].upper()}", 0.0)):
         give_feedback(record, read_feedback(json.dumps({"id": "r0", "label": label})))
         (one,) = watch(record).watched
         assert one.risk == risk or not row["accept"]
@@ -163,6 +163,7 @@ def test_a_true_label_says_whether_the_answer_was_right(record):
         ("id\na\n", "column names"),
         ("id,feedback\na,maybe\n", "line 2: feedback must be right or wrong, not 'maybe'"),
         ("id,feedback,label\na,right,cat\n", "either"),
+        ("id,label\na,cat\nb,cat, big\n", "line 3: has more fields than the header"),
         ("id,feedback\n,right\n", "id is missing"),
         ('{"id": 3, "feedback": "right"}', "id must be text"),
         ('{"id": "a", "feedback": "right"}\n{"id"', "line 2: is not JSON"),
@@ -172,6 +173,12 @@ def test_a_true_label_says_whether_the_answer_was_right(record):
 def test_bad_feedback_is_one_line_and_nothing_is_taken(text, said):
     with pytest.raises(UserError, match=said):
         read_feedback(text)
+
+
+@pytest.mark.parametrize("text", ['id,label\r\na,"cat, big"\r\n', '{"id": "a", "label": "cat, big"}\n'])
+def test_feedback_may_begin_with_a_byte_order_mark(text):
+    (one,) = read_feedback(f"\ufeff{text}")
+    assert (one.id, one.label) == ("a", "cat, big")
 
 
 def test_the_service_takes_feedback_and_shows_what_it_found(record):
@@ -206,6 +213,8 @@ def test_the_commands(record):
 
     done = run("feedback", "-", "--json", input="id,feedback\nmissing,right\n")
     assert json.loads(done.stdout) == {"taken": 0, "repeated": 0, "changed": 0, "unknown": 1}
+    waiting = json.loads(run("feedback", "--to-label", "--json").stdout)
+    assert [row["id"] for row in waiting] == [row["id"] for row in to_label(record)]
     done = run("monitor", "--once", "--json", "--target-risk", "0.9", "--level", "0.001")
     assert done.returncode == 0
     assert json.loads(done.stdout) == as_plain(watch(record, target_risk=0.9, level=0.001))

@@ -12,7 +12,8 @@ from bench.authors import AuthorsHead
 from tests.support.embeddings import unit_rows
 from tests.support.public_data import DATA
 from vilu import Checkpoint, ClassSet, ClipSpec, UserError, ViLUHead, load_checkpoint, save_checkpoint
-from vilu.checkpoint import OFFICIAL_INPUTS, SAMPLES, TEXT
+from vilu.authors import OFFICIAL_INPUTS
+from vilu.checkpoint import SAMPLES, TEXT
 from vilu.outlier import fit_outlier
 
 

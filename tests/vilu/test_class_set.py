@@ -70,6 +70,19 @@ def test_names_that_a_tokenizer_tells_apart():
     assert class_names.names_problem(names) == ""
 
 
+@pytest.mark.parametrize("second", ["ca\u200bt", "cat\u200d", "\u200fcat", "c\u00adat", "cat\ufe0f", "\u202eCAT\u202c"])
+def test_names_that_look_the_same(second):
+    problem = class_names.names_problem(["cat", "owl", second])
+    assert problem.endswith("differs from class name 1 ('cat') only in characters that nobody sees")
+    assert problem.isprintable()
+
+
+def test_signs_that_look_different():
+    flags = [f"\U0001f3f4{''.join(chr(0xE0000 + ord(c)) for c in f'gb{part}')}\U000e007f" for part in ("eng", "sct")]
+    assert class_names.names_problem([*flags, "\U0001f44d", "\U0001f44d\U0001f3fd", "חתול", "כלב"]) == ""
+    assert class_names.names_problem(["cat", "\u200b"]).endswith("is empty")
+
+
 @pytest.mark.parametrize("ending", ["x", "y"])
 def test_names_that_differ_only_where_the_tokenizer_cuts_them_off(ending):
     """One prompt is in another batch, so the rows are equal only up to rounding."""

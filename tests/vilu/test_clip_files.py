@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import logging
 import pickle
 import subprocess
 from collections import OrderedDict, defaultdict
@@ -82,10 +83,14 @@ LIGHTNING = {
         lambda state, other: {"state_dict": other, "state_dict_ema": under("module.", state)},
         lambda state, other: {"model": other, "model_ema": {"module": state}},
         lambda state, other: {"state_dict": {**under("model.", other), **under("ema_model.", state)}},
+        lambda state, other: {"model": other, "modelEma": state},
+        lambda state, other: {"model": other, "EMA": under("module.", state)},
+        lambda state, other: {"model": other, "averaged_model": {**under("module.", state), "n": torch.ones(1)}},
+        lambda state, other: {"model": other, "exponential_moving_average": state},
         lambda state, other: {"model": state, "optimizer": {"state": under("m.", {"x": torch.ones(2)})}},
     ],
     ids=["plain", "lightning", "lightning-model", "ddp", "compiled", "nested", "odd-prefix", "ema", "state_dict_ema",
-         "model_ema", "ema_model", "with-optimizer"],
+         "model_ema", "ema_model", "camel", "capitals", "averaged", "words", "with-optimizer"],
 )  # fmt: skip
 def test_every_nesting_and_prefix(model, other, tmp_path, form):
     state = model.state_dict()
@@ -102,6 +107,13 @@ def flattened(document, name=""):
             yield f"{name}{key}", value
         elif isinstance(value, dict):
             yield from flattened(value, f"{name}{key}.")
+
+
+def test_nobody_reads_of_random_weights_where_a_file_has_them(model, tmp_path, caplog):
+    load_clip(NAME, saved(tmp_path / "weights.pt", model.state_dict()))
+    assert "random" not in caplog.text
+    logging.warning("No news")
+    assert "No news" in caplog.text
 
 
 def test_half_precision_is_read_as_float32(model, tmp_path):
@@ -224,6 +236,8 @@ def refused(path, *words):
 def test_a_whole_module_is_refused_in_one_line(model, tmp_path):
     for document in (model, {"model": model, "epoch": 3}):
         refused(saved(tmp_path / "module.pt", document), "whole pickled module (open_clip.model.CLIP)", "state_dict()")
+    torch.save(model, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    refused(tmp_path / "old.pt", "only their own code can read", "state_dict()")
 
 
 def test_messages_name_the_tensor_and_the_prefix(model, other, tmp_path):
@@ -235,6 +249,7 @@ def test_messages_name_the_tensor_and_the_prefix(model, other, tmp_path):
     refused(saved(path, {**state, "visual.extra": torch.ones(1)}), "visual.extra does not belong to")
     refused(saved(path, {**state, "visual.proj": torch.ones(3, 3)}), "visual.proj has shape (3, 3)")
     refused(saved(path, {**state, "visual.proj": state["visual.proj"] * torch.nan}), "visual.proj", "not finite")
+    refused(saved(path, {**state, "logit_scale": torch.tensor(100.0)}), "logit_scale must be the logarithm of a factor")
     refused(saved(path, {"student": state, "teacher": other}), "several CLIPs ('student.', 'teacher.')")
     refused(saved(path, {"backbone.layer\x1b[31m": torch.ones(1)}), "has no tensor of", "'backbone'")
     refused(saved(path, {"steps": 3}), "holds no tensors by name")
@@ -256,6 +271,8 @@ def test_damaged_files(model, tmp_path):
     ):
         path.write_bytes(content)
         refused(path, "not weights that can be read safely")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(path, "a pointer of Git LFS")
     path.write_bytes((10**6).to_bytes(8, "little") + b'{"a')
     refused(path, "safetensors")
     refused(tmp_path / "nowhere.pt", "no weights file", "open_clip's tags")

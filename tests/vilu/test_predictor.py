@@ -9,9 +9,10 @@ from PIL import Image
 
 import vilu
 from vilu import Checkpoint, Predictor, UserError, ViLUHead
-from vilu.answers import RequestRefused
+from vilu.answers import RequestRefused, opened
 from vilu.preprocess.image import decode
 from vilu.scores import Doctor, Entropy
+from vilu.serving.image_input import encoded
 from vilu.tiny import data
 
 
@@ -88,6 +89,26 @@ def test_every_kind_of_image_has_the_same_answer(predictor, images, tmp_path):
     assert predictor.embed([]).shape == (0, 128)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "I;16", "CMYK"])
+def test_a_pillow_image_has_the_pixels_of_its_file(clip, tmp_path, mode):
+    """Transparency, palettes and 16 bits count in the resizing; the client's PNG of the image keeps them."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 60, 4), np.uint8))
+    image = noise.convert("L").convert("I").convert("I;16") if mode == "I;16" else noise.convert(mode)
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path)
+    expected = decode(path.read_bytes(), clip.transform)
+    with Image.open(path) as again:
+        assert again.mode == mode
+        np.testing.assert_array_equal(clip.transform(opened(again, 0)[1]), expected)
+        sent = encoded(again, 0)[1]
+        assert isinstance(sent, bytes)
+        asked = decode(sent, clip.transform)
+        if mode == "CMYK":  # which PNG cannot hold
+            assert np.abs(asked.astype(int) - expected).max() < 40
+        else:
+            np.testing.assert_array_equal(asked, expected)
+
+
 def test_a_bad_image_is_an_answer_with_an_error(predictor, images, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff nothing")
     lazy = tmp_path / "lazy.png"
@@ -100,6 +121,7 @@ def test_a_bad_image_is_an_answer_with_an_error(predictor, images, tmp_path):
         np.zeros((4, 4), np.uint8),
         7,
         Image.open(lazy),
+        Image.new("La", (40, 30)),
     ]
     asked = [one for image in bad for one in (images[0], image)]
     answers = predictor(asked, batch_size=3)
@@ -112,6 +134,8 @@ def test_a_bad_image_is_an_answer_with_an_error(predictor, images, tmp_path):
     assert "(H, W, 3) uint8" in said[4]
     assert "int" in said[5]
     assert "cannot be decoded" in said[6]
+    assert "cannot be decoded" in said[7]
+    assert "mode La cannot be sent" in encoded(bad[7], 0)[1].error
     assert not any("\n" in line for line in said)
     assert np.ptp([a.failure_probability for a in answers if not a.error]) < 1e-5
     with pytest.raises(RequestRefused, match="No such file"):

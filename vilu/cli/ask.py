@@ -16,7 +16,7 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command
-from vilu.cli.options import PATH, SECONDS, connection_options, details_option, labels_option
+from vilu.cli.options import PATH, SECONDS, connection_options, details_option, labels_option, resume_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -48,11 +48,7 @@ if TYPE_CHECKING:
     type=PATH,
     help="File to write the answers to: .jsonl, .csv or .parquet, or - for JSON lines on standard output.",
 )
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Go on where an earlier run with this --output stopped: ask only what is left.",
-)
+@resume_option
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per image.")
 def ask_command(
     images: tuple[str, ...],
@@ -117,7 +113,7 @@ def ask_command(
     earlier = read_part(path, columns) if path is not None and resume else []
     bad = sum(answer.get("error") is not None for answer in earlier)
     if earlier:
-        names = _unasked(names, earlier)
+        names = unasked(names, earlier)
         said.note(f"{len(earlier)} answers are there, {len(names)} images are left to ask")
     with (
         Client(
@@ -150,7 +146,7 @@ def ask_command(
     return 1 if bad else 0
 
 
-def _unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
+def unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
     """Return the names without those that have an answer. A name that was given twice is answered twice."""
     left = Counter(answer["source"] for answer in earlier)
     rest = []
@@ -174,7 +170,7 @@ def _about_rows(client: Client, rows: Any, chosen: dict[str, Any]) -> Iterator[A
 
 def find_images(given: Iterable[str]) -> Iterator[str]:
     """Yield the image files that the user named. Raises UserError where a folder or a pattern has no image."""
-    from vilu.data.image_files import SUFFIXES, walk
+    from vilu.data.image_files import CONVERT, OTHERS, SUFFIXES, walk
 
     def some(name: str, found: Iterable[str]) -> list[str]:
         files = [path for path in found if os.path.isfile(path)]
@@ -186,7 +182,10 @@ def find_images(given: Iterable[str]) -> Iterator[str]:
         if name == "-":
             yield from (line for line in sys.stdin.read().removeprefix("\ufeff").splitlines() if line)
         elif os.path.isdir(name):
-            yield from some(name, map(str, sorted(Path(name) / path for path in walk(Path(name), links=True))))
+            yield from some(name, map(str, sorted(Path(name) / path for path in walk(Path(name)))))
+            if others := sorted(walk(Path(name), OTHERS)):
+                more = f" ({len(others)} such files)" if len(others) > 1 else ""
+                said.warn(said.printable(f"left out: {Path(name) / others[0]} {CONVERT}{more}"))
         elif not os.path.exists(name) and glob.has_magic(name):
             yield from some(name, sorted(glob.glob(name, recursive=True)))
         else:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def choose_threshold(
     paths: Sequence[Path],
     source: Source,
-    cache: Path,
+    cache: Path | None,
     dtype: str,
     *,
     drop_known: bool,
@@ -116,7 +116,7 @@ def _embed(
     paths: Sequence[Path],
     loaded: Sequence[tuple[Checkpoint, Clip]],
     source: Source,
-    cache: Path,
+    cache: Path | None,
     dtype: str,
     drop_known: bool,
 ) -> list[EmbeddedSet]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +13,15 @@ from typing import Any
 import click
 
 from vilu.errors import UserError
+
+
+def at_home(value: str) -> str:
+    """Return an argument with the user's home in place of ~, where a shell does not do it.
+
+    These places are "~/photos/*.jpg", --data=~/photos, @~/token and a configuration file.
+    """
+    found = re.match("((?:--[a-z-]+=)?@?)(~/.*)", value, re.DOTALL)
+    return found[1] + os.path.expanduser(found[2]) if found else value
 
 
 class Command(click.Command):
@@ -26,8 +37,9 @@ class Command(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
+        given = [at_home(one) for one in args]
         with self._packages(f"{parent.command_path if parent else ''} {info_name or ''}".strip()):
-            return super().make_context(info_name, args, parent, **extra)
+            return super().make_context(info_name, given, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         with self._packages(ctx.command_path):

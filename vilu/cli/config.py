@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from vilu.cli.command import at_home
 from vilu.cli.options import PATH
 from vilu.errors import UserError
 
@@ -68,7 +69,7 @@ def options_of(command: click.Command, section: dict[str, Any], where: str) -> d
             if isinstance(one, list | dict) or isinstance(one, bool) != option.is_flag:
                 kind = "true or false" if option.is_flag else "a list of values" if option.multiple else "one value"
                 raise UserError(f"{where}: {key} takes {kind}, got {one!r}")
-        texts = [one if isinstance(one, bool) else str(one) for one in values]
+        texts = [one if isinstance(one, bool) else at_home(str(one)) for one in values]
         found[option.name or key] = texts if option.multiple else texts[0]
     return found
 

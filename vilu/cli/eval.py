@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -15,14 +15,12 @@ from vilu.cli import output as said
 from vilu.cli.command import Command
 from vilu.cli.held_out import held_out
 from vilu.cli.options import PATH, clip_options, column_options, drop_known_option, dtype_option
-from vilu.cli.progress import Bar, progress_bar
+from vilu.cli.progress import progress_bar
+from vilu.cli.reader import Reader
 from vilu.errors import UserError
 
 if TYPE_CHECKING:
-    from vilu.checkpoint import Checkpoint
-    from vilu.clip import Clip
     from vilu.data import Source
-    from vilu.embeddings import EmbeddedSet
     from vilu.evaluation.evaluate import Case
     from vilu.evaluation.learning_curve import LearningCurve
     from vilu.evaluation.outside import Outside
@@ -196,7 +194,7 @@ def eval_command(
     curves: dict[str, LearningCurve] = {}
     with progress_bar() as bar:
         columns = {"image_column": image_column, "caption_column": caption_column}
-        reader = _Reader(root, cache, dtype, "BayesVLM" in chosen, clip_name, pretrained, bar, columns)
+        reader = Reader(root, cache, dtype, "BayesVLM" in chosen, clip_name, pretrained, bar, columns)
         for test_of, train_of, checkpoint, path in zip(
             tests,
             one_each(trains, len(tests), "train sets"),
@@ -293,87 +291,6 @@ def _named_sets(data: Sequence[str], datasets: Sequence[str], embeddings: Sequen
     sets += [("dataset", name) for name in datasets]
     sets += [("embeddings", path) for path in embeddings]
     return sets
-
-
-class _Reader:
-    """Reads each data set once and loads each CLIP once."""
-
-    def __init__(
-        self,
-        root: Path | None,
-        cache: Path | None,
-        dtype: str,
-        projection: bool,
-        clip_name: str | None,
-        pretrained: str | None,
-        bar: Bar,
-        columns: dict[str, Any],
-    ) -> None:
-        self.root, self.cache, self.dtype, self.projection, self.bar = root, cache, dtype, projection, bar
-        self.clip_name, self.pretrained, self.columns = clip_name, pretrained, columns
-        self.skipped: list[str] = []
-        self.clips: dict[str, Clip] = {}
-        self.sources: dict[int, Source] = {}  # by the identity of the set that was embedded from it
-        self._sets: dict[tuple[object, ...], EmbeddedSet] = {}
-
-    def read(self, kind: str, name: str | Path, split: str, checkpoint: Checkpoint, path: Path) -> EmbeddedSet:
-        """Read a data set and embed it with the checkpoint's CLIP and prompts. Messages call the checkpoint `path`."""
-        from vilu.class_set import DEFAULT_TEMPLATES
-        from vilu.data import embed, load_embeddings, open_source
-
-        if kind == "embeddings":
-            key: tuple[object, ...] = (str(name),)
-            if key not in self._sets:
-                self._sets[key] = load_embeddings(Path(name))
-            return self._sets[key]
-        clip = self._clip(checkpoint, path)
-        templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
-        key = (kind, str(name), split, id(clip), templates)
-        if key not in self._sets:
-            self.bar(f"reading {name}", 0, 1)
-            if kind == "dataset":
-                embedded = str(name) in ("digits", "shapes", "shapes-captions")
-                source = open_source(dataset=str(name), root=None if embedded else self.root, split=split)
-            else:
-                source = open_source(str(name), split=split, cache=self.cache, **self.columns)
-            self._sets[key] = embed(
-                source,
-                clip,
-                cache=self.cache,
-                dtype=self.dtype,
-                projection=self.projection and _has_projections(clip),
-                templates=templates,
-                progress=lambda what, done, total: self.bar(f"{name}, {split}: {what}", done, total),
-            )
-            self.skipped += self._sets[key].skipped
-            self.sources[id(self._sets[key])] = source
-        return self._sets[key]
-
-    def _clip(self, checkpoint: Checkpoint, path: Path) -> Clip:
-        from vilu.clip import load_clip, load_clip_for
-
-        def load_once(name: str, pretrained: str | None, fingerprint: str = "") -> Clip:
-            label = " ".join(filter(None, (name, pretrained)))
-            if label not in self.clips:
-                self.bar(f"loading {label}", 0, 1)
-                self.clips[label] = load_clip(name, pretrained, fingerprint=fingerprint)
-            return self.clips[label]
-
-        return load_clip_for(checkpoint, path, self.clip_name, self.pretrained, load=load_once)
-
-
-def _has_projections(clip: Clip) -> bool:
-    """Whether both towers end in one linear projection, which BayesVLM needs. Otherwise its row gives the reason."""
-    import torch
-
-    side = clip.transform.size
-    try:
-        with torch.no_grad():
-            clip.project_pixels(torch.zeros(1, side, side, 3, dtype=torch.uint8, device=clip.mean.device))
-            clip.project_tokens(clip.tokenize(["a"]).to(clip.mean.device))
-    except UserError:
-        return False
-    return True
 
 
 def choose_methods(text: str, known: Sequence[str]) -> tuple[str, ...]:

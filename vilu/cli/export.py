@@ -161,7 +161,7 @@ def export_command(
     engines: str,
     cuda_arch: str | None,
     version: int | None,
-    cache: Path,
+    cache: Path | None,
     **limits: float | None,
 ) -> None:
     """Write ONNX graphs and a Triton model repository.
@@ -199,7 +199,7 @@ def export_command(
         target["precision"] = precision
     target |= {"allow_loss": allow_loss, "engines": engines, "preprocess": preprocess}
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-    target |= {"version": version, "limits": Limits(**given), "cache": cache / "towers"}
+    target |= {"version": version, "limits": Limits(**given), "cache": cache and cache / "towers"}
     if cuda_arch is not None:
         if device == "cpu":
             raise UserError("--cuda-arch is for --device gpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -35,10 +34,9 @@ def feedback_command(source: str | None, record: str, to_label: bool, as_json: b
         raise UserError("give either FILE or --to-label")
     opened = open_record(record)
     if source is None:
-        rows = (row | {"time": row["time"].isoformat()} for row in waiting(opened))
+        rows = [row | {"time": row["time"].isoformat()} for row in waiting(opened)]
         if as_json:
-            for row in rows:
-                said.result(json.dumps(row))
+            said.document(rows)
             return
         table = csv.writer(sys.stdout)
         table.writerow(("id", "time", "class_set", "label", "failure_probability", "accept"))
@@ -50,7 +48,7 @@ def feedback_command(source: str | None, record: str, to_label: bool, as_json: b
         raise UserError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'})") from None
     taken = give_feedback(opened, read_feedback(text, "standard input" if source == "-" else source))
     if as_json:
-        said.result(json.dumps(asdict(taken)))
+        said.document(asdict(taken))
     else:
         said.result(
             f"{taken.taken} taken, {taken.repeated} known before, {taken.changed} changed, "

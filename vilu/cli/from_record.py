@@ -87,6 +87,7 @@ def training_set(where: str, checkpoint: Checkpoint, since: datetime | None) -> 
 
     from vilu.checkpoint import digest
     from vilu.embeddings import EmbeddedSet, Embeddings
+    from vilu.preprocess.class_names import cleaned
 
     if checkpoint.class_set is None or checkpoint.clip is None:
         raise UserError("--from-record: the checkpoint has no class set, or no CLIP")
@@ -94,7 +95,7 @@ def training_set(where: str, checkpoint: Checkpoint, since: datetime | None) -> 
     if found.embedding is None:
         raise UserError("--from-record: embeddings are missing; record with `vilu serve --record-embeddings`")
     names = checkpoint.class_set.names
-    place = {name: i for i, name in enumerate(names)}
+    place = {cleaned(name): i for i, name in enumerate(names)}
     t = torch.nn.functional.normalize(checkpoint.class_set.text_embeddings.float(), dim=1)
     v = torch.nn.functional.normalize(torch.from_numpy(found.embedding[found.rows]), dim=1)
     kept, labels = [], []
@@ -104,9 +105,9 @@ def training_set(where: str, checkpoint: Checkpoint, since: datetime | None) -> 
             others[int(predicted)] = -torch.inf
             kept.append(row)
             labels.append(int(others.argmax()))
-        elif true in place:  # a label that the class set lacks cannot be learned
+        elif cleaned(true) in place:  # a label that the class set lacks cannot be learned
             kept.append(row)
-            labels.append(place[true])
+            labels.append(place[cleaned(true)])
     if not kept:
         raise UserError("--from-record: none of the labels is in the checkpoint's class set")
     return EmbeddedSet(

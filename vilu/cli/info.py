@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +49,16 @@ def info_command(path: Path, as_json: bool) -> None:
         said.document(about)
         return
     for name, text in lines:
-        said.result(f"{name:<14}{said.printable(text)}")
+        said.result(_fitted(name, said.printable(text)))
+
+
+def _fitted(name: str, text: str) -> str:
+    """Return one line, or in a terminal as many as its width needs."""
+    line = f"{name:<14}{text}"
+    if not said.in_terminal():
+        return line
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.wrap(line, width, subsequent_indent=" " * 14, break_on_hyphens=False)) or line
 
 
 def _about_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -153,7 +164,7 @@ def _threshold_lines(about: Mapping[str, Any]) -> Iterable[Line]:
             f"{chosen.get('samples')} samples of {chosen.get('data') or note.get('data')}, split {note.get('split')}"
         )
         if chosen.get("bound") is None:
-            text = f"no promise: chosen for {chosen.get('rule')} {chosen.get('target')} on {where}"
+            text = f"none: the threshold was chosen for {chosen.get('rule')} {chosen.get('target')} on {where}"
         else:
             text = (
                 f"at most {_percent(chosen.get('target'))} of the accepted answers are wrong, with "
@@ -167,14 +178,14 @@ def _threshold_lines(about: Mapping[str, Any]) -> Iterable[Line]:
 
 
 def _training_lines(meta: Mapping[str, Any]) -> Iterable[Line]:
-    known = dict(meta)
+    known = {name: value for name, value in meta.items() if name != "logit_scale"}  # the line of the CLIP has it
     data = known.pop("data", None) or known.pop("source", None)
     if data:
         samples = known.pop("samples", None)
         yield "trained on", f"{data}{'' if samples is None else f', {samples} samples'}"
     accuracy, chance = known.pop("accuracy", None), known.pop("chance", None)
     if accuracy is not None:
-        yield "CLIP is right", f"on {_percent(accuracy)} of the training data (chance {_percent(chance)})"
+        yield "accuracy", f"CLIP is right on {_percent(accuracy)} of the training data (chance {_percent(chance)})"
     figures = known.pop("validation", None)
     if isinstance(figures, dict):
         yield (

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vilu.cli import output as said
+from vilu.errors import UserError
+
 if TYPE_CHECKING:
     from vilu.serving import AsyncClient
 
@@ -20,11 +23,15 @@ DEFAULT_URL = "127.0.0.1:8001"  # as in vilu.serving.address, which needs the cl
 REPOSITORY = Path("serving/model_repository")
 
 
-def default_cache() -> Path:
-    """Return the folder that keeps embeddings and towers by default."""
+def default_cache() -> Path | None:
+    """Return the folder that keeps embeddings and towers by default; None, with a note, where there is no home."""
     from vilu.data import cache
 
-    return cache.default_cache()
+    try:
+        return cache.default_cache()
+    except UserError as error:
+        said.note(f"{error}; until then none are kept")
+        return None
 
 
 def all_of(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
@@ -171,7 +178,7 @@ record_option = click.option(
     help="The record of `vilu serve --record`.  [default: $VILU_RECORD]",
 )
 
-# `vilu ask` and `vilu predict` share these: a command receives them as `labels` and `details`.
+# `vilu ask` and `vilu predict` share these: a command receives them as `labels`, `details` and `resume`.
 labels_option = click.option(
     "--label", "labels", multiple=True, help="Candidate to choose from instead of the class set. Repeat it for several."
 )
@@ -179,6 +186,11 @@ details_option = click.option(
     "--details",
     is_flag=True,
     help="Also give the likeliest labels, the labels that the failure predictor looks at, and other confidence scores.",
+)
+resume_option = click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where an earlier run with this --output stopped: ask only what is left.",
 )
 
 host_option = click.option(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vilu.cli import output as said
-from vilu.cli.ask import find_images
+from vilu.cli.ask import find_images, unasked
 from vilu.cli.command import Command
-from vilu.cli.options import PATH, clip_options, details_option, labels_option, template_option
+from vilu.cli.options import PATH, clip_options, details_option, labels_option, resume_option, template_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -47,6 +47,8 @@ FORMATS = ("table", "tsv", "jsonl", "csv", "parquet")
     type=click.Choice(FORMATS),
     help="Format of the answers.  [default: as --output ends; a table in a terminal, tab-separated lines elsewhere]",
 )
+@resume_option
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per image.")
 def predict_command(
     images: tuple[str, ...],
     ckpt: Path,
@@ -61,6 +63,8 @@ def predict_command(
     device: str | None,
     output: Path | None,
     kind: str | None,
+    resume: bool,
+    as_json: bool,
 ) -> int:
     """Say what is in each image, without a server.
 
@@ -73,7 +77,12 @@ def predict_command(
     """
     from vilu.class_set import read_names
     from vilu.predictor import Predictor
+    from vilu.serving.answer_file import DETAILS, FIELDS, read_part
 
+    if as_json and (output is not None or kind is not None):
+        raise UserError("--json takes the place of --output and --format")
+    if resume and (output is None or str(output) == "-"):
+        raise UserError("--resume needs the --output to go on with")
     if labels and classes is not None:
         raise UserError("--label and --classes: give one or the other")
     names = list(find_images(images))
@@ -87,8 +96,13 @@ def predict_command(
         device=device,
         batch_size=batch_size,
     )
-    bad = 0
-    with progress_bar() as bar, _written(output, kind, details) as add:
+    columns = (*FIELDS, *(name for name in DETAILS if details and name != "class_set"))
+    earlier = read_part(output, columns, kind and f".{kind}") if output is not None and resume else []
+    total, bad = len(names), sum(answer.get("error") is not None for answer in earlier)
+    if earlier:
+        names = unasked(names, earlier)
+        said.note(f"{len(earlier)} answers are there, {len(names)} images are left to answer")
+    with progress_bar() as bar, _written(output, "json" if as_json else kind, columns, earlier) as add:
         for done, answer in enumerate(predictor.stream(names, details=details), 1):
             add(answer)
             if answer.error is not None:
@@ -96,28 +110,32 @@ def predict_command(
                 said.warn(said.printable(f"{answer.source}: {answer.error}"))
             bar("answering", done, len(names))
     if output is not None and str(output) != "-":
-        said.result(f"{output}: {len(names)} images, {bad} without an answer")
+        said.result(f"{output}: {total} images, {bad} without an answer")
     return 1 if bad else 0
 
 
 @contextlib.contextmanager
-def _written(output: Path | None, kind: str | None, details: bool) -> Iterator[Callable[[Answer], None]]:
+def _written(
+    output: Path | None, kind: str | None, columns: Sequence[str], earlier: Sequence[dict[str, Any]]
+) -> Iterator[Callable[[Answer], None]]:
     """Yield a function that takes the answers one by one, and writes them where and as the options say."""
-    from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, write_answers
+    from vilu.serving.answer_file import open_answer_file, row, write_answers
 
-    columns = (*FIELDS, *(name for name in DETAILS if details and name != "class_set"))
     if output is not None and str(output) != "-":
         if kind in ("table", "tsv"):
             raise UserError(f"--format {kind} is for standard output; a file is .jsonl, .csv or .parquet")
-        with open_answer_file(output, columns, None if kind is None else f".{kind}") as file:
+        with open_answer_file(output, columns, kind and f".{kind}", earlier) as file:
             yield file.add
         return
     terminal = sys.stdout.isatty()
     kind = kind or ("table" if terminal else "tsv")
     if kind == "parquet" and terminal:
         raise UserError("Parquet is not for a terminal: give --output FILE")
-    if kind == "table":
-        answers: list[Answer] = []
+    answers: list[Answer] = []
+    if kind == "json":
+        yield answers.append
+        said.document([row(answer, columns) for answer in answers])
+    elif kind == "table":
         yield answers.append
         if good := [answer for answer in answers if answer.error is None]:
             from vilu.cli.tables import print_answers
@@ -128,7 +146,7 @@ def _written(output: Path | None, kind: str | None, details: bool) -> Iterator[C
 
         def add(answer: Answer) -> None:
             if answer.error is None:
-                said.result("\t".join(map(said.printable, answer_cells(answer, details))))
+                said.result("\t".join(map(said.printable, answer_cells(answer, "concepts" in columns))))
 
         yield add
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,9 @@ from vilu.cli.options import (
     train_clip_options,
 )
 from vilu.cli.progress import progress_bar
+from vilu.cli.verdict import clip_accuracy_on, images_needed, name_of_clip, verdict, verdict_word
 from vilu.errors import UserError
-from vilu.recipes import FORMS, LOSSES, OPTIMIZERS, RECIPES, Recipe, recipe_named
+from vilu.recipes import FORMS, LOSSES, OPTIMIZERS, RECIPES, recipe_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from vilu.clip import Clip
     from vilu.data import Source
     from vilu.embeddings import EmbeddedSet
-    from vilu.evaluation.chance import Accuracy
-    from vilu.train import Validation
 
 # Each option replaces the recipe's setting of the same name.
 _setting_options = all_of(
@@ -135,7 +134,7 @@ def train_command(
     root: Path | None,
     image_column: str,
     caption_column: str,
-    cache: Path,
+    cache: Path | None,
     embeddings: Path | None,
     from_record: str | None,
     since: datetime | None,
@@ -212,11 +211,11 @@ def train_command(
         class_set = None
         if train.class_names:  # made before the training, so that classes which CLIP cannot tell apart are refused now
             class_set = ClassSet(train.class_names, tuple(prompts), train.text.normalised.float())
-        clip_accuracy = _accuracy(train, recipe)
+        clip_accuracy = clip_accuracy_on(train, recipe)
         if rank == 0:
             for line in train.skipped:
                 said.note(f"skipped {line}")
-            say(f"{_called(spec, train)}: {clip_accuracy}")
+            say(f"{name_of_clip(spec, train)}: {clip_accuracy}")
             if clip_accuracy.warning:
                 said.warn(f"warning: {clip_accuracy.warning}")
         state = None if no_cache else output.with_name(f".{output.name}.state")
@@ -257,7 +256,7 @@ def train_command(
     say(verdict(trained.validation))
     if estimate and trained.validation is not None and not trained.validation.better:
         with progress_bar() as bar:
-            needed = _needed(train, recipe, bar)
+            needed = images_needed(train, recipe, bar)
         say(f"how many it takes, by a learning curve over parts of this data: {needed}")
     if as_json:
         said.document(
@@ -271,7 +270,7 @@ def train_command(
                 "chance_rule": clip_accuracy.rule,
                 "warning": clip_accuracy.warning or None,
                 "epochs": epochs,
-                "verdict": _word(trained.validation),
+                "verdict": verdict_word(trained.validation),
                 "images_needed": needed,
             }
         )
@@ -288,79 +287,6 @@ def _default_clip(dataset: str | None, name: str) -> str:
         f"{name}: name the CLIP that answers, such as --clip ViT-B-32 --pretrained FILE (or openai, a download); "
         f"the embedded {tiny.NAME} knows only {', '.join(EMBEDDED)}, and --clip {tiny.NAME} uses it all the same"
     )
-
-
-def _called(spec: ClipSpec | None, train: EmbeddedSet) -> str:
-    if spec is None:
-        return f"the CLIP of {train.name}"
-    return f"CLIP {spec.name}{f' ({spec.pretrained})' if spec.pretrained else ''}"
-
-
-def _accuracy(train: EmbeddedSet, recipe: Recipe) -> Accuracy:
-    """Return CLIP's accuracy on the training data. Captions are ranked in groups as large as a batch."""
-    from vilu.evaluation.chance import accuracy
-    from vilu.evaluation.evaluate import correct
-
-    group = min(recipe.batch_size, len(train)) if train.captions else len(train.text)
-    right = correct(train, group if train.captions else None)
-    return accuracy(right, None if train.labels is None else train.labels.numpy(), group)
-
-
-def _word(validation: Validation | None) -> str | None:
-    """Return the verdict as one word; None without a validation."""
-    if validation is None:
-        return None
-    if validation.too_few:
-        return "too few to say"
-    return "better" if validation.better else "worse" if validation.worse else "not better"
-
-
-def verdict(validation: Validation | None) -> str:
-    """Say in words whether the head is better than MCM on the validation data."""
-    if validation is None:
-        return "validation: none, or CLIP is always right or always wrong on it: it cannot say whether this head helps"
-    v = validation
-    p_value = "" if v.too_few else f", p = {v.p_value:.3f}"  # of a handful it would be far too small
-    line = (
-        f"validation, {v.samples} images, {v.failures} failures: AUC {v.auc:.1%} (MCM {v.mcm_auc:.1%}{p_value}), "
-        f"FPR95 {v.fpr95:.1%} (MCM {v.mcm_fpr95:.1%})"
-    )
-    if v.better:
-        return line
-    if v.too_few:
-        rarer = "failures" if v.failures * 2 <= v.samples else "right answers"
-        return f"{line}\nthere are too few {rarer} to say whether this head is better than the free MCM score"
-    word = "significantly WORSE" if v.worse else "not significantly better"
-    return (
-        f"{line}\nthis head is {word} than the free MCM score here: train on more images "
-        "(`vilu eval --learning-curve` shows how much they help)"
-    )
-
-
-CURVE_SHARES = (0.175, 0.35, 0.7)  # shares of the data that heads are trained on; the rest tests them
-
-
-def _needed(train: EmbeddedSet, recipe: Recipe, progress: Callable[[str, int, int], None]) -> str:
-    """Say in words how many training images a head of this recipe needs to beat MCM."""
-    import torch
-
-    from vilu.evaluation.learning_curve import learning_curve
-    from vilu.train import fit
-
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))
-    sizes = [int(share * len(train)) for share in CURVE_SHARES]
-    try:
-        curve = learning_curve(
-            train[order[: sizes[-1]]],
-            train[order[sizes[-1] :]],
-            sizes,
-            [recipe.seed],
-            lambda part, seed: fit(part, replace(recipe, seed=seed)).head,
-            progress=progress,
-        )
-    except UserError as error:
-        return f"cannot tell: {error}"
-    return curve.needed.text
 
 
 def _augmented(source: Source, train: EmbeddedSet, clip: Clip, seed: int) -> Callable[[Tensor, int], Tensor]:

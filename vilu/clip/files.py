@@ -34,8 +34,10 @@ from vilu.errors import UserError
 MAX_DEPTH = 64  # of nested dictionaries and modules
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # torch adds these to names
 OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})  # only OpenAI's archives hold these
-EMA = re.compile(r"(^|[._])ema([._]|$)")  # an exponential moving average of the weights
+# A moving average of the weights: "ema", "state_dict_ema", "modelEma", "averaged_model", "swa" ...
+EMA = re.compile(r"(?i:(^|[._])(ema|swa|averaged?|moving_average)([._]|$))|[a-z]E(ma|MA)([A-Z._]|$)")
 SCRIPT = re.compile(r"[^/]*/(code/|constants|traced_inputs)")  # what a TorchScript archive has beside its modules
+ALONE = "write its weights alone: torch.save(model.state_dict(), FILE)"
 UNUSED = re.compile(r"(^|\.)(position_ids|attn_mask)$")  # constants that older versions stored
 
 
@@ -131,7 +133,11 @@ def read_weights(path: Path) -> Weights:
     except Exception as error:  # torch and zipfile raise many types on hostile files; the user gets one message for all
         unknown = any(words in str(error) for words in ("nsupported global", "nsupported GLOBAL", "Can only", "reduce"))
         reason = "it holds objects that only their own code can read" if unknown else "damaged, cut short or no weights"
-        raise UserError(f"{path}: not weights that can be read safely ({reason})") from None
+        if unknown:
+            advice = f"; {ALONE}"
+        else:
+            advice = "; it is a pointer of Git LFS: run `git lfs pull`" if magic == b"version h" else ""
+        raise UserError(f"{path}: not weights that can be read safely ({reason}){advice}") from None
     tensors: dict[str, Tensor] = {}
     for key, tensor in _named(document, "", 0, set()):
         name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
@@ -139,8 +145,7 @@ def read_weights(path: Path) -> Weights:
     if not tensors:
         kind = next((f" ({_printable(o.kind)})" for o in [document, *_values(document)] if isinstance(o, _Inert)), "")
         raise UserError(
-            f"{path}: holds no tensors by name but a whole pickled module{kind}, whose code would have to run; "
-            "write its weights alone: torch.save(model.state_dict(), FILE)"
+            f"{path}: holds no tensors by name but a whole pickled module{kind}, whose code would have to run; {ALONE}"
             if kind
             else f"{path}: holds no tensors by name"
         )

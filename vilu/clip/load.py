@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
+import logging
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,12 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
         model = _create_from_file(name, pretrained)
     model.eval().requires_grad_(False)
     digest = _fingerprint(model)
-    scale = float(model.get_parameter("logit_scale").detach().exp())
+    value = model.get_parameter("logit_scale").detach()
+    scale = float(value.exp())
+    if not 0 < scale < float("inf"):
+        raise UserError(
+            f"CLIP {name} ({pretrained or 'own weights'}): logit_scale must be the logarithm of a factor, not {value:g}"
+        )
     clip = Clip(model, ClipSpec(name, pretrained, scale, digest), load_tokenizer(source, name))
     if not _same(clip, ClipSpec(name, pretrained, scale, fingerprint)):
         raise UserError(
@@ -163,7 +170,11 @@ def _create(
         preprocessing: image preprocessing that replaces open_clip's.
     """
     try:
-        with warnings.catch_warnings(), seeded(0):  # so that "random" weights are the same on every machine
+        with (
+            warnings.catch_warnings(),
+            _without_a_false_alarm(),
+            seeded(0),
+        ):  # so that "random" weights are the same on every machine
             warnings.simplefilter("ignore")
             model: nn.Module = open_clip.create_model(
                 source,
@@ -176,6 +187,23 @@ def _create(
     except Exception as error:  # open_clip raises many types; the user gets one message for all
         raise UserError(f"CLIP {name}: weights cannot be loaded ({_reason(error)})") from None
     return model
+
+
+@contextlib.contextmanager
+def _without_a_false_alarm() -> Iterator[None]:
+    """Leave out open_clip's warning of random weights: a file's weights follow, or random ones are wanted."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded")
+
+    root.addHandler(handler)  # without any handler, logging.warning would add one that prints
+    root.addFilter(wanted)
+    try:
+        yield
+    finally:
+        root.removeFilter(wanted)
+        root.removeHandler(handler)
 
 
 def _preprocessing(name: str) -> dict[str, Any]:

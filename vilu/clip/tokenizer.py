@@ -22,7 +22,7 @@ def load_tokenizer(source: str, name: str) -> Callable[[list[str]], Tensor]:
     try:
         # The folder's config cannot name its merges file, because open_clip wants an absolute path there.
         if source.startswith(LOCAL) and merges.is_file():
-            text = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+            text = json.loads((folder / "open_clip_config.json").read_text("utf-8-sig"))["model_cfg"]["text_cfg"]
             options = {"context_length": text["context_length"], **text.get("tokenizer_kwargs", {})}
             return open_clip.SimpleTokenizer(bpe_path=str(merges), **options)
         if source.startswith(FOLDER):

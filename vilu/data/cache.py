@@ -61,6 +61,9 @@ class Stored:
     skipped: Skipped
 
 
+ELSEWHERE = "--cache or VILU_CACHE names another folder"
+
+
 def read(folder: Path, identity: Mapping[str, Any]) -> Stored | None:
     """Read a folder.
 
@@ -83,6 +86,8 @@ def read(folder: Path, identity: Mapping[str, Any]) -> Stored | None:
         skipped = [(int(i), str(line)) for i, line in index["skipped"]]
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); {ELSEWHERE}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, "index.json", type(error).__name__) from None
     identity = json.loads(json.dumps(identity))
@@ -105,6 +110,8 @@ def read(folder: Path, identity: Mapping[str, Any]) -> Stored | None:
         except (OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
+            if isinstance(error, PermissionError):
+                raise UserError(f"{file}: cannot be read ({error.strerror}); {ELSEWHERE}") from None
             raise _damaged(folder, file.name, str(getattr(error, "strerror", None) or error)) from None
         if array.dtype != row.base or array.shape != (rows, *row.shape):
             raise _damaged(folder, file.name, f"{array.dtype} {array.shape}")
@@ -298,7 +305,7 @@ def _disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise UserError(f"{folder}: {FULL[error.errno]}; what is there stays, a rerun goes on from it") from None
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); {ELSEWHERE}") from None
 
 
 def _spec(row: np.dtype, rows: int, crc: int) -> dict[str, Any]:

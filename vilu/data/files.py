@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vilu.data.image_files import SUFFIXES, ignored, walk
+from vilu.data.image_files import CONVERT, OTHERS, SUFFIXES, ignored, walk
 from vilu.data.source import FileSource
 from vilu.data.splits import no_split, split_named
 from vilu.errors import UserError
@@ -19,7 +19,8 @@ def open_folder(folder: Path, split: str) -> FileSource:
 
     The directory's name is the class name, with _ read as a space. Hidden files, __MACOSX and directories without
     images are ignored. Directories named as splits (train, training, val, valid, validation, dev, test, testing, ... in
-    any case) that hold class directories are splits. A folder without them gives the same data for every split.
+    any case) that hold class directories are splits. A folder without them gives the same data for every split. Images
+    of other kinds than JPEG, PNG and WebP are listed in `skipped`.
 
     Args:
         folder: the folder.
@@ -27,7 +28,9 @@ def open_folder(folder: Path, split: str) -> FileSource:
 
     Raises:
         UserError: the folder does not exist, holds no images or fewer than two classes, lacks the split, its splits
-            have different classes, or a directory named as a split stands beside or below class directories.
+            have different classes, a directory named as a split stands beside or below class directories, all its
+            directories hold the same class directories, as splits of other names do, or a class has only images of
+            other kinds.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
@@ -38,6 +41,9 @@ def open_folder(folder: Path, split: str) -> FileSource:
             raise no_split(folder, split, splits)
         names = _class_folders(splits, split)
         folder = splits[split]
+    else:
+        _refuse_unnamed_splits(folder, names)
+    others = _others(folder, names)
     if not names:
         raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} files in class directories")
     if len(names) < 2:
@@ -51,7 +57,19 @@ def open_folder(folder: Path, split: str) -> FileSource:
         paths=paths,
         labels=number[labels],
         class_names=tuple(one.replace("_", " ") for one in names),
+        skipped=tuple(f"{folder / path}: {CONVERT}" for path in others),
     )
+
+
+def _others(folder: Path, names: list[str]) -> list[str]:
+    """Return the images that are not read. Raises UserError where a directory has no others, and so is no class."""
+    found = []
+    for directory in sorted({*_directories(folder), *names}):
+        here = sorted(os.path.join(directory, path) for path in walk(folder / directory, OTHERS))
+        if here and directory not in names:
+            raise UserError(f"{folder / here[0]}: {CONVERT}; {directory!r} holds no other images")
+        found += here
+    return found
 
 
 def _split_folders(folder: Path, names: list[str]) -> dict[str, Path]:
@@ -76,6 +94,24 @@ def _split_folders(folder: Path, names: list[str]) -> dict[str, Path]:
         if [split_named(name) for name in inner] == [split]:  # as in seg_train/seg_train/CLASS
             splits[split] = path / inner[0]
     return splits
+
+
+def _refuse_unnamed_splits(folder: Path, names: list[str]) -> None:
+    """Refuse directories that all hold the same directories: they are splits, folds or domains, and no classes."""
+    if len(names) < 2:
+        return
+    inner = []
+    for name in names:
+        inner.append(set(_with_images(folder / name)))
+        if len(inner[-1]) < 2 or any(image.name.lower().endswith(SUFFIXES) for image in (folder / name).iterdir()):
+            return
+    common = sorted(set.intersection(*inner))
+    if len(common) >= 2 and 2 * len(common) >= len(set.union(*inner)):
+        others = "and all others" if len(names) > 2 else f"and {names[1]!r}"
+        raise UserError(
+            f"{folder}: {names[0]!r} {others} hold {common[0]!r} and {common[1]!r}. If these are the classes, name one "
+            f"folder ({folder / names[0]}); if {names[0]!r} is a class, put its images directly into it"
+        )
 
 
 def _class_folders(splits: dict[str, Path], split: str) -> list[str]:
@@ -104,14 +140,24 @@ def read_classes(folder: Path, directories: list[str]) -> tuple[list[str], list[
     """Return the paths relative to folder, their labels, and the names of the directories that hold an image.
 
     Raises:
-        UserError: a directory below a class is named as a split.
+        UserError: a directory below a class is named as a split, or links lead from two classes to one directory.
     """
     paths: list[str] = []
     labels: list[int] = []
     names: list[str] = []
+    seen: dict[tuple[int, int], str] = {}
     for directory in directories:
         found = sorted(_images(folder, directory))
-        inner = {part for parent in {os.path.dirname(path) for path in found} for part in parent.split(os.sep)[1:]}
+        parents = sorted({os.path.dirname(path) for path in found})
+        for parent in parents:
+            place = os.stat(folder / parent)
+            first = seen.setdefault((place.st_dev, place.st_ino), parent)
+            if first.split(os.sep)[0] != directory:
+                raise UserError(
+                    f"{folder / parent}: is the same folder as {folder / first}, so its images would have two classes; "
+                    "remove the link"
+                )
+        inner = {part for parent in parents for part in parent.split(os.sep)[1:]}
         if splits := sorted(part for part in inner if split_named(part)):
             raise UserError(
                 f"{folder / directory}: holds {splits[0]!r}, which is named as a split, below a class; put the splits "
@@ -138,6 +184,5 @@ def _with_images(folder: Path) -> list[str]:
 
 
 def _images(folder: Path, directory: str) -> Iterator[str]:
-    # A class directory may be a link. Links below it are not followed, because they could form a circle.
     for path in walk(folder / directory):
         yield os.path.join(directory, path)

@@ -13,7 +13,17 @@ from vilu.errors import UserError
 from vilu.preprocess.image import FORMATS
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-JUNK = ("__macosx", "@eadir", "__pycache__", "$recycle.bin")  # folders that systems make; ".name" is hidden anyway
+# Images that are not read, so that nobody misses them without a word.
+OTHERS = (
+    *(".jfif", ".jpe", ".jp2", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".heic", ".heif", ".avif", ".jxl", ".ppm", ".pgm"),
+)
+CONVERT = "is not .jpg, .png or .webp; convert it, or rename it if it is a JPEG"
+# Folders that systems and storage servers make. ".name" is hidden anyway.
+JUNK = (
+    *("__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+)
 
 
 def ignored(name: str) -> bool:
@@ -21,16 +31,13 @@ def ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
-def walk(folder: Path, *, links: bool = False) -> Iterator[str]:
-    """Yield the paths of the images below a folder, relative to it, in no order.
+def walk(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[str]:
+    """Yield the paths of the files with these endings below a folder, relative to it, in no order.
 
-    Args:
-        folder: the folder, which may be a link.
-        links: whether to follow links to folders, each folder once. Below a class's folder they are not followed,
-            because the folder that a link names may be another class.
+    Links are followed, each folder once.
     """
     seen = set[tuple[int, int]]()
-    for parent, below, files in os.walk(folder, followlinks=links):
+    for parent, below, files in os.walk(folder, followlinks=True):
         place = os.stat(parent)
         if (place.st_dev, place.st_ino) in seen:  # a link to a folder above it would have no end
             below.clear()
@@ -38,7 +45,7 @@ def walk(folder: Path, *, links: bool = False) -> Iterator[str]:
         seen.add((place.st_dev, place.st_ino))
         below[:] = [name for name in below if not ignored(name)]
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not ignored(name):
+            if name.lower().endswith(suffixes) and not ignored(name):
                 yield os.path.relpath(os.path.join(parent, name), folder)
 
 
@@ -50,7 +57,7 @@ def image_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
-    files = sorted(path for name in walk(folder, links=True) if (path := folder / name).is_file())
+    files = sorted(path for name in walk(folder) if (path := folder / name).is_file())
     if not files:
         raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} files")
     return files

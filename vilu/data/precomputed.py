@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.class_set import check_names, read_names
+from vilu.class_set import check_names, check_rows, read_names
 from vilu.data.source import check_text
 from vilu.data.tables import first_line, open_parquet
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
@@ -58,13 +58,21 @@ def load_embeddings(path: Path) -> EmbeddedSet:
     for name in ("image_embedding", "text_embeddings"):
         if name not in found:
             raise UserError(f"{path}: holds no {name}, only {', '.join(sorted(found)) or 'nothing'}")
+    labels, names = _labels(path, found.get("labels")), _names(path, found.get("class_names"))
+    v = _unit(path, "image_embedding", found["image_embedding"])
+    t = _unit(path, "text_embeddings", found["text_embeddings"])
+    if labels is None and len(t) != len(v):
+        raise UserError(
+            f"{path}: holds no labels, so text_embeddings must be the captions of the {len(v)} images, but has "
+            f"{len(t)} rows"
+        )
+    if labels is not None:
+        if len(t) < 2:
+            raise UserError(f"{path}: needs at least two classes, text_embeddings has one row")
+        if len(names) in (0, len(t)):  # EmbeddedSet refuses another number of names
+            check_rows(names or tuple(map(str, range(len(t)))), t, str(path))
     return EmbeddedSet(
-        path.stem,
-        Embeddings(_unit(path, "image_embedding", found["image_embedding"])),
-        Embeddings(_unit(path, "text_embeddings", found["text_embeddings"])),
-        _labels(path, found.get("labels")),
-        _names(path, found.get("class_names")),
-        _scale(path, found.get("logit_scale", 100.0)),
+        path.stem, Embeddings(v), Embeddings(t), labels, names, _scale(path, found.get("logit_scale", 100.0))
     )
 
 
@@ -74,7 +82,8 @@ def _unit(path: Path, name: str, array: np.ndarray) -> Tensor:
         raise UserError(f"{path}: {name} must be numbers, (rows, width), got {array.dtype} {array.shape}")
     norms = np.empty(len(array))
     for i in range(0, len(array), BLOCK):
-        norms[i : i + BLOCK] = np.linalg.norm(array[i : i + BLOCK].astype(np.float64), axis=1)
+        with np.errstate(over="ignore"):
+            norms[i : i + BLOCK] = np.linalg.norm(array[i : i + BLOCK].astype(np.float64), axis=1)
     # A row cannot be normalised exactly where its norm is zero, infinite or NaN.
     bad = ~np.isfinite(norms) | (norms == 0)
     if bad.any():
@@ -113,6 +122,8 @@ def _scale(path: Path, value: Any) -> float:
         scale = math.nan
     if not 0 < scale < math.inf:
         raise UserError(f"{path}: logit_scale must be one positive number, got {value!r}")
+    if abs(scale - math.log(100)) < 0.01:  # what CLIP's own parameter of this name holds
+        raise UserError(f"{path}: logit_scale {scale:g} is the logarithm of the factor; give the factor, 100")
     return scale
 
 
@@ -135,7 +146,8 @@ def _npz(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in NAMES if name in file.files}
     except Exception as error:  # NumPy and zipfile raise many types on damaged files
-        raise UserError(f"{path}: cannot be read as .npz ({first_line(error)})") from None
+        objects = "; class_names must be np.array(names, dtype=str)" if "Object arrays" in str(error) else ""
+        raise UserError(f"{path}: cannot be read as .npz ({first_line(error)}){objects}") from None
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -150,11 +162,23 @@ def _safetensors(path: Path) -> dict[str, Any]:
                 found[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
             metadata: Mapping[str, str] = file.metadata() or {}
         if "class_names" in metadata:
-            found["class_names"] = [*json.loads(metadata["class_names"])]
+            found["class_names"] = _json_list(path, metadata["class_names"])
         if "logit_scale" in metadata:
             found["logit_scale"] = metadata["logit_scale"]
+    except UserError:
+        raise
     except Exception as error:  # safetensors and json raise many types on damaged files
         raise UserError(f"{path}: cannot be read as .safetensors ({first_line(error)})") from None
+    return found
+
+
+def _json_list(path: Path, text: str) -> list[Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise UserError(f"{path}: class_names in the metadata must be a JSON list")
     return found
 
 

@@ -20,7 +20,7 @@ from vilu import atomic
 from vilu.class_set import read_names
 from vilu.data.image_files import SUFFIXES, ignored
 from vilu.data.source import LIMIT, READ_LIMIT, Source, check_text, stamp
-from vilu.data.splits import no_split, split_within
+from vilu.data.splits import no_split, split_named, split_within
 from vilu.data.tables import first_line, without_surrogates
 from vilu.errors import UserError
 from vilu.preprocess.image import ImageError
@@ -28,7 +28,7 @@ from vilu.preprocess.image import ImageError
 TEXTS = (".txt", ".json", ".cls")
 MAX_SHARDS = 1_000_000
 MAX_TEXT = 1 << 20  # bytes of a caption file that are read
-INDEX = 2  # format of an index in the cache
+INDEX = 3  # format of an index in the cache
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,28 +89,43 @@ class _Sample:
 def find_shards(data: str, split: str) -> list[Path] | None:
     """Return the shards that a path, a folder, a glob or a {000..010} pattern names; None where it names no tar files.
 
-    Where words in their names stand for several splits, as in cc3m-train-0001.tar, only those of `split` are returned.
+    Where words in their names, or in those of the folders that differ, stand for several splits, as in
+    cc3m-train-0001.tar and train/0001.tar, only those of `split` are returned.
 
     Raises:
         UserError: the pattern matches nothing, a shard that it names is missing, or the shards have several splits,
             but not the one that is asked for, or some of them have none.
     """
     found = _named_shards(data)
-    splits = {split_within(path.stem) for path in found or ()}
-    if found is None or len(splits) < 2:
+    if not found:
+        return None
+    top = os.path.commonpath([os.path.abspath(path.parent) for path in found])
+    split_of = {path: _split_of(path, top) for path in found}
+    splits = set(split_of.values())
+    if len(splits) < 2:
         return found
     if None in splits:
-        odd = next(path for path in found if split_within(path.stem) is None)
+        odd = next(path for path in found if split_of[path] is None)
         raise UserError(f"{data}: {odd.name} names no split, other shards do; name the shards of one split")
     if split not in splits:
         raise no_split(data, split, filter(None, splits))
-    return [path for path in found if split_within(path.stem) == split]
+    return [path for path in found if split_of[path] == split]
+
+
+def _split_of(path: Path, top: str) -> str | None:
+    """Return the split that a shard's name stands for, or the nearest folder's below `top`."""
+    folders = Path(os.path.relpath(os.path.abspath(path.parent), top)).parts
+    return next(filter(None, map(split_within, (path.stem, *reversed(folders)))), None)
 
 
 def _named_shards(data: str) -> list[Path] | None:
     if Path(data).is_dir():
-        found = [path for path in Path(data).iterdir() if path.suffix.lower() == ".tar" and not ignored(path.name)]
-        return sorted(found) or None
+        return _tars(Path(data)) or [
+            tar
+            for path in sorted(Path(data).iterdir())
+            if path.is_dir() and split_named(path.name)
+            for tar in _tars(path)
+        ]
     if not data.lower().endswith(".tar"):
         return None
     if Path(data).is_file():
@@ -126,6 +141,10 @@ def _named_shards(data: str) -> list[Path] | None:
             f"{missing[0]}: no such file" + (f" ({len(missing)} of {len(names)} missing)" if len(names) > 1 else "")
         )
     return names
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar" and not ignored(path.name))
 
 
 def expand(pattern: str) -> list[str]:
@@ -251,6 +270,8 @@ def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
                 stem, _, extension = base.partition(".")
                 # A sparse member's bytes are not in one piece; a link or device has none. Only plain files count.
                 if not member.isreg() or member.sparse is not None or not stem or stem.startswith("__"):
+                    continue
+                if any(ignored(part) for part in folder.split("/") if part not in (".", "..")):
                     continue
                 if member.offset_data + member.size > length:
                     raise UserError(f"{shard}: is cut short within {without_surrogates(member.name)}")

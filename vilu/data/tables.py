@@ -178,13 +178,22 @@ def _header(path: Path, cells: Sequence[str], wanted: Sequence[str]) -> list[str
     names = list(cells)
     for column in wanted:
         if column not in names:
-            raise UserError(
-                f"{path}: has no column {column!r}, only {', '.join(map(repr, filter(None, names[:8]))) or 'none'}; "
-                "--image-column and --caption-column name others"
-            )
+            only = ", ".join(map(repr, filter(None, names[:8]))) or "none"
+            raise UserError(f"{path}: has no column {column!r}, only {only}; {_hint(path, names)}")
         if names.count(column) > 1:
             raise UserError(f"{path}: has {names.count(column)} columns {column!r}")
     return names
+
+
+def _hint(path: Path, names: Sequence[str]) -> str:
+    """Say what may be wrong with a header that lacks a column."""
+    mark = next((mark for mark in ";\t,|" if len(names) == 1 and mark in names[0]), None)
+    if mark is not None:
+        kind = "a tab" if path.suffix.lower() == ".tsv" else "a comma"
+        return f"{kind} must stand between columns, not {mark!r}"
+    if any(name.lower().endswith(SUFFIXES) for name in names):
+        return "the first line must name the columns"
+    return "--image-column and --caption-column name others"
 
 
 def _fits(where: str, cells: Sequence[str], header: Sequence[str], hint: str) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 SAME = 1e-5  # largest difference of two text embeddings of the same tokens, which a batch's size rounds differently
 LONGEST_SHOWN = 60  # characters of a name in a message
+# Fillers, blanks and variation selectors, beside the category Cf. Cf also has the tags that tell flags apart.
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0]")
+_TAGS = range(0xE0020, 0xE0080)
 _FORMS = re.compile("[\uff01-\uffef\u3000\ufb00-\ufb06]")  # full and half width, and ligatures, as ftfy changes them
 _QUOTES = dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
 
@@ -26,11 +29,12 @@ def names_problem(names: object, what: str = "class name") -> str:
 
     Returns:
         The problem, or "" for a list of at least two non-empty strings that UTF-8 can hold, that have no line breaks,
-        and that a tokenizer can tell apart (see `cleaned`).
+        and that a tokenizer (see `cleaned`) and a reader (see `visible`) can tell apart.
     """
     if not isinstance(names, list | tuple) or not names:
         return f"no {what}s"
     seen: dict[str, int] = {}
+    looks: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if not isinstance(name, str) or not name.strip():
             return f"{what} {number} is empty"
@@ -39,7 +43,8 @@ def names_problem(names: object, what: str = "class name") -> str:
         if any(letter in "\n\r\0" for letter in name):
             return f"{what} {number} ({_shown(name)}) holds a line break"
         same = cleaned(name)
-        if not same:
+        look = visible(same)
+        if not look:
             return f"{what} {number} ({_shown(name)}) is empty"
         if same in seen:
             first = seen[same]
@@ -48,6 +53,9 @@ def names_problem(names: object, what: str = "class name") -> str:
             other = f"{what} {first} ({_shown(names[first - 1])})"
             return f"{what} {number} ({_shown(name)}) is the same to CLIP's tokenizer as {other}"
         seen[same] = number
+        if (first := looks.setdefault(look, number)) != number:
+            other = f"{what} {first} ({_shown(names[first - 1])})"
+            return f"{what} {number} ({_shown(name)}) differs from {other} only in characters that nobody sees"
     if len(names) < 2:
         commas = "; names stand one on each line, without commas between them" if "," in names[0] else ""
         several = "classes" if what == "class name" else f"{what}s"
@@ -100,6 +108,18 @@ def cleaned(name: str) -> str:
     text = _FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text).translate(_QUOTES)
     text = "".join(letter for letter in text if letter.isspace() or unicodedata.category(letter) != "Cc")
     return " ".join(unicodedata.normalize("NFC", text).replace("\ufeff", "").lower().split())
+
+
+def visible(name: str) -> str:
+    """Return a name without the characters that have no shape of their own, such as zero-width spaces.
+
+    >>> visible("ca\u200bt\ufe0f")
+    'cat'
+    """
+    if name.isascii():
+        return name
+    shown = (c for c in _UNSEEN.sub("", name) if unicodedata.category(c) != "Cf" or ord(c) in _TAGS)
+    return " ".join("".join(shown).split())
 
 
 def _shown(name: str) -> str:

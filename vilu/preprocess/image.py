@@ -73,12 +73,20 @@ class Transform:
     def __call__(self, image: bytes | Image.Image) -> np.ndarray:
         """Turn an encoded image, or a Pillow image, into pixels (S, S, 3) uint8 in RGB.
 
-        A Pillow image is converted to RGB first, as the clients of the server do.
+        A Pillow image gives the pixels that its file gives.
 
         Raises:
             ImageError: as `decode` raises it.
         """
-        return decode(image, self) if isinstance(image, bytes) else pixels(image.convert("RGB"), self)
+        if isinstance(image, bytes):
+            return decode(image, self)
+        try:
+            image.load()  # so that `pixels` leaves the caller's image as it is
+            return pixels(image, self)
+        except ImageError:
+            raise
+        except Exception as error:  # as in `decode`
+            raise ImageError(f"image cannot be decoded ({type(error).__name__})") from None
 
 
 def decode(data: bytes, transform: Transform) -> np.ndarray:

@@ -8,6 +8,7 @@ import click
 import pytest
 
 from vilu.cli import COMMANDS, group
+from vilu.cli.ask import ask_command
 from vilu.cli.serve import serve_command
 from vilu.cli.train import train_command
 from vilu.errors import UserError
@@ -51,6 +52,22 @@ def test_the_file_gives_options_and_the_command_line_wins(read):
     assert read(serve_command, TRAIN, "--http-port", "1")["http_port"] == 1
     served = read(serve_command, '[serve]\nupstream = ["a:1", "b:2"]\ntoken = "@token.txt"\nsupervise = true')
     assert (served["upstreams"], served["token"], served["supervise"]) == (("a:1", "b:2"), "@token.txt", True)
+
+
+def test_home_is_known_where_a_shell_does_not_put_it(read, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    found = read(
+        train_command, '[train]\ndata = "~/photos"\ntemplate = ["~{}"]', "--output=~/a.safetensors", "--cache=~"
+    )
+    assert (found["data"], str(found["output"]), str(found["cache"])) == (
+        "/home/ann/photos",
+        "/home/ann/a.safetensors",
+        "~",
+    )
+    assert found["templates"] == ("~{}",)
+    assert read(serve_command, '[serve]\ntoken = "@~/token"')["token"] == "@/home/ann/token"
+    asked = ask_command.make_context("ask", ["~/photos/*.jpg", "a~/b", "--token", "@~/token"]).params
+    assert (asked["images"], asked["token"]) == (("/home/ann/photos/*.jpg", "a~/b"), "@/home/ann/token")
 
 
 @pytest.mark.parametrize(

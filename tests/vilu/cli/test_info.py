@@ -71,7 +71,7 @@ def test_a_checkpoint(info, checkpoint, tmp_path):
         in (lines["promise"])
     )
     assert lines["trained on"] == "digits, 1000 samples"
-    assert lines["CLIP is right"] == "on 92% of the training data (chance 10%)"
+    assert lines["accuracy"] == "CLIP is right on 92% of the training data (chance 10%)"
     assert "AUC 91% (MCM 88%), FPR95 30% (MCM 40%) on 1000 samples with 80 failures" in lines["figures"]
     assert lines["recipe"] == "default, seed 3, best epoch 7"
     assert f"vilu {vilu.__version__}" in lines["written with"]

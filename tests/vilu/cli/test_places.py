@@ -12,6 +12,7 @@ import pytest
 
 import vilu
 from vilu import UserError, cli
+from vilu.cli import options
 from vilu.cli.ask import find_images
 from vilu.data.cache import default_cache
 from vilu.data.image_files import image_files
@@ -67,12 +68,14 @@ def test_an_interrupt_says_what_was_kept(capsys):
     assert capsys.readouterr().err.strip() == "odd: interrupted; the answers until then are in a.part.csv"
 
 
-def test_no_home(monkeypatch):
+def test_no_home(monkeypatch, capsys):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)  # a number without an entry in passwd
     with pytest.raises(UserError, match="set VILU_CACHE"):
         default_cache()
+    assert options.default_cache() is None  # nothing needs the cache but the speed of the next run
+    assert "set VILU_CACHE to a folder that keeps embeddings; until then none are kept" in capsys.readouterr().err
 
 
 def test_a_user_without_a_name(monkeypatch):
@@ -98,6 +101,13 @@ def test_links_are_followed_and_hidden_files_are_not_looked_at(tmp_path):
     assert [str(path.relative_to(photos)) for path in image_files(photos)] == expected
     for folder in (photos, tmp_path / "link"):
         assert list(find_images([str(folder)])) == [f"{folder}/{name}" for name in expected]
+
+
+def test_images_of_other_kinds_are_named(tmp_path, capsys):
+    for name in ("a.jpg", "b.bmp", "c.heic"):
+        (tmp_path / name).write_bytes(b"")
+    assert list(find_images([str(tmp_path)])) == [f"{tmp_path}/a.jpg"]
+    assert f"left out: {tmp_path}/b.bmp is not .jpg, .png or .webp" in capsys.readouterr().err
 
 
 def test_a_folder_that_hides_the_package(tmp_path):

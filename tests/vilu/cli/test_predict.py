@@ -94,6 +94,29 @@ def test_every_format_goes_to_a_file_or_to_standard_output(world, predict, tmp_p
     check(rows, world[1])
 
 
+def test_json_is_one_document(world, predict):
+    code, out, _ = predict("--json")
+    assert code == 1
+    check([{"error": None} | row for row in json.loads(out)], world[1])
+
+
+def test_an_interrupted_run_goes_on(world, predict, tmp_path, monkeypatch):
+    answer = Predictor._answers
+
+    def interrupted(*args):
+        monkeypatch.setattr(Predictor, "_answers", answer)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "answers.jsonl"
+    monkeypatch.setattr(Predictor, "_answers", interrupted)
+    code, out, err = predict("--output", path, "--batch-size", "2")
+    assert (code, out) == (130, b"")
+    assert f"the answers until then are in {tmp_path / 'answers.part.jsonl'}, and --resume goes on from there" in err
+    code, out, _ = predict("--output", path, "--resume")
+    assert (code, out.decode()) == (1, f"{path}: 4 images, 1 without an answer\n")
+    check([{"error": None} | json.loads(line) for line in path.read_text().splitlines()], world[1])
+
+
 def test_options_choose_labels_classes_and_threshold(predict, tmp_path):
     _, out, _ = predict("--label", "a red star", "--label", "a blue cross", "--threshold", "1", "--format", "jsonl")
     rows = [json.loads(line) for line in out.splitlines()]
@@ -112,6 +135,8 @@ def test_options_choose_labels_classes_and_threshold(predict, tmp_path):
     ("options", "said"),
     [
         (["--label", "a", "--label", "b", "--classes", "x"], "--label and --classes: give one or the other"),
+        (["--json", "--output", "answers.csv"], "--json takes the place of --output"),
+        (["--resume"], "--resume needs the --output"),
         (["--output", "answers.txt"], "must end in .jsonl, .csv, .parquet"),
         (["--output", "answers.csv", "--format", "tsv"], "--format tsv is for standard output"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used"),

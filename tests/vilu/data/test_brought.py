@@ -80,6 +80,63 @@ def test_splits_that_cannot_be_understood_are_refused(tmp_path, paths, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        (["fold1/a/0.jpg", "fold1/b/0.jpg", "fold2/a/0.jpg", "fold2/b/0.jpg"], "'fold1' and 'fold2' hold 'a' and 'b'"),
+        (
+            [f"{s}/{c}/0.jpg" for s in ("seen", "holdout", "extra") for c in "abc"],
+            "'extra' and all others hold 'a' and",
+        ),
+        (
+            [f"{s}/{c}/0.jpg" for s, cs in (("photo", "abc"), ("sketch", "bcd")) for c in cs],
+            "'sketch' hold 'b' and 'c'",
+        ),
+    ],
+)
+def test_splits_and_domains_of_other_names_are_no_classes(tmp_path, paths, said):
+    for path in paths:
+        put(tmp_path / path)
+    with pytest.raises(UserError, match=said):
+        open_source(str(tmp_path))
+    top = paths[0].split("/")[0]
+    assert set(open_source(str(tmp_path / top)).class_names) == {
+        p.split("/")[1] for p in paths if p.startswith(f"{top}/")
+    }
+    put(tmp_path / top / "cover.jpg")  # its images lie directly in it, so it is a class
+    assert top in open_source(str(tmp_path)).class_names
+
+
+def test_images_of_other_kinds_are_not_left_out_without_a_word(tmp_path):
+    folder(tmp_path)
+    put(tmp_path / "zebra" / "scan.TIFF")
+    source = open_source(str(tmp_path))
+    assert len(source) == 6
+    assert source.skipped == (
+        f"{tmp_path}/zebra/scan.TIFF: is not .jpg, .png or .webp; convert it, or rename it if it is a JPEG",
+    )
+    put(tmp_path / "okapi" / "deep" / "0.heic")
+    with pytest.raises(UserError, match=r"okapi/deep/0\.heic: is not .*; 'okapi' holds no other images"):
+        open_source(str(tmp_path))
+
+
+def test_classes_with_folders_of_their_own(tmp_path):
+    for path in ("cat/indoor/0.jpg", "cat/outdoor/0.jpg", "dog/beach/0.jpg", "dog/park/0.jpg", "dog/indoor/0.jpg"):
+        put(tmp_path / path)
+    assert open_source(str(tmp_path)).class_names == ("cat", "dog")
+
+
+def test_links_below_a_class_are_followed(tmp_path):
+    folder(tmp_path / "set")
+    put(tmp_path / "elsewhere" / "new.jpg")
+    (tmp_path / "set" / "zebra" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "zebra" / "back").symlink_to(tmp_path / "set" / "zebra")
+    assert open_source(str(tmp_path / "set")).labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    (tmp_path / "set" / "sea_lion" / "other").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"zebra/more: is the same folder as .*sea_lion/other, so its images would"):
+        open_source(str(tmp_path / "set"))
+
+
 def test_shards_and_rows_of_other_splits_are_left_out(tmp_path):
     for number, name in enumerate(("cc3m-train-0000", "cc3m-validation-0000", "cc3m-train-0001")):
         shard(tmp_path / f"{name}.tar", captioned(number, (9, 9, 9)))
@@ -88,6 +145,11 @@ def test_shards_and_rows_of_other_splits_are_left_out(tmp_path):
         assert captions_of(open_source(str(data), split="valid")) == ["caption 1"]
         with pytest.raises(UserError, match="has no split 'test', only train, val"):
             open_source(str(data), split="test")
+    for number, name in enumerate(("train", "Validation")):
+        shard(tmp_path / "folders" / name / "0000.tar", captioned(number, (9, 9, 9)))
+    for data in (tmp_path / "folders", tmp_path / "folders" / "*" / "*.tar"):
+        assert captions_of(open_source(str(data))) == ["caption 0"]
+        assert captions_of(open_source(str(data), split="val")) == ["caption 1"]
     shard(tmp_path / "more.tar", captioned(7, (9, 9, 9)))
     with pytest.raises(UserError, match=r"more\.tar names no split"):
         open_source(str(tmp_path))
@@ -103,7 +165,8 @@ def test_shards_and_rows_of_other_splits_are_left_out(tmp_path):
 
 def test_hidden_files_are_no_images(tmp_path):
     put(tmp_path / "a" / "img.jpg")
-    for name in ("a/._img.jpg", ".cache/x.jpg", ".ipynb_checkpoints/img-checkpoint.jpg", "__MACOSX/a/img.jpg"):
+    hidden = ("a/._img.jpg", ".cache/x.jpg", ".ipynb_checkpoints/img-checkpoint.jpg", "__MACOSX/a/img.jpg")
+    for name in (*hidden, "#recycle/x.jpg", "@eaDir/img.jpg", "lost+found/x.jpg", "System Volume Information/x.jpg"):
         put(tmp_path / name, b"no image")
     assert image_files(tmp_path) == [tmp_path / "a" / "img.jpg"]
 
@@ -186,6 +249,14 @@ def test_columns_of_other_names_and_absolute_paths(tmp_path):
         open_source(str(table))
     source = open_source(str(table), image_column="file", caption_column="text")
     assert source.read(0) == jpeg()
+    for header, said in (
+        ("path;caption", "a comma must stand between columns, not ';'"),
+        ("path\tcaption", r"a comma must stand between columns, not '\\t'"),
+        ("a.jpg,a star", "the first line must name the columns"),
+    ):
+        put(table, f"{header}\n".encode())
+        with pytest.raises(UserError, match=said):
+            open_source(str(table))
     put(table, b"path,caption,caption\na.jpg,a,b\n")
     with pytest.raises(UserError, match="has 2 columns 'caption'"):
         open_source(str(table))
@@ -254,6 +325,7 @@ def test_texts_of_shards(tmp_path):
         ("bom.jpg", jpeg()), ("bom.txt", b"\xef\xbb\xbfa star"),
         ("latin.jpg", jpeg()), ("latin.txt", b"caf\xe9"),
         ("lone.txt", b"no image"), ("__index__.txt", b"not a sample"), ("._bom.jpg", b"Apple's"),
+        ("__MACOSX/q.jpg", b"Apple's"), ("./.cache/q.jpg", jpeg()), ("@eaDir/lone.txt", b"a server's"),
     ]  # fmt: skip
     source = open_source(str(shard(tmp_path / "a.tar", [*GOOD, *more])))
     assert captions_of(source)[-1] == "a star"

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from vilu.data.cache import Writer, read
 from vilu.data.source import ArraySource
 from vilu.errors import UserError
 from vilu.preprocess.image import decode
+from vilu.serving.embedding_file import read_image_embeddings
 
 CODE = """
 import sys
@@ -454,6 +456,27 @@ def test_a_disk_too_small_is_told_at_once(tmp_path, clip, monkeypatch):
         embed(open_source(str(folder(tmp_path / "d"))), clip, cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("file", ["index.json", "image.normalised.npy"])
+def test_a_cache_of_somebody_else_is_not_called_damaged(tmp_path, clip, monkeypatch, file):
+    source = open_source(str(folder(tmp_path / "d", 2)))
+    embed(source, clip, cache=tmp_path / "cache")
+    entry = entries(tmp_path / "cache")[0]
+    read_text, stat = Path.read_text, Path.stat
+
+    def refuse(call):
+        def instead(path, *args, **kwargs):
+            if path == entry / file:
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *args, **kwargs)
+
+        return instead
+
+    monkeypatch.setattr(Path, "read_text", refuse(read_text))
+    monkeypatch.setattr(Path, "stat", refuse(stat))
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); --cache or VILU_CACHE names another"):
+        embed(source, clip, cache=tmp_path / "cache")
+
+
 def test_a_cache_that_cannot_be_made(tmp_path, clip):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file.*: cannot be (written|read)|damaged"):
@@ -691,6 +714,30 @@ def test_a_row_that_is_no_direction_is_named(tmp_path, kind, value, word):
         load_embeddings(write(tmp_path, kind, image, text, labels))
 
 
+def test_without_labels_there_are_captions(tmp_path):
+    image, text, _ = arrays()
+    np.savez(tmp_path / "e.npz", image_embedding=image, text_embeddings=text)
+    with pytest.raises(UserError, match="holds no labels, so text_embeddings must be the captions of the 7 images"):
+        load_embeddings(tmp_path / "e.npz")
+
+
+def test_bfloat16_is_read_with_and_without_torch(tmp_path):
+    from safetensors.torch import save_file
+
+    image, text, labels = (torch.from_numpy(array) for array in arrays())
+    path = tmp_path / "e.safetensors"
+    tensors = {"image_embedding": image.bfloat16(), "text_embeddings": text.bfloat16(), "labels": labels}
+    save_file(tensors, path)
+    expected = image.bfloat16().float()
+    assert np.array_equal(read_image_embeddings(path), expected.numpy())
+    assert torch.equal(
+        load_embeddings(path).image.normalised, torch.nn.functional.normalize(expected.double(), dim=1).float()
+    )
+    save_file(tensors, path, {"class_names": "a,b,c"})
+    with pytest.raises(UserError, match="class_names in the metadata must be a JSON list"):
+        load_embeddings(path)
+
+
 def test_a_folder_of_unit_rows_is_mapped(tmp_path):
     path = write(tmp_path, "folder", *arrays())
     data = load_embeddings(path)
@@ -708,10 +755,17 @@ def test_a_folder_of_unit_rows_is_mapped(tmp_path):
         ({"class_names": np.array(["a", "b"])}, "2 class names but 3 text embeddings"),
         ({"class_names": np.array(["a", "b", "a"])}, "repeats"),
         ({"class_names": np.array([1, 2, 3])}, "must be strings"),
-        ({"class_names": np.array(["a", "b", None], object)}, "cannot be read as .npz"),
+        (
+            {"class_names": np.array(["a", "b", None], object)},
+            r"cannot be read as \.npz .*; class_names must be np\.array",
+        ),
+        ({"labels": np.arange(7) * 0, "text_embeddings": np.ones((1, 5))}, "at least two classes"),
+        ({"text_embeddings": np.eye(5)[[0, 1, 0]]}, "'2'. has the same text embedding as class name 1 .'0'"),
+        ({"logit_scale": 4.6052}, "is the logarithm of the factor; give the factor, 100"),
+        ({"image_embedding": np.full((7, 5), 1e200)}, "row 0 is not finite"),
         ({"image_embedding": np.zeros((7, 5, 1))}, "must be numbers"),
         ({"image_embedding": np.zeros((0, 5))}, "must be numbers"),
-        ({"text_embeddings": np.ones((3, 4))}, "text embeddings 4"),
+        ({"text_embeddings": np.eye(3, 4)}, "text embeddings 4"),
         ({"logit_scale": -1.0}, "logit_scale must be one positive number"),
         ({"logit_scale": np.ones(3)}, "logit_scale must be one positive number"),
     ],
