@@ -68,8 +68,8 @@ def predict_command(
     answers are those of `vilu ask`.
 
     IMAGES are files, folders (all images below them), patterns ("photos/*.jpg", ** for any depth), or - to read names
-    from standard input, one per line. A tab-separated line holds file, label, confidence, P(failure) and verdict. The
-    exit code is 0 when every image was answered, and 1 when one was not.
+    from standard input, one per line. A tab-separated line holds file, label, confidence, P(failure), verdict and, if
+    the checkpoint has one, the outlier score. The exit code is 0 when every image was answered, and 1 when one was not.
     """
     from vilu.class_set import read_names
     from vilu.predictor import Predictor
@@ -88,7 +88,7 @@ def predict_command(
         batch_size=batch_size,
     )
     bad = 0
-    with progress_bar() as bar, _written(output, kind, details) as add:
+    with progress_bar() as bar, _written(output, kind, details, predictor.checkpoint.outlier is not None) as add:
         for done, answer in enumerate(predictor.stream(names, details=details), 1):
             add(answer)
             if answer.error is not None:
@@ -101,11 +101,14 @@ def predict_command(
 
 
 @contextlib.contextmanager
-def _written(output: Path | None, kind: str | None, details: bool) -> Iterator[Callable[[Answer], None]]:
+def _written(
+    output: Path | None, kind: str | None, details: bool, outlier_score: bool
+) -> Iterator[Callable[[Answer], None]]:
     """Yield a function that takes the answers one by one, and writes them where and as the options say."""
-    from vilu.serving.answer_file import DETAILS, FIELDS, open_answer_file, write_answers
+    from vilu.serving.answer_file import DETAILS, FIELDS, OUTLIER, open_answer_file, write_answers
 
     columns = (*FIELDS, *(name for name in DETAILS if details and name != "class_set"))
+    columns += OUTLIER if outlier_score else ()
     if output is not None and str(output) != "-":
         if kind in ("table", "tsv"):
             raise UserError(f"--format {kind} is for standard output; a file is .jsonl, .csv or .parquet")
