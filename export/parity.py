@@ -67,7 +67,8 @@ class Answers:
 
     def first(self, count: int) -> Answers:
         """The same, of the first `count` images."""
-        return Answers(*(None if value is None else value[:count] for value in vars(self).values()))
+        outlier = None if self.outlier_score is None else self.outlier_score[:count]
+        return Answers(self.embedding[:count], self.class_index[:count], self.failure_probability[:count], outlier)
 
 
 def run_batches(session: Session, input_name: str, feed: np.ndarray, batch: int) -> dict[str, np.ndarray]:

@@ -28,7 +28,8 @@ def test_compared_answers_by_hand():
 
 
 def test_the_outlier_score_is_compared_where_both_have_one():
-    eager, exported = (replace(EAGER, outlier_score=np.float32(score)) for score in ([0, 1, 1, 2], [0, 1.2, 1, 2]))
+    eager = replace(EAGER, outlier_score=np.array([0, 1, 1, 2], np.float32))
+    exported = replace(EAGER, outlier_score=np.array([0, 1.2, 1, 2], np.float32))
     row = parity.compare_answers(exported, eager, None)
     assert row["outlier_score_error"] == pytest.approx({"max": 0.2, "mean": 0.05}, abs=1e-7)
     assert "outlier_score_error" not in parity.compare_answers(exported, EAGER, None)
