@@ -12,11 +12,13 @@ import torch
 from vilu.export import cuda_head, model_config, repository
 from vilu.export.details import write_details
 from vilu.export.float16 import to_float16
-from vilu.export.graphs import ANSWER, ImageGraph, TextGraph, write_graph
+from vilu.export.graphs import ANSWER, HeadGraph, ImageGraph, TextGraph, write_graph, write_outlier
 from vilu.export.int8 import quantise
 from vilu.export.job import Job, Ticker
 from vilu.export.onnx_file import copy_graph, merge_full
 from vilu.export.open_vocabulary import write_open_vocabulary
+from vilu.export.outlier import FILE as OUTLIER
+from vilu.export.outlier import OUTLIER_SCORE
 from vilu.export.tokenizer import write_tokenizer
 from vilu.kernels import fold
 
@@ -50,10 +52,14 @@ def write_graphs(job: Job, root: Path, tick: Ticker) -> None:
     with torch.no_grad():
         embedding = job.clip.encode_pixels(pixels)
     write_graph(job.head, embedding, head, "IMAGE_EMBEDDING", answer, job.class_set.names)
+    if job.outlier is not None:  # ONNX Runtime computes every output, so vilu_head's graph stays without the score
+        both = HeadGraph(job.folded, job.checkpoint.threshold, job.outlier)
+        head = root / "head" / "1" / "full.onnx"
+        write_graph(both, embedding, head, "IMAGE_EMBEDDING", answer | {OUTLIER_SCORE: [1]}, job.class_set.names)
     merge_full(paths["clip_image"], head, paths["vilu_full"])
+    shutil.rmtree(root / "head", ignore_errors=True)
     tick("writing vilu_head and vilu_full")
     if job.cuda_archs:
-        shutil.rmtree(root / "head")
         cuda_head.write_head(root / "vilu_head", job.folded, job.served, job.cuda_archs, tick)
 
 
@@ -62,7 +68,7 @@ def write_models(job: Job, root: Path) -> None:
     for name, entry, outputs in (
         ("clip_image", "PIXELS", {"IMAGE_EMBEDDING": job.tensors["IMAGE_EMBEDDING"]}),
         ("clip_text", "TOKENS", {"TEXT_EMBEDDING": job.tensors["TEXT_EMBEDDING"]}),
-        ("vilu_full", "PIXELS", repository.ANSWER_TENSORS),
+        ("vilu_full", "PIXELS", {**repository.ANSWER_TENSORS, **job.served.outlier_tensors}),
     ):
         model_config.write_graph_config(
             root / name,
@@ -89,12 +95,16 @@ def write_models(job: Job, root: Path) -> None:
     copy_graph(both / "details.onnx", root / "vilu_details" / "1" / "details.onnx")
     if not job.cuda_archs:
         copy_graph(both / "ragged.onnx", root / "vilu_head" / "1" / "ragged.onnx")
+    if job.outlier is not None:
+        write_outlier(job.outlier, both / OUTLIER)
+        for name in ("vilu_details", "vilu_head"):
+            copy_graph(both / OUTLIER, root / name / "1" / OUTLIER)
     tokenizer = root / "clip_text" / "1" / "tokenizer.json"
     transform = write_tokenizer(job.clip, tokenizer)
     repository.write_tokenize(root / "tokenize", tokenizer, transform, job.tokens[0].shape[1], served)
     repository.write_text(root / "vilu_text", dim, batch)
-    repository.write_answering(root / "vilu", dim, batch, head="vilu_head", details_from="vilu_details")
+    repository.write_answering(root / "vilu", served, head="vilu_head", details_from="vilu_details")
     model = both.parent.name
-    repository.write_answering(root / "vilu_open", dim, batch, head=model, details_from=model, candidates=True)
+    repository.write_answering(root / "vilu_open", served, head=model, details_from=model, candidates=True)
     repository.write_labels(root / "labels.txt", job.class_set.names)
     shutil.copyfile(README, root / "README.md")

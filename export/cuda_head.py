@@ -75,9 +75,7 @@ def write_head(
         queue_limit=False,
         # By default the server copies every input to the host first.
         parameters={
-            "threshold": repr(served.threshold),
-            "checkpoint": served.checkpoint,
-            "calibration": served.calibration,
+            **served.head_parameters,
             "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
         },
     )

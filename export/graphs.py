@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vilu.clip import Clip
 from vilu.export import attention, fusion, onnx_file
+from vilu.export.outlier import OUTLIER_SCORE, OutlierGraph
 from vilu.kernels import FoldedHead
 
 # The newest operator set that the ONNX Runtime in two-year-old server containers reads.
@@ -53,17 +54,29 @@ class TextGraph(nn.Module):
 
 
 class HeadGraph(nn.Module):
-    """IMAGE_EMBEDDING (B, D) -> CLASS_INDEX, CONFIDENCE, FAILURE_PROBABILITY, ACCEPT, each (B, 1)."""
+    """IMAGE_EMBEDDING (B, D) -> CLASS_INDEX, CONFIDENCE, FAILURE_PROBABILITY, ACCEPT, each (B, 1).
 
-    def __init__(self, folded: FoldedHead, threshold: float) -> None:
+    With an outlier score there is a fifth output, OUTLIER_SCORE (B, 1). Where the score has a threshold, ACCEPT also
+    needs a score that is not above it.
+    """
+
+    def __init__(self, folded: FoldedHead, threshold: float, outlier: OutlierGraph | None = None) -> None:
         super().__init__()
         self.folded = folded
         self.threshold = threshold
+        self.outlier = outlier
 
-    def forward(self, image_embedding: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, image_embedding: Tensor) -> tuple[Tensor, ...]:
         out = self.folded(image_embedding)
         failure = out.failure_probability[:, None]
-        return out.class_index.int()[:, None], out.confidence[:, None], failure, failure < self.threshold
+        answer = out.class_index.int()[:, None], out.confidence[:, None], failure
+        accept = failure < self.threshold
+        if self.outlier is None:
+            return *answer, accept
+        score = self.outlier(image_embedding)
+        if self.outlier.threshold is not None:
+            accept = accept & (score <= self.outlier.threshold)
+        return *answer, accept, score
 
 
 def example_tokens(clip: Clip, rows: int = 2, seed: int = 0) -> Tensor:
@@ -149,6 +162,11 @@ def write_graph(
     if labels is not None:
         _add_label(graph, labels, axes[0])
     onnx_file.save(model, path)
+
+
+def write_outlier(graph: OutlierGraph, path: Path) -> None:
+    """Write the outlier score's graph as an ONNX file, for any B."""
+    write_graph(graph, graph.mean.repeat(2, 1), path, "IMAGE_EMBEDDING", {OUTLIER_SCORE: [1]})
 
 
 def _dimensions(shape: ir.Shape | None) -> str:

@@ -22,9 +22,12 @@ from vilu.embeddings import EmbeddedSet
 from vilu.errors import UserError
 from vilu.export import checks, measure, parity, report, repository, versions
 from vilu.export.details import write_details
+from vilu.export.graphs import write_outlier
 from vilu.export.job import Progress, Ticker
 from vilu.export.limits import Limits
 from vilu.export.open_vocabulary import write_open_vocabulary
+from vilu.export.outlier import FILE as OUTLIER
+from vilu.export.outlier import OutlierGraph
 from vilu.export.parity import Answers, Reference
 from vilu.export.sample import MIN_INPUTS
 from vilu.head import ViLUHead
@@ -79,7 +82,8 @@ def export_head(
         if rows.shape[1] != head.dim:
             raise UserError(f"the head reads embeddings {head.dim} wide, {what} has {rows.shape[1]}")
     tick = Ticker(progress, 4 + len(parity.batch_sizes(max_batch_size)))
-    served = repository.Served(class_set, checkpoint.threshold, "", max_batch_size, limits)
+    outlier = checkpoint.outlier
+    served = repository.Served(class_set, checkpoint.threshold, "", max_batch_size, limits, outlier=outlier)
     with atomic.folder(output) as staging:
         repository.write_embeddings(staging / MODEL, served, labels=False)
         repository.write_class_sets(staging / "class_sets", served)
@@ -90,8 +94,13 @@ def export_head(
         write_open_vocabulary(plain, checkpoint.threshold, staging / MODEL / "1" / "ragged.onnx")
         tick("writing the head")
         write_details(plain, staging / MODEL / "1" / "details.onnx")
+        if outlier is not None:
+            write_outlier(OutlierGraph(outlier), staging / MODEL / "1" / OUTLIER)
         tick("writing the details")
         figures, answers, eager = _measure(head, t, scale, v, labels, staging, max_batch_size, tick)
+        if outlier is not None:
+            row = measure.measure_outlier(staging / MODEL / "1" / OUTLIER, outlier, v.numpy())
+            figures["graphs"][f"{MODEL} (outlier score)"] = {"cpu": {str(max_batch_size): row}}
         summary = report.about(checkpoint, "float32") | {
             "device": "cpu",
             "provider": "cpu",

@@ -16,6 +16,7 @@ from vilu.export.cache import NO_CACHE, Cache
 from vilu.export.graphs import HeadGraph
 from vilu.export.limits import Limits
 from vilu.export.model_config import Runtime, Tensors
+from vilu.export.outlier import OutlierGraph
 from vilu.export.repository import Served
 from vilu.export.sample import Sample, texts
 from vilu.export.towers import Towers
@@ -71,6 +72,7 @@ class Job:
             self.limits,
             digest(self.checkpoint),
             json.dumps(known) if known else "",
+            self.checkpoint.outlier,
         )
 
     @cached_property
@@ -85,6 +87,10 @@ class Job:
     @cached_property
     def head(self) -> HeadGraph:
         return HeadGraph(self.folded, self.checkpoint.threshold)
+
+    @cached_property
+    def outlier(self) -> OutlierGraph | None:
+        return None if self.checkpoint.outlier is None else OutlierGraph(self.checkpoint.outlier)
 
     @cached_property
     def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:

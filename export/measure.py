@@ -13,9 +13,12 @@ import torch
 from vilu.export import parity
 from vilu.export.cache import digest
 from vilu.export.job import FEW_INPUTS, Job, Ticker
+from vilu.export.outlier import FILE as OUTLIER
+from vilu.export.outlier import OUTLIER_SCORE
 from vilu.export.parity import Answers, Reference
 from vilu.export.towers import KeptSession
 from vilu.head import ViLUHead
+from vilu.outlier import Outlier
 from vilu.scores import Entropy
 from vilu.serving.backends.onnxruntime import session
 
@@ -152,6 +155,16 @@ def measure_details(
     )
 
 
+def measure_outlier(path: Path, outlier: Outlier, embedding: np.ndarray) -> dict[str, Any]:
+    """Compare the outlier score's graph with its formula for image embeddings (N, D)."""
+    opened = session.open_session(path, threads=1)
+    found = opened.run(opened.outputs, {"IMAGE_EMBEDDING": embedding})
+    truth = {OUTLIER_SCORE: outlier.score(torch.from_numpy(embedding))[:, None].numpy()}
+    return parity.compare_outputs(
+        dict(zip(opened.outputs, found, strict=True)), Reference("IMAGE_EMBEDDING", embedding, truth)
+    )
+
+
 def _providers(job: Job) -> list[tuple[str, bool]]:
     """The providers to measure, and whether each serves or is only what a server without OpenVINO falls back to."""
     if job.runtime.provider == "openvino":
@@ -160,14 +173,23 @@ def _providers(job: Job) -> list[tuple[str, bool]]:
 
 
 def _open_head(job: Job, root: Path) -> Head:
-    if job.cuda_archs:
-        return lambda embedding, batch: parity.run_folded_head(job.head, job.class_set.names, embedding, batch)
-    opened = session.open_session(root / "vilu_head" / "1" / "model.onnx", threads=1)
-    return lambda embedding, batch: parity.run_batches(opened, "IMAGE_EMBEDDING", embedding, batch)
+    paths = [root / "vilu_head" / "1" / name for name in ("model.onnx", OUTLIER)]
+    graphs = [session.open_session(path, threads=1) for path in paths if path.exists()]
+
+    def run(embedding: np.ndarray, batch: int) -> Outputs:
+        found: Outputs = {}
+        if job.cuda_archs:
+            found = parity.run_folded_head(job.head, job.class_set.names, embedding, batch)
+        for graph in graphs:
+            found |= parity.run_batches(graph, "IMAGE_EMBEDDING", embedding, batch)
+        return found
+
+    return run
 
 
 def _answers(embedding: np.ndarray, outputs: parity.Arrays) -> Answers:
-    return Answers(embedding, outputs["CLASS_INDEX"][:, 0], outputs["FAILURE_PROBABILITY"][:, 0])
+    outlier = outputs[OUTLIER_SCORE][:, 0] if OUTLIER_SCORE in outputs else None
+    return Answers(embedding, outputs["CLASS_INDEX"][:, 0], outputs["FAILURE_PROBABILITY"][:, 0], outlier)
 
 
 def eager_references(job: Job) -> dict[str, Reference]:
@@ -184,6 +206,8 @@ def eager_references(job: Job) -> dict[str, Reference]:
             "CONFIDENCE": confidence[:, None].numpy(),
             "FAILURE_PROBABILITY": job.checkpoint.head.failure_probability(v, t)[:, None].numpy(),
         }
+    if job.checkpoint.outlier is not None:
+        answer[OUTLIER_SCORE] = job.checkpoint.outlier.score(v)[:, None].numpy()
     labels = np.array(job.class_set.names, dtype=object)
     answer["LABEL"] = labels[answer["CLASS_INDEX"]]
 

@@ -57,15 +57,18 @@ class Answers:
         embedding: (N, D).
         class_index: (N,) integers.
         failure_probability: (N,), from 0 to 1.
+        outlier_score: (N,), from 0 to 2; None without such a score.
     """
 
     embedding: np.ndarray
     class_index: np.ndarray
     failure_probability: np.ndarray
+    outlier_score: np.ndarray | None = None
 
     def first(self, count: int) -> Answers:
         """The same, of the first `count` images."""
-        return Answers(*(value[:count] for value in vars(self).values()))
+        outlier = None if self.outlier_score is None else self.outlier_score[:count]
+        return Answers(self.embedding[:count], self.class_index[:count], self.failure_probability[:count], outlier)
 
 
 def run_batches(session: Session, input_name: str, feed: np.ndarray, batch: int) -> dict[str, np.ndarray]:
@@ -131,6 +134,10 @@ def compare_answers(answers: Answers, reference: Answers, labels: np.ndarray | N
         "failure_probability_error": {"max": float(error.max()), "mean": float(error.mean())},
         "ranking": None,
     }
+    if answers.outlier_score is not None and reference.outlier_score is not None:
+        moved = np.abs(answers.outlier_score.astype(np.float64) - reference.outlier_score)
+        moved = np.where(np.isfinite(moved), moved, np.inf)
+        row["outlier_score_error"] = {"max": float(moved.max()), "mean": float(moved.mean())}
     known = np.zeros(len(error), bool) if labels is None else labels >= 0
     if labels is None or not known.any():
         return row

@@ -21,6 +21,7 @@ from vilu.export.job import Job
 from vilu.export.measure import Measured
 from vilu.export.parity import Answers
 from vilu.export.precision import BUDGETS, HEAD_BUDGET, MAX_BATCH_EFFECT, needs
+from vilu.outlier import about_outlier
 from vilu.serving.backends.onnxruntime import session
 
 
@@ -71,6 +72,7 @@ def about(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
         "threshold": checkpoint.threshold,
         "calibration": checkpoint.meta.get("calibration"),
         "head": digest(checkpoint),
+        **({} if checkpoint.outlier is None else {"outlier": about_outlier(checkpoint.outlier)}),
     }
 
 
@@ -86,13 +88,18 @@ def libraries() -> dict[str, str]:
 
 
 def digest(checkpoint: Checkpoint) -> str:
-    """SHA-256, in hexadecimal, of the head, class set and threshold that a repository serves."""
+    """SHA-256, in hexadecimal, of the head, class set, threshold and outlier score that a repository serves."""
     digest = hashlib.sha256(repr((checkpoint.head.config(), checkpoint.threshold)).encode())
     for tensor in checkpoint.head.state_dict().values():
         digest.update(tensor.contiguous().numpy().tobytes())
     if checkpoint.class_set is not None:
         digest.update(repr((checkpoint.class_set.names, checkpoint.class_set.templates)).encode())
         digest.update(checkpoint.class_set.text_embeddings.contiguous().numpy().tobytes())
+    if checkpoint.outlier is not None:
+        score = checkpoint.outlier
+        digest.update(repr(score.threshold).encode())
+        for tensor in (score.mean, score.factor, score.prototypes):
+            digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -123,6 +130,11 @@ def markdown(report: Mapping[str, Any]) -> str:
             ],
         ),
         *(_ranking_line(provider, row["ranking"]) for provider, row in report["answers"].items()),
+        *(
+            _outlier_line(provider, row["outlier_score_error"])
+            for provider, row in report["answers"].items()
+            if "outlier_score_error" in row
+        ),
         "![distribution of the errors](parity.png)",
         "## Does an answer depend on the batch size?",
         *(_batch_line(provider, row) for provider, row in report["batches"].items()),
@@ -172,6 +184,10 @@ def _ranking_line(provider: str, ranking: dict[str, Any] | str | None) -> str:
         for name, change in ranking["change"].items()
     )
     return f"On the {ranking['images']} labelled images ({provider}): {changes}."
+
+
+def _outlier_line(provider: str, error: Mapping[str, float]) -> str:
+    return f"The outlier score ({provider}) differs by {error['max']:.1e} at most, {error['mean']:.1e} on average."
 
 
 def _batch_line(provider: str, row: Mapping[str, Any]) -> str:

@@ -17,6 +17,8 @@ from vilu.class_set import ClassSet
 from vilu.export.graphs import ANSWER
 from vilu.export.limits import Limits
 from vilu.export.model_config import Step, Tensors, write_config, write_ensemble
+from vilu.export.outlier import OUTLIER_SCORE
+from vilu.outlier import Outlier
 from vilu.preprocess.image import Transform
 from vilu.preprocess.text import TextTransform
 
@@ -28,6 +30,14 @@ CLASS_SET: Tensors = {"CLASS_SET": ("TYPE_STRING", [1])}  # NAME@VERSION; empty 
 VERSION: Tensors = {"CLASS_SET_VERSION": ("TYPE_INT32", [1])}
 HEAD_TENSORS: Tensors = {**ANSWER_TENSORS, **CLASS_SET, **VERSION}
 LABELS: Tensors = {"LABELS": ("TYPE_STRING", [-1])}  # candidates of the request's own
+DETAIL_TENSORS: Tensors = {
+    "TOP_LABELS": ("TYPE_STRING", [-1]),
+    "TOP_PROBABILITIES": ("TYPE_FP32", [-1]),
+    "ENTROPY": ("TYPE_FP32", [1]),
+    "DOCTOR": ("TYPE_FP32", [1]),
+    "CONCEPTS": ("TYPE_STRING", [-1]),
+    "CONCEPT_WEIGHTS": ("TYPE_FP32", [-1]),
+}
 
 # Class sets that are put while the server runs: classes of one, and sets.
 MAX_CLASSES, MAX_CLASS_SETS = 100_000, 100
@@ -48,6 +58,7 @@ class Served:
         checkpoint: the checkpoint's hash, which a record of answers names.
         calibration: `vilu.evaluation.reference`'s summary in JSON, which answers are compared with; "" where there is
             none.
+        outlier: the outlier score of the exported class set; None where the checkpoint has none.
     """
 
     class_set: ClassSet
@@ -57,24 +68,33 @@ class Served:
     limits: Limits
     checkpoint: str = ""
     calibration: str = ""
+    outlier: Outlier | None = None
 
     @property
     def dim(self) -> int:
         """Length D of an embedding."""
         return int(self.class_set.text_embeddings.shape[1])
 
+    @property
+    def outlier_tensors(self) -> Tensors:
+        """The output for the outlier score; empty where there is none."""
+        return {} if self.outlier is None else {OUTLIER_SCORE: ("TYPE_FP32", [1])}
 
-def detail_tensors(dim: int) -> Tensors:
-    """The outputs that are computed only for a request that names them; `dim`: D, an embedding's length."""
-    return {
-        "TOP_LABELS": ("TYPE_STRING", [-1]),
-        "TOP_PROBABILITIES": ("TYPE_FP32", [-1]),
-        "ENTROPY": ("TYPE_FP32", [1]),
-        "DOCTOR": ("TYPE_FP32", [1]),
-        "CONCEPTS": ("TYPE_STRING", [-1]),
-        "CONCEPT_WEIGHTS": ("TYPE_FP32", [-1]),
-        "IMAGE_EMBEDDING": ("TYPE_FP32", [dim]),
-    }
+    @property
+    def detail_tensors(self) -> Tensors:
+        """The outputs that are computed only for a request that names them."""
+        return {**DETAIL_TENSORS, "IMAGE_EMBEDDING": ("TYPE_FP32", [self.dim]), **self.outlier_tensors}
+
+    @property
+    def head_parameters(self) -> dict[str, str]:
+        """The parameters of every model that answers or gives details."""
+        threshold = None if self.outlier is None else self.outlier.threshold
+        return {
+            "threshold": repr(self.threshold),
+            "checkpoint": self.checkpoint,
+            "calibration": self.calibration,
+            **({} if threshold is None else {"outlier_threshold": repr(threshold)}),
+        }
 
 
 def write_preprocess(folder: Path, transform: Transform, served: Served) -> None:
@@ -110,7 +130,7 @@ def write_details_model(folder: Path, served: Served) -> None:
     It is a model, so a process, of its own: the text tower, which holds up vilu_embeddings, does not hold it up.
     `vilu.export.details` writes its graph, details.onnx.
     """
-    _write_head(folder, served, VERSION, detail_tensors(served.dim))
+    _write_head(folder, served, VERSION, served.detail_tensors)
 
 
 def _write_head(folder: Path, served: Served, inputs: Tensors, outputs: Tensors) -> None:
@@ -123,10 +143,8 @@ def _write_head(folder: Path, served: Served, inputs: Tensors, outputs: Tensors)
         max_batch_size=served.max_batch_size,
         limits=served.limits,
         parameters={
-            "threshold": repr(served.threshold),
+            **served.head_parameters,
             "fingerprint": served.fingerprint,
-            "checkpoint": served.checkpoint,
-            "calibration": served.calibration,
             "intra_op_thread_count": "1",
         },
         queue_limit=False,
@@ -149,15 +167,13 @@ def write_embeddings(folder: Path, served: Served, *, labels: bool = True) -> No
         folder,
         backend="python",
         inputs={"IMAGE_EMBEDDING": ("TYPE_FP32", [dim]), **candidates},
-        outputs={**HEAD_TENSORS, **detail_tensors(dim)},
+        outputs={**HEAD_TENSORS, **served.detail_tensors},
         max_batch_size=served.max_batch_size,
         limits=limits,
         parameters={
+            **served.head_parameters,
             "templates": json.dumps(served.class_set.templates),
-            "threshold": repr(served.threshold),
             "fingerprint": served.fingerprint,
-            "checkpoint": served.checkpoint,
-            "calibration": served.calibration,
             "text_batch_size": str(served.max_batch_size),
             "text_cache_prompts": str(KEPT_PROMPTS),
             "max_labels": str(limits.max_labels),
@@ -237,9 +253,7 @@ def write_labels(path: Path, names: Sequence[str]) -> None:
     path.write_text("".join(f"{name}\n" for name in names), "utf-8")
 
 
-def write_answering(
-    folder: Path, dim: int, max_batch_size: int, *, head: str, details_from: str, candidates: bool = False
-) -> None:
+def write_answering(folder: Path, served: Served, *, head: str, details_from: str, candidates: bool = False) -> None:
     """Write an ensemble: IMAGE through preprocess, clip_image and a head to the answer, and a step for its details.
 
     Inside an ensemble a model cannot see which outputs a request asked for, so details are a step of their own, which
@@ -252,7 +266,6 @@ def write_answering(
     ever (`EnsembleContext` in its core: `PrepareSteps`, `ScheduleSteps`).
 
     Args:
-        dim: D, an embedding's length.
         head: the model that answers.
         details_from: the model that gives the details; it may be the same.
         candidates: the request brings LABELS of its own.
@@ -260,7 +273,7 @@ def write_answering(
     own = LABELS if candidates else {}
     chosen = {"IMAGE_EMBEDDING": "embedding", **dict.fromkeys(own, "LABELS")}
     tie = {"IMAGE_EMBEDDING": "answered"} if candidates else {"CLASS_SET_VERSION": "version"}
-    optional = detail_tensors(dim)
+    optional = served.detail_tensors
     write_ensemble(
         folder,
         {"IMAGE": ("TYPE_STRING", [1]), **own},
@@ -271,7 +284,7 @@ def write_answering(
             Step(head, chosen, {name: name for name in (*ANSWER_TENSORS, *CLASS_SET)} | tie),
             Step(details_from, chosen | tie, {name: name for name in optional}),
         ],
-        max_batch_size,
+        served.max_batch_size,
     )
 
 

@@ -92,6 +92,9 @@ def _set_threshold(path: Path, threshold: float) -> None:
     if not accept:
         return
     less = accept[0].producer()
+    if less is not None and less.op_type == "And":  # P(failure) and the outlier score, which keeps its threshold
+        both = [value.producer() for value in less.inputs if value is not None]
+        less = next((node for node in both if node is not None and node.op_type == "Less"), None)
     if less is None or less.op_type != "Less" or (value := less.inputs[1]) is None:
         raise UserError(f"{path}: has no threshold where `vilu export` puts it; export the checkpoint again")
     number = ir.tensor(np.float32(threshold), name=value.name)

@@ -129,6 +129,9 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
     if running not in present:
         raise UserError(f"{client.url}: serves version {running}, which {repository} lacks: is it another repository?")
     before = served(repository)
+    names = [model for model in models(repository) if model not in EMBEDDING]
+    ensembles = {model for model in names if load_config(repository / model / CONFIG).platform == "ensemble"}
+    fewer = False
     if version in present:
         different = [model for model in EMBEDDING if _differ(repository / model, running, version)]
         if different:
@@ -136,9 +139,11 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
                 f"versions {running} and {version} differ in {', '.join(different)}: during the change an answer could "
                 f"come from both; `vilu versions {repository} --use {version}` without --live, and restart the server"
             )
+        # The server takes an ensemble away whose step no longer gives what the ensemble names. So ensembles come after
+        # their steps, unless they give fewer outputs than before (no outlier score).
+        fewer = any(_outputs(repository, m, running) - _outputs(repository, m, version) for m in ensembles)
     use(repository, version)
-    names = [model for model in models(repository) if model not in EMBEDDING]
-    names.sort(key=lambda model: load_config(repository / model / CONFIG).platform == "ensemble")  # after their steps
+    names.sort(key=lambda model: (model in ensembles) != fewer)
     tried: list[str] = []
     try:
         for model in names:
@@ -147,7 +152,7 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
     except UserError as error:
         if isinstance(error, RequestRefused) and not isinstance(error, AccessDenied):
             use(repository, running)
-            for model in tried:
+            for model in reversed(tried):
                 await client.load(model, None, control_token)
             error = RequestRefused(f"version {version}: {error}; version {running} is served as before")
         if served(repository) != before:
@@ -175,6 +180,11 @@ def serve(root: Path, version: int) -> None:
         save_config(root / model, config)
     for name in ABOUT:
         shutil.copyfile(root / keeper(root) / str(version) / name, root / name)
+
+
+def _outputs(repository: Path, model: str, version: int) -> set[str]:
+    kept = repository / model / str(version) / CONFIG  # absent where there is one version alone
+    return {output.name for output in load_config(kept if kept.is_file() else repository / model / CONFIG).output}
 
 
 def _differ(model: Path, one: int, other: int) -> bool:

@@ -24,9 +24,10 @@ def about_repository(root: Path) -> dict[str, Any]:
 
     Returns:
         JSON types: "clip", "class_set" (the exported one: count and names), "class_sets" (those that were put while a
-        server ran), "threshold", "calibration", "precision", "device", "provider", "preprocess", "answers" (what the
-        export changes), "over_budget", "models" (name, backend, versions, batch and instances of each), "served" (the
-        version), "versions" (those that all models have), "limits", "head" (SHA-256) and "libraries".
+        server ran), "threshold", "calibration", "outlier" (the outlier score's threshold and refused share; None
+        without the score), "precision", "device", "provider", "preprocess", "answers" (what the export changes),
+        "over_budget", "models" (name, backend, versions, batch and instances of each), "served" (the version),
+        "versions" (those that all models have), "limits", "head" (SHA-256) and "libraries".
 
     Raises:
         UserError: not such a repository, or a file of it is too large, cannot be read or is not what its name says.
@@ -55,6 +56,7 @@ def about_repository(root: Path) -> dict[str, Any]:
     about["class_sets"] = _put_sets(root / "class_sets" / "sets")
     for key in ("threshold", "calibration", "precision", "device", "provider", "preprocess", "answers", "over_budget"):
         about[key] = report.get(key)
+    about["outlier"] = _dict(report.get("outlier"))
     about["models"], about["versions"] = models, versions
     about["served"] = int(policy[0]) if policy else max(versions, default=None)
     about["limits"] = _limits(configs)

@@ -17,6 +17,7 @@ from vilu.errors import UserError
 T = TypeVar("T")
 FORMATS = (".jsonl", ".csv", ".parquet")
 FIELDS = ("source", "label", "class_index", "confidence", "failure_probability", "accept", "error")
+OUTLIER = ("outlier_score",)  # only where it was asked for, or the checkpoint has one
 IDS = ("id",)  # what feedback names; only where it was asked for
 DETAILS = ("class_set", "top", "entropy", "doctor", "concepts")  # only where they were asked for
 ROWS = 1024  # answers held at once for a Parquet file
@@ -205,7 +206,7 @@ class _Parquet(AnswerFile):
         except ModuleNotFoundError:
             raise UserError("Parquet needs a package: pip install 'vilu[parquet]'") from None
         kinds = {"class_index": pa.int32(), "accept": pa.bool_()}
-        kinds |= dict.fromkeys(("confidence", "failure_probability", "entropy", "doctor"), pa.float32())
+        kinds |= dict.fromkeys(("confidence", "failure_probability", "entropy", "doctor", *OUTLIER), pa.float32())
         pairs = pa.list_(pa.struct([("label", pa.string()), ("weight", pa.float32())]))
         kinds |= dict.fromkeys(("top", "concepts"), pairs)
         self.pa = pa

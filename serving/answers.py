@@ -14,6 +14,7 @@ from vilu.preprocess.class_names import names_problem
 
 OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
+OUTLIER = "OUTLIER_SCORE"
 
 
 class ServerUnavailable(FailedError):  # noqa: N818 - an answer of the server, not a fault of the program
@@ -37,6 +38,7 @@ class Question:
         class_set: the name of a class set that the server has. None: the model's own.
         details: whether every Answer has class_set, top, entropy, doctor and concepts.
         embedding: whether every Answer has its image embedding.
+        outlier_score: whether every Answer has its outlier score. Only a server whose checkpoint has one gives it.
 
     Raises:
         TypeError: labels that are no sequence of strings, or a class set's name that is no string.
@@ -47,6 +49,7 @@ class Question:
     class_set: str | None = None
     details: bool = False
     embedding: bool = False
+    outlier_score: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.labels, (str, bytes)):
@@ -72,7 +75,8 @@ class Question:
         """Names of the output tensors to request."""
         class_set = ("CLASS_SET",) if self.class_set is not None or self.details else ()
         embedding = ("IMAGE_EMBEDDING",) if self.embedding else ()
-        return (*OUTPUTS, *class_set, *(DETAILS if self.details else ()), *embedding)
+        outlier = (OUTLIER,) if self.outlier_score else ()
+        return (*OUTPUTS, *class_set, *(DETAILS if self.details else ()), *embedding, *outlier)
 
 
 def read_answers(result: Any, sources: Sequence[str], question: Question) -> list[Answer]:
@@ -99,6 +103,8 @@ def read_answers(result: Any, sources: Sequence[str], question: Question) -> lis
             more |= {name.lower(): float(found[name][row, 0]) for name in ("ENTROPY", "DOCTOR")}
         if question.embedding:
             more["embedding"] = found["IMAGE_EMBEDDING"][row]
+        if question.outlier_score:
+            more["outlier_score"] = float(found[OUTLIER][row, 0])
         answers.append(Answer(source, _text(label), int(i), float(c), float(f), bool(a), id=ids[row], **more))
     return answers
 

@@ -186,19 +186,21 @@ class AsyncClient:
         class_set: str | None = None,
         details: bool = False,
         embedding: bool = False,
+        outlier_score: bool = False,
     ) -> list[Answer]:
         """One Answer per image, in order; a bad image has `error` set and costs the others nothing.
 
         Args:
             images: paths, encoded bytes, Pillow images or (H, W, 3) uint8 arrays.
-            labels, class_set, details, embedding: as for `Question`.
+            labels, class_set, details, embedding, outlier_score: as for `Question`.
 
         Raises:
             ServerUnavailable: no server, an overload, or (DeadlineExceeded) no answer in time.
             AccessDenied: a token is missing or wrong.
             TypeError, UserError: as `Question` raises.
         """
-        stream = self.stream(images, labels, class_set=class_set, details=details, embedding=embedding)
+        chosen = {"details": details, "embedding": embedding, "outlier_score": outlier_score}
+        stream = self.stream(images, labels, class_set=class_set, **chosen)
         return [answer async for answer in stream]
 
     async def stream(
@@ -209,9 +211,10 @@ class AsyncClient:
         class_set: str | None = None,
         details: bool = False,
         embedding: bool = False,
+        outlier_score: bool = False,
     ) -> AsyncIterator[Answer]:
         """`ask` for any number of images: answers come in order while later images are read and asked."""
-        question = Question(labels, class_set, details, embedding)
+        question = Question(labels, class_set, details, embedding, outlier_score)
         work = (self.ask_batch(batch, question) for batch in batches(images, self.batch_size))
         async with contextlib.aclosing(self._in_order(work)) as found:
             async for answer in found:
@@ -242,6 +245,7 @@ class AsyncClient:
         class_set: str | None = None,
         details: bool = False,
         embedding: bool = False,
+        outlier_score: bool = False,
     ) -> list[Answer]:
         """One Answer per image embedding, in order: `ask` for any model whose embeddings the head was trained on.
 
@@ -251,14 +255,14 @@ class AsyncClient:
             image_embedding: (N, D) numbers of any norm. Row i has the source "row i".
             labels: candidates; with text_embeddings their names, else the server embeds them.
             text_embeddings: (K, D) embeddings of the candidates, of any norm.
-            class_set, details, embedding: as for `Question`.
+            class_set, details, embedding, outlier_score: as for `Question`.
 
         Raises:
             UserError: embeddings that are no such numbers, and as `ask` raises.
             TypeError, ServerUnavailable, AccessDenied: as `ask` raises.
         """
         named = text_embeddings is not None and labels is not None
-        question = Question(labels, class_set, details, embedding)
+        question = Question(labels, class_set, details, embedding, outlier_score)
         v = _matrix("image_embedding", image_embedding)
         t = None if text_embeddings is None else _matrix("text_embeddings", text_embeddings)
         if t is not None and not np.isfinite(t).all():

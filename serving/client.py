@@ -101,9 +101,11 @@ class Client:
         class_set: str | None = None,
         details: bool = False,
         embedding: bool = False,
+        outlier_score: bool = False,
     ) -> list[Answer]:
         """One Answer per image, as `AsyncClient.ask`."""
-        return list(self.stream(images, labels, class_set=class_set, details=details, embedding=embedding))
+        chosen = {"details": details, "embedding": embedding, "outlier_score": outlier_score}
+        return list(self.stream(images, labels, class_set=class_set, **chosen))
 
     def ask_embeddings(
         self,
@@ -114,6 +116,7 @@ class Client:
         class_set: str | None = None,
         details: bool = False,
         embedding: bool = False,
+        outlier_score: bool = False,
     ) -> list[Answer]:
         """One Answer per image embedding (N, D), as `AsyncClient.ask_embeddings`."""
         return self._run(
@@ -124,6 +127,7 @@ class Client:
                 class_set=class_set,
                 details=details,
                 embedding=embedding,
+                outlier_score=outlier_score,
             )
         )
 
@@ -135,9 +139,10 @@ class Client:
         class_set: str | None = None,
         details: bool = False,
         embedding: bool = False,
+        outlier_score: bool = False,
     ) -> Iterator[Answer]:
         """As `AsyncClient.stream`; the images are read in the caller's thread."""
-        question = Question(labels, class_set, details, embedding)
+        question = Question(labels, class_set, details, embedding, outlier_score)
         pending: deque[concurrent.futures.Future[list[Answer]]] = deque()
         try:
             for batch in batches(images, self._asker.batch_size):

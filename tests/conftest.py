@@ -15,14 +15,19 @@ def clip():
 
 @pytest.fixture(scope="session")
 def checkpoint(clip):
-    """An untrained head over the digits; its threshold splits the answers."""
+    """An untrained head over the digits, with an outlier score; its threshold splits the answers."""
     from vilu import Checkpoint, ViLUHead
+    from vilu.outlier import fit_outlier
     from vilu.tiny import data
 
     torch.manual_seed(0)
     class_set = clip.class_set(data.digits("clip_val").names)
-    head = ViLUHead(class_set.text_embeddings.shape[1], attention_scale=clip.spec.logit_scale)
-    return Checkpoint(head.eval().requires_grad_(False), clip.spec, class_set, threshold=0.505)
+    t = class_set.text_embeddings
+    head = ViLUHead(t.shape[1], attention_scale=clip.spec.logit_scale)
+    labels = torch.arange(40) % len(t)
+    rows = torch.nn.functional.normalize(t[labels] + torch.randn(40, t.shape[1]) / t.shape[1] ** 0.5, dim=1)
+    outlier = fit_outlier(rows, labels, t)
+    return Checkpoint(head.eval().requires_grad_(False), clip.spec, class_set, threshold=0.505, outlier=outlier)
 
 
 @pytest.fixture(scope="session")

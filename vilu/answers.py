@@ -32,7 +32,8 @@ class Answer:
         class_index: its place in the class set, from 0.
         confidence: CLIP's softmax probability of that class, in [0, 1].
         failure_probability: ViLU's probability that the label is wrong, in [0, 1].
-        accept: whether failure_probability is below the class set's threshold.
+        accept: whether failure_probability is below the class set's threshold and, where the outlier score has a
+            threshold and the label is of the checkpoint's own classes, outlier_score is not above it.
         error: why there is no answer; the other fields then hold nothing. None where there is one.
         class_set: "NAME@VERSION" of the server's class set; "" for labels that came with the request. None unless asked
             for.
@@ -41,6 +42,8 @@ class Answer:
         doctor: the confidence -(1 - g) / g with g = Σ p², in [1 - K, 0]. None unless asked for.
         concepts: the labels that the head attended to most, each with its weight. Empty unless asked for.
         embedding: (D,) float32 image embedding of unit length. None unless asked for.
+        outlier_score: how unlike the training images the image is, in [0, 2] (`vilu.outlier`). None where the
+            checkpoint has no such score, and from a server unless asked for.
         id: what feedback names, where the server records its answers (`vilu serve --record`).
 
     Example:
@@ -63,6 +66,7 @@ class Answer:
     concepts: tuple[tuple[str, float], ...] = ()
     embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
     id: str = field(default="", compare=False, repr=False)
+    outlier_score: float | None = None
 
     def raise_for_error(self) -> Answer:
         """Return this answer. Raises RequestRefused where it has an error."""

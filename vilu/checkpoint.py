@@ -13,8 +13,8 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -327,7 +327,8 @@ def _header(path: Path, text: str) -> dict[str, Any]:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        return good and abs(value) <= sys.float_info.max  # not NaN, and no whole number beyond what a float can hold
 
     check(isinstance(header, dict), "form")
     check(isinstance(header.get("version"), int), "version")

@@ -51,10 +51,13 @@ class Outlier:
             raise UserError(f"outlier score: tensors of shapes {shapes}, expected (D,), (D, D) and (K, D)")
         if (self.threshold is None) != (self.refused is None):
             raise UserError("outlier score: the threshold and the refused share belong together")
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise UserError(f"outlier score: the threshold must be finite, got {self.threshold}")
+        if self.threshold is not None and not -0.01 < self.threshold < 2.01:
+            raise UserError(f"outlier score: the threshold must be in [0, 2], got {self.threshold}")
         if self.refused is not None and not 0 <= self.refused < 1:
             raise UserError(f"outlier score: the refused share must be in [0, 1), got {self.refused}")
+        longest = float(self.prototypes.double().norm(dim=1).max())
+        if not longest < 1.01:  # the score would not be in [0, 2]
+            raise UserError(f"outlier score: the prototypes must be rows of norm 1, the longest has {longest:g}")
 
     @torch.no_grad()
     def score(self, image_embedding: Tensor) -> Tensor:
@@ -101,7 +104,12 @@ class Outlier:
         """(N,) bool: whether each image lies above the threshold. Raises UserError where there is none."""
         if self.threshold is None:
             raise UserError("outlier score: it has no threshold; calibrate it first")
-        return self.score(image_embedding) > self.threshold
+        return ~(self.score(image_embedding) <= self.threshold)  # a score that is no number is refused
+
+
+def about_outlier(outlier: Outlier | None) -> dict[str, float | None] | None:
+    """What `vilu info` and a repository's parity.json say of an outlier score, in JSON's types."""
+    return None if outlier is None else {"threshold": outlier.threshold, "refused": outlier.refused}
 
 
 def fit_outlier(image_embedding: Tensor, labels: Tensor | None, text_embeddings: Tensor) -> Outlier:
@@ -116,7 +124,8 @@ def fit_outlier(image_embedding: Tensor, labels: Tensor | None, text_embeddings:
             for TEXT images of each class: all there is of a class without training images.
 
     Raises:
-        UserError: captions (labels None), fewer than FEWEST images, or shapes that do not fit.
+        UserError: captions (labels None), fewer than FEWEST images, images of one class alone, or shapes that do not
+            fit.
 
     Reference: Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
         Attacks", NeurIPS 2018; Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
@@ -131,6 +140,8 @@ def fit_outlier(image_embedding: Tensor, labels: Tensor | None, text_embeddings:
         raise UserError(f"outlier score: images {tuple(image_embedding.shape)} and their labels do not fit")
     if len(image_embedding) < FEWEST:
         raise UserError(f"outlier score: {len(image_embedding)} training images are too few, {FEWEST} are needed")
+    if len(labels.unique()) < 2:
+        raise UserError("outlier score: the training images show one class, so there is no direction to tell apart")
     x, t, place = image_embedding.double().cpu(), text_embeddings.double().cpu(), labels.long().cpu()
     mean, text = x.mean(dim=0), t - t.mean(dim=0)
     counts = torch.bincount(place, minlength=len(t)).double()[:, None]

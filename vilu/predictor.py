@@ -7,6 +7,7 @@ export is compared with this model.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -89,6 +90,7 @@ class Predictor:
         self.clip = loaded.to(self.device)
         self.head = copy.deepcopy(checkpoint.head).to(self.device)  # whoever made the checkpoint may use its head, too
         self.threshold = np.float32(checkpoint.threshold if threshold is None else threshold)
+        self._own = classes is None  # the outlier score knows the checkpoint's classes alone
         known = checkpoint.class_set
         self.templates = tuple(templates or (known.templates if known is not None else DEFAULT_TEMPLATES))
         self._kept: OrderedDict[tuple[str, ...], ClassSet] = OrderedDict()
@@ -135,7 +137,8 @@ class Predictor:
 
         Args:
             images: a path, encoded bytes, a Pillow image or pixels (H, W, 3) uint8 in RGB; or several of these.
-            labels: candidates to choose from in place of the class set.
+            labels: candidates to choose from in place of the class set. The outlier score, which knows only the
+                checkpoint's classes, then refuses no answer.
             details: also give top, entropy, doctor and concepts of each answer.
             embedding: also give each image's embedding.
             batch_size: number of images that are embedded at a time; None stands for the predictor's.
@@ -165,7 +168,8 @@ class Predictor:
         class_set = self.class_set if labels is None else self._embedded(labels)
         if class_set is None:
             raise UserError("this checkpoint holds no class names: give labels, or classes to Predictor")
-        return self._stream(images, class_set, details, embedding, self._size(batch_size))
+        own = self._own and labels is None
+        return self._stream(images, class_set, details, embedding, self._size(batch_size), own)
 
     def embed(self, images: ImageLike | Iterable[ImageLike], *, batch_size: int | None = None) -> np.ndarray:
         """Return the L2-normalised image embeddings (N, D) float32 of N images, as a call takes them; N is 1 for one.
@@ -183,10 +187,10 @@ class Predictor:
         return np.concatenate(rows[1:] or rows)
 
     def _stream(
-        self, images: Iterable[ImageLike], class_set: ClassSet, details: bool, embedding: bool, size: int
+        self, images: Iterable[ImageLike], class_set: ClassSet, details: bool, embedding: bool, size: int, own: bool
     ) -> Iterator[Answer]:
         for items, embedded in self._batches(images, size):
-            rows = iter(self._answers(embedded, class_set, details, embedding))
+            rows = iter(self._answers(embedded, class_set, details, embedding, own))
             for item in items:
                 yield item if isinstance(item, Answer) else Answer(item, **next(rows))
 
@@ -215,8 +219,10 @@ class Predictor:
             return name, Answer(name, error=str(error))
 
     @torch.no_grad()
-    def _answers(self, v: torch.Tensor, class_set: ClassSet, details: bool, embedding: bool) -> list[dict[str, Any]]:
-        """Return the fields of `Answer` for image embeddings (B, D)."""
+    def _answers(
+        self, v: torch.Tensor, class_set: ClassSet, details: bool, embedding: bool, own: bool
+    ) -> list[dict[str, Any]]:
+        """Return the fields of `Answer` for image embeddings (B, D); own: the classes are the checkpoint's."""
         if not len(v):
             return []
         t, scale = class_set.text_embeddings.to(self.device), self.clip.spec.logit_scale
@@ -235,6 +241,12 @@ class Predictor:
             }
             for i, c, f in zip(index, confidence, failure, strict=True)
         ]
+        outlier = self.checkpoint.outlier
+        if outlier is not None:
+            score = outlier.score(v.cpu())
+            inside = score <= (math.inf if outlier.threshold is None or not own else outlier.threshold)
+            for row, one, accept in zip(rows, score.tolist(), inside.tolist(), strict=True):
+                row |= {"outlier_score": one, "accept": row["accept"] and accept}
         if details:
             weights = p[:, :0]
             if "attended" in self.head.parts:

@@ -348,6 +348,8 @@ def described(answer: Answer, question: Question) -> dict[str, Any]:
     found = {name: getattr(answer, name) for name in names}
     if question.embedding and answer.embedding is not None:
         found["embedding"] = plain(answer.embedding).tolist()
+    if question.outlier_score:
+        found["outlier_score"] = answer.outlier_score
     for name in ("top", "concepts"):
         if name in found:
             found[name] = [

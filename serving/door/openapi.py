@@ -27,11 +27,16 @@ ANSWER: Json = {
         "class_index": {"type": "integer"},
         "confidence": _NUMBER | {"description": "CLIP's softmax probability of the label, in [0, 1]."},
         "failure_probability": _NUMBER | {"description": "ViLU's probability that the label is wrong, in [0, 1]."},
-        "accept": _BOOL | {"description": "Whether failure_probability is below the class set's threshold."},
+        "accept": _BOOL
+        | {
+            "description": "Whether failure_probability is below the class set's threshold, and the image "
+            "is no outlier where the checkpoint has a threshold for that."
+        },
         "class_set": _TEXT | {"description": "NAME@VERSION; with `class_set` or `details`."},
         **_PAIRS,
         "entropy": _NUMBER,
         "doctor": _NUMBER,
+        "outlier_score": _NUMBER | {"description": "How unlike the training images the image is, in [0, 2]."},
         "embedding": {"type": "array", "items": _NUMBER},
     },
 }
@@ -94,7 +99,7 @@ def description(limits: Limits) -> Json:
     }}}}  # fmt: skip
     image = {"type": "string", "format": "binary"}
     labels = {"type": "array", "items": _TEXT, "minItems": 1}
-    fields = {"labels": labels, "class_set": _TEXT, "details": _BOOL, "embedding": _BOOL}
+    fields = {"labels": labels, "class_set": _TEXT, "details": _BOOL, "embedding": _BOOL, "outlier_score": _BOOL}
     closed = {"type": "object", "required": ["image"], "additionalProperties": False}
     ask = {
         "required": True,
@@ -112,6 +117,7 @@ def description(limits: Limits) -> Json:
         _parameter("class_set", "query", _TEXT, "A class set that the server has."),
         _parameter("details", "query", _BOOL, "Also the likeliest labels, concepts and other scores."),
         _parameter("embedding", "query", _BOOL, "Also the image embedding."),
+        _parameter("outlier_score", "query", _BOOL, "Also the outlier score, where the checkpoint has one."),
     ]
     model = _parameter("model", "path", {"type": "string", "enum": list(MODELS)}, "The model.")
     version = _parameter("version", "path", {"type": "string", "pattern": "^[0-9]{1,9}$"}, "Its version.")

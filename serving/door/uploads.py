@@ -17,7 +17,8 @@ from vilu.serving.door.check import LONGEST_NAME
 from vilu.serving.door.refused import MALFORMED, Refused
 from vilu.serving.door.rest import image_bytes
 
-PARAMETERS = ("labels", "class_set", "details", "embedding")
+FLAGS = ("details", "embedding", "outlier_score")
+PARAMETERS = ("labels", "class_set", *FLAGS)
 
 
 async def read_upload(request: Request, body: bytes) -> tuple[bytes, Question]:
@@ -38,8 +39,8 @@ async def read_upload(request: Request, body: bytes) -> tuple[bytes, Question]:
         raise Refused("give labels, or one class_set")
     if labels and (problem := names_problem(labels, "label")):
         raise Refused(f"labels: {problem}")
-    with_details, with_embedding = (_flag(given, key) for key in ("details", "embedding"))
-    return image, Question(labels or None, class_sets[0] if class_sets else None, with_details, with_embedding)
+    flags = {key: _flag(given, key) for key in FLAGS}
+    return image, Question(labels or None, class_sets[0] if class_sets else None, **flags)
 
 
 async def _uploaded(request: Request, body: bytes, given: list[tuple[str, str]]) -> bytes:

@@ -41,6 +41,7 @@ class Answers:
     labels: Sequence[str] | None = None
     details: bool = False
     embeddings: bool = False
+    outlier_score: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def score(
     labels: Sequence[str] | None = None,
     details: bool = False,
     embeddings: bool = False,
+    outlier_score: bool = False,
     column: str | None = None,
     columns: Sequence[str] = (),
     limit: int | None = None,
@@ -83,7 +85,7 @@ def score(
     Args:
         names: folders, patterns, images, lists, WebDataset shards, Parquet or CSV files (see `open_input`).
         repository: the model repository; every node needs it at this path.
-        class_set, labels, details, embeddings: see `Scorer`.
+        class_set, labels, details, embeddings, outlier_score: see `Scorer`.
         column, columns, limit: see `open_input`.
         workers: how many actors answer, and with what.
 
@@ -95,7 +97,7 @@ def score(
     """
     given = [names] if isinstance(names, str | os.PathLike) else list(names)
     source = open_input([os.fspath(one) for one in given], column=column, columns=columns, limit=limit)
-    asked = Answers(class_set, labels, details, embeddings)
+    asked = Answers(class_set, labels, details, embeddings, outlier_score)
     scorer = Scorer(repository, **vars(asked))
     return _dataset(source, scorer, asked, workers or Workers())
 
@@ -184,6 +186,7 @@ def run_job(
             "input": {"key": source.key(), "kind": source.kind, "files": len(source.units), "rows": source.rows},
             "details": asked.details,
             "embeddings": asked.embeddings,
+            **({"outlier_score": True} if asked.outlier_score else {}),
             "columns": list(columns),
             "accept_only": accept_only,
         }
@@ -307,8 +310,9 @@ def _claim(system: Any, root: str, output: str, job: dict[str, Any]) -> None:
         raise UserError(f"{output}/{JOB}: is damaged; name an empty folder") from None
     now = json.loads(json.dumps(job))
     changed = {"repository": "the model repository, class set or labels", "input": "the input"}
-    for name in ("format", "repository", "input", "details", "embeddings", "columns", "accept_only", "provider"):
-        if earlier.get(name) != now[name]:
+    options = ("details", "embeddings", "outlier_score", "columns", "accept_only", "provider")
+    for name in ("format", "repository", "input", *options):
+        if earlier.get(name) != now.get(name):
             what = changed.get(name, f"the option {name}")
             raise UserError(f"{output}: was begun with another state of {what}; name an empty folder")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ANSWER = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT", "CLASS_SET")
 DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "CONCEPTS", "CONCEPT_WEIGHTS", "ENTROPY", "DOCTOR")
-EMBEDDING = "IMAGE_EMBEDDING"
+EMBEDDING, OUTLIER = "IMAGE_EMBEDDING", "OUTLIER_SCORE"
 MAX_LABELS = 100_000  # as many as a class set may have
 READERS = 16  # files read at a time, as each may be far away
 INPUTS = ("image", "path")  # columns of a batch: the encoded image, else the file that holds it
@@ -47,6 +47,7 @@ class Scorer:
         labels: class names of your own in place of a class set. They are put into the exported prompts.
         details: whether to give the likeliest labels, the labels the head looks at, and other confidences.
         embeddings: whether to give the image embedding, in float16.
+        outlier_score: whether to give the outlier score.
         threads: threads of the image tower; None is what the repository says.
         expected: the `identity` that the repository must have here; None accepts any.
 
@@ -56,8 +57,8 @@ class Scorer:
         schema: Arrow schema of the answers.
 
     Raises:
-        UserError: the repository does not load or has another identity, there is no such class set, or the labels
-            are refused.
+        UserError: the repository does not load, has another identity or has no outlier score, there is no such class
+            set, or the labels are refused.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Scorer:
         labels: Sequence[str] | None = None,
         details: bool = False,
         embeddings: bool = False,
+        outlier_score: bool = False,
         threads: int | None = None,
         expected: str | None = None,
     ) -> None:
@@ -90,6 +92,8 @@ class Scorer:
             self.models[name] = load_model(self.root / name, self.models)
         self.tower = _graph(self.root / "clip_image", threads)
         self.head = self.models[head]
+        if outlier_score and "outlier" not in self.head.graphs:
+            raise UserError(f"{self.root}: has no outlier score; export a checkpoint that was trained with one")
         self.details_from = self.models.get("vilu_details", self.head)
         if labels is not None:
             self.models["vilu_text"] = _Text(self.models["tokenize"], _graph(self.root / "clip_text", threads))
@@ -99,8 +103,9 @@ class Scorer:
             # Every batch is answered from this version of the class set, though a newer one may be put meanwhile.
             model.candidates = lambda request, images, made: [self.bank] * images
         self.own = labels is not None
-        self.wanted = (*ANSWER, *(DETAILS if details else ()), *((EMBEDDING,) if embeddings else ()))
-        self.schema = schema(details, self.bank.rows.shape[1] if embeddings else 0)
+        more = (*((EMBEDDING,) if embeddings else ()), *((OUTLIER,) if outlier_score else ()))
+        self.wanted = (*ANSWER, *(DETAILS if details else ()), *more)
+        self.schema = schema(details, self.bank.rows.shape[1] if embeddings else 0, outlier_score)
         self.identity = self._identity()
         if expected is not None and self.identity != expected:
             raise UserError(f"{self.root}: is another repository here, or has changed since the job began")
@@ -264,7 +269,7 @@ class _Text:
         return responses
 
 
-def schema(details: bool = False, dim: int = 0) -> pa.Schema:
+def schema(details: bool = False, dim: int = 0, outlier_score: bool = False) -> pa.Schema:
     """Return the Arrow schema of the answers; `dim`: length D of the image embedding, 0 without it."""
     import pyarrow as pa
 
@@ -283,6 +288,8 @@ def schema(details: bool = False, dim: int = 0) -> pa.Schema:
         columns |= {"entropy": pa.float32(), "doctor": pa.float32()}
     if dim:
         columns["image_embedding"] = pa.list_(pa.float16())
+    if outlier_score:
+        columns["outlier_score"] = pa.float32()
     return pa.schema(columns)
 
 

@@ -1,5 +1,7 @@
 """Figures of the parity report on hand-made answers, and what passes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,15 @@ def test_compared_answers_by_hand():
     assert row["argmax_agreement"] == 0.75
     assert row["failure_probability_error"] == pytest.approx({"max": 0.1, "mean": 0.025}, abs=1e-7)
     assert row["ranking"] is None
+
+
+def test_the_outlier_score_is_compared_where_both_have_one():
+    eager = replace(EAGER, outlier_score=np.array([0, 1, 1, 2], np.float32))
+    exported = replace(EAGER, outlier_score=np.array([0, 1.2, 1, 2], np.float32))
+    row = parity.compare_answers(exported, eager, None)
+    assert row["outlier_score_error"] == pytest.approx({"max": 0.2, "mean": 0.05}, abs=1e-7)
+    assert "outlier_score_error" not in parity.compare_answers(exported, EAGER, None)
+    assert eager.first(2).outlier_score.tolist() == [0, 1]
 
 
 def test_ranking_by_hand():

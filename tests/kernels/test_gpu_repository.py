@@ -35,8 +35,11 @@ from tests.kernels.fake_cuda import FakeDriver
 from vilu import Checkpoint, UserError, ViLUHead, load_clip, save_checkpoint
 from vilu.cli.export import export_command
 from vilu.export import export
+from vilu.export.graphs import write_outlier
+from vilu.export.outlier import OutlierGraph
 from vilu.kernels import dlpack, fold
 from vilu.kernels.launch import CubinHead, Gpu, LaunchError, read_manifest
+from vilu.outlier import fit_outlier
 from vilu.tiny import data
 
 MAX_BATCH = 16
@@ -210,6 +213,14 @@ def test_the_stand_in_has_the_real_driver_functions():
             assert len(real) == len(inspect.signature(function).parameters) - 1, name
 
 
+def scored(checkpoint):
+    """An outlier score of the checkpoint's class set."""
+    t = checkpoint.class_set.text_embeddings
+    labels = torch.arange(40) % len(t)
+    noise = torch.randn(40, t.shape[1], generator=torch.Generator().manual_seed(0)) / t.shape[1] ** 0.5
+    return fit_outlier(torch.nn.functional.normalize(t[labels] + noise, dim=1), labels, t)
+
+
 def server_stub():
     """triton_python_backend_utils, as far as the model uses it; outputs are consumed as the server consumes them."""
 
@@ -267,7 +278,12 @@ def server_stub():
 
 
 @pytest.fixture
-def model(root, monkeypatch, cuda_driver):
+def outlier_threshold():
+    return None
+
+
+@pytest.fixture
+def model(root, monkeypatch, cuda_driver, checkpoint, outlier_threshold):
     folder = root / "vilu_head"
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server_stub())
     monkeypatch.syspath_prepend(folder / "1")
@@ -279,6 +295,9 @@ def model(root, monkeypatch, cuda_driver):
         "max_batch_size": MAX_BATCH,
         "parameters": {"threshold": {"string_value": "0.5"}},
     }
+    if outlier_threshold is not None:
+        write_outlier(OutlierGraph(scored(checkpoint)), folder / "1" / "outlier.onnx")
+        config["parameters"]["outlier_threshold"] = {"string_value": repr(outlier_threshold)}
     arguments = {"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"}
     arguments["model_name"] = "vilu_head"
     server_model = module.TritonPythonModel()
@@ -352,6 +371,24 @@ def test_served_answers(batches, gpu, kernels, copies, model, cuda_driver, check
         del responses, joined
         gc.collect()
         assert len(model.pool) == 1, "a batch's memory comes back with its last tensor"
+
+
+@pytest.mark.parametrize("outlier_threshold", [0.9])
+def test_the_outlier_score_is_part_of_accept(model, checkpoint):
+    """Requests that ride together, on the GPU or copied there first."""
+    t = checkpoint.class_set.text_embeddings
+    v = torch.nn.functional.normalize(torch.randn(12, t.shape[1], generator=torch.Generator().manual_seed(1)), dim=1)
+    v[3] = float("nan")
+    parts = [aligned(part.numpy()) for part in v.split([7, 5])]
+    failure, score = checkpoint.head.failure_probability(v, t), scored(checkpoint).score(v)
+    model.threshold = np.float32(failure[score <= 0.9].median() + 1e-6)
+    expected = ((failure < model.threshold) & (score <= 0.9)).tolist()
+    assert expected != (failure < model.threshold).tolist()
+    assert any(expected)
+    for asked in (parts, parts[:1]):
+        responses = model.execute([request(part, 0) for part in asked])
+        accept = np.concatenate([response["ACCEPT"].array for response in responses])[:, 0]
+        assert accept.tolist() == expected[: len(accept)]
 
 
 def test_who_names_another_class_set_is_answered_by_bls_alone(model, cuda_driver, checkpoint, tmp_path):

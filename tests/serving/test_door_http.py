@@ -48,7 +48,7 @@ def test_the_ways_to_ask(front, photos):
     """A raw body, a form and JSON with base64 or a data URL give the answer that the client gives."""
     with Client(front.grpc) as client:
         (plain,) = client.ask(photos[:1])
-        (details,) = client.ask(photos[:1], details=True)
+        (details,) = client.ask(photos[:1], details=True, outlier_score=True)
         (own,) = client.ask(photos[:1], ["a red circle", "zéro, or not"])
     text = base64.b64encode(photos[0]).decode()
     query = "?labels=a%20red%20circle&labels=z%C3%A9ro%2C%20or%20not"
@@ -80,7 +80,8 @@ def test_the_ways_to_ask(front, photos):
         assert [(one["label"], pytest.approx(one["probability"])) for one in answer["top"]] == list(details.top)
         assert answer["concepts"][0]["label"] == details.concepts[0][0]
         assert answer["entropy"] == pytest.approx(details.entropy)
-    status, _, answer = send(front, "/ask?class_set=default&embedding=true", photos[0])
+    status, _, answer = send(front, "/ask?class_set=default&embedding=true&outlier_score=1", photos[0])
+    assert answer["outlier_score"] == pytest.approx(details.outlier_score)
     assert (status, answer["class_set"].partition("@")[0]) == (200, "default")
     assert np.linalg.norm(answer["embedding"]) == pytest.approx(1, abs=1e-4)
 

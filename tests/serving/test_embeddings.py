@@ -14,6 +14,7 @@ from vilu.cli import group
 from vilu.errors import UserError
 from vilu.export import export_head, versions
 from vilu.export.head_only import clip_scale
+from vilu.outlier import fit_outlier
 from vilu.scores import Doctor, Entropy
 from vilu.serving import Access, Client, RequestRefused
 from vilu.serving.about import about_repository
@@ -44,9 +45,12 @@ def spread_head(seed=0):
 
 @pytest.fixture(scope="module")
 def black_box():
-    """A checkpoint that names no CLIP, as `vilu train --embeddings` writes it."""
+    """A checkpoint that names no CLIP, as `vilu train --embeddings --outlier-score` and `vilu calibrate` write it."""
     rows = unit_rows(len(NAMES), DIM, 3).float()
-    return Checkpoint(spread_head(), None, ClassSet(NAMES, ("{}",), rows), threshold=0.5)
+    labels = torch.arange(70) % len(NAMES)
+    images = torch.nn.functional.normalize(rows[labels] + unit_rows(70, DIM, 4).float(), dim=1)
+    outlier = fit_outlier(images, labels, rows).calibrated(unit_rows(30, DIM, 9).float(), 0.5)
+    return Checkpoint(spread_head(), None, ClassSet(NAMES, ("{}",), rows), threshold=0.5, outlier=outlier)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,8 @@ def eager(head, t, v):
     return p.argmax(1).tolist(), p.amax(1).numpy(), failure.numpy()
 
 
-def check(answers, names, expected, threshold=0.5):
+def check(answers, names, expected, threshold=0.5, inside=None):
+    """inside: whether each row is no outlier; None: the outlier score does not know these candidates."""
     index, confidence, failure = expected
     assert [a.error for a in answers] == [None] * len(index)
     assert [a.source for a in answers] == [f"row {i}" for i in range(len(index))]
@@ -87,7 +92,10 @@ def check(answers, names, expected, threshold=0.5):
     assert [a.label for a in answers] == [names[i] for i in index]
     np.testing.assert_allclose([a.confidence for a in answers], confidence, atol=1e-4)
     np.testing.assert_allclose([a.failure_probability for a in answers], failure, atol=1e-4)
-    assert [a.accept for a in answers] == [a.failure_probability < threshold for a in answers]
+    sure = [a.failure_probability < threshold for a in answers]
+    assert [a.accept for a in answers] == (
+        sure if inside is None else [a and b for a, b in zip(sure, inside, strict=True)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +120,21 @@ def test_answers_are_the_eager_heads(served, black_box, asked, protocol):
     url = served.grpc if protocol == "grpc" else f"http://{served.http}"
     t = black_box.class_set.text_embeddings
     with Client(url, batch_size=8) as client:
-        answers = client.ask_embeddings(asked, details=True, embedding=True)
-        check(answers, NAMES, eager(black_box.head, t, asked))
+        answers = client.ask_embeddings(asked, details=True, embedding=True, outlier_score=True)
         v = torch.nn.functional.normalize(torch.from_numpy(asked), dim=1)
+        # One of the 30 rows is at the threshold itself.
+        score = np.array([a.outlier_score for a in answers], np.float32)
+        inside = (score <= np.float32(black_box.outlier.threshold)).tolist()
+        assert 14 <= sum(inside) <= 16
+        np.testing.assert_allclose(score, black_box.outlier.score(v), atol=1e-5)
+        check(answers, NAMES, eager(black_box.head, t, asked), inside=inside)
+        plain = client.ask_embeddings(asked)
+        assert [a.accept for a in plain] == [a.accept for a in answers]
+        assert {a.outlier_score for a in plain} == {None}
+        sure = [a.failure_probability < 0.5 for a in answers]
+        assert {(True, True), (True, False)} <= set(zip(sure, inside, strict=True)), (
+            "only the outlier score refuses some"
+        )
         np.testing.assert_allclose(np.array([a.embedding for a in answers], float), v, atol=1e-5)
         np.testing.assert_allclose(
             np.array([a.entropy for a in answers], float), Entropy().confidence(v, t, SCALE), atol=1e-4
@@ -125,7 +145,9 @@ def test_answers_are_the_eager_heads(served, black_box, asked, protocol):
         assert all(a.top[0][0] == a.label and a.class_set == "default@1" for a in answers)
         own = 0.1 * unit_rows(4, DIM, 21).float().numpy()
         expected = eager(black_box.head, own, asked)
-        check(client.ask_embeddings(asked, text_embeddings=own), [""] * 4, expected)
+        others = client.ask_embeddings(asked, text_embeddings=own, outlier_score=True)
+        check(others, [""] * 4, expected)
+        assert [a.outlier_score for a in others] == [a.outlier_score for a in answers]
         check(client.ask_embeddings(asked, list("abcd"), text_embeddings=own), list("abcd"), expected)
 
 
@@ -181,7 +203,16 @@ def test_the_command_asks_about_a_file(served, black_box, asked, tmp_path):
     for name in ("a.npz", "a.safetensors", "a.parquet"):
         out = tmp_path / f"{name}.jsonl"
         code, said = vilu(
-            "ask", "--embeddings", tmp_path / name, "--url", served.grpc, "--batch-size", 8, "--output", out
+            "ask",
+            "--embeddings",
+            tmp_path / name,
+            "--url",
+            served.grpc,
+            "--batch-size",
+            8,
+            "--output",
+            out,
+            "--outlier-score",
         )
         assert code == 0, said
         assert "30 embeddings, 0 without an answer" in said
@@ -189,6 +220,8 @@ def test_the_command_asks_about_a_file(served, black_box, asked, tmp_path):
         assert [row["source"] for row in rows] == [f"row {i}" for i in range(30)]
         assert [row["class_index"] for row in rows] == index
         np.testing.assert_allclose([row["failure_probability"] for row in rows], failure, atol=1e-4)
+        v = torch.nn.functional.normalize(torch.from_numpy(asked), dim=1)
+        np.testing.assert_allclose([row["outlier_score"] for row in rows], black_box.outlier.score(v), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_details_are_right(server, photos, clip, checkpoint, protocol, labels):
     t = clip.class_set(names, templates).text_embeddings
     with Client(server.grpc_url if protocol == "grpc" else server.http_url, batch_size=5) as client:
         plain = client.ask(photos, labels)
-        answers = client.ask(photos, labels, details=True, embedding=True)
+        answers = client.ask(photos, labels, details=True, embedding=True, outlier_score=True)
     for answer, without, photo in zip(answers, plain, photos, strict=True):
         v = clip.embed_images([decode(photo, clip.transform)[None]])[0]
         top, p, entropy, doctor, concepts, weights = in_numpy(checkpoint, clip, v, t)
@@ -116,6 +116,8 @@ def test_details_are_right(server, photos, clip, checkpoint, protocol, labels):
         for name, score in scores.items():
             theirs = float(score.confidence(v[None], t, logit_scale=clip.spec.logit_scale))
             assert getattr(answer, name) == pytest.approx(theirs, abs=TOLERANCE, rel=1e-3)
+        assert answer.outlier_score == pytest.approx(float(checkpoint.outlier.score(v[None])), abs=TOLERANCE)
+        assert without.outlier_score is None
         assert answer.class_set == ("default@1" if labels is None else "")
         assert (answer.label, answer.failure_probability) == (without.label, pytest.approx(without.failure_probability))
         assert (without.class_set, without.top, without.concepts, without.embedding) == (None, (), (), None)
@@ -132,7 +134,8 @@ def executed(api, model):
 
 
 ANSWER = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
-OPTIONAL = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS", "IMAGE_EMBEDDING")
+DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
+OPTIONAL = (*DETAILS, "IMAGE_EMBEDDING", "OUTLIER_SCORE")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,7 @@ BATCH = 8
 
 @pytest.fixture(scope="module")
 def scorer(repository):
-    return Scorer(repository, details=True, embeddings=True)
+    return Scorer(repository, details=True, embeddings=True, outlier_score=True)
 
 
 def png(value: int = 0) -> bytes:
@@ -44,6 +45,8 @@ def same(rows, answers):
             assert tuple(zip(row["concepts"], row["concept_weights"], strict=True)) == answer.concepts
             assert (row["entropy"], row["doctor"]) == (answer.entropy, answer.doctor)
             assert row["class_set"] == answer.class_set
+        if answer.outlier_score is not None:
+            assert row["outlier_score"] == answer.outlier_score
         if answer.embedding is not None:
             kept = np.array(row["image_embedding"], np.float16)
             assert np.array_equal(kept, answer.embedding.astype(np.float16))
@@ -54,7 +57,7 @@ def test_answers_equal_the_servers_to_the_last_bit(server, scorer, repository, p
     images = photos[:BATCH]
     own = Scorer(repository, labels=["seven", "smörgåsbord"], details=True)
     with Client(server.grpc_url, batch_size=BATCH) as client:
-        served = client.ask(images, details=True, embedding=True)
+        served = client.ask(images, details=True, embedding=True, outlier_score=True)
         same(scorer.answers(images).to_pylist(), served)
         same(scorer.answers(images, range(BATCH)).to_pylist(), served)
         same(own.answers(images).to_pylist(), client.ask(images, ["seven", "smörgåsbord"], details=True))
@@ -111,6 +114,12 @@ def test_it_needs_no_torch_and_leaves_the_repository_as_it_was(repository):
 def test_what_it_refuses(repository, options, message):
     with pytest.raises(UserError, match=message):
         Scorer(repository, **options)
+
+
+def test_a_repository_without_an_outlier_score_says_so(repository, tmp_path):
+    shutil.copytree(repository, tmp_path / "r", ignore=shutil.ignore_patterns("outlier.onnx"))
+    with pytest.raises(UserError, match="has no outlier score; export a checkpoint"):
+        Scorer(tmp_path / "r", outlier_score=True)
 
 
 def test_a_repository_that_does_not_load(tmp_path):

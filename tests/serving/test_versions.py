@@ -24,12 +24,13 @@ PUT = "class_sets/sets/pets@1"  # a class set that was put while a server ran
 
 @pytest.fixture(scope="module")
 def two(repository, clip, checkpoint, tmp_path_factory):
-    """The shared export with a second version, of another threshold, beside its first."""
+    """The shared export, whose checkpoint has an outlier score, with a second version of another threshold and without
+    that score beside its first."""
     root = tmp_path_factory.mktemp("versions") / "model_repository"
     shutil.copytree(repository, root, ignore=shutil.ignore_patterns("sets"))  # that other tests put there
     (root / PUT).parent.mkdir()
     (root / PUT).write_bytes(b"{}")
-    export(replace(checkpoint, threshold=1.0), root, clip=clip, max_batch_size=8, version=2)
+    export(replace(checkpoint, threshold=1.0, outlier=None), root, clip=clip, max_batch_size=8, version=2)
     return root
 
 
@@ -121,6 +122,8 @@ def test_a_running_server_changes_version_there_and_back_again(copy, photos, tmp
                 for labels in (None, ["red circle", "blue star"]):
                     for answer in client.ask(photos[:4], labels, details=True):
                         assert answer.raise_for_error().accept == (answer.failure_probability < threshold[version])
+                    (scored,) = client.ask(photos[:1], labels, outlier_score=True)
+                    assert (scored.outlier_score is None) == (version == 2) == ("OUTLIER_SCORE" in (scored.error or ""))
                 time.sleep(0.3)
         for one in asking:
             assert not one.errors

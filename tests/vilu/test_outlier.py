@@ -87,8 +87,15 @@ def test_blocks_do_not_matter(monkeypatch):
 
 
 def test_images_that_are_all_alike_are_no_error():
-    score = fit_outlier(unit_rows(1, 16, 0).repeat(30, 1), torch.zeros(30), unit_rows(2, 16, 2))
+    score = fit_outlier(unit_rows(1, 16, 0).repeat(30, 1), torch.arange(30) % 2, unit_rows(2, 16, 2))
     assert torch.isfinite(score.score(unit_rows(5, 16, 1))).all()
+
+
+def test_a_score_that_is_no_number_is_refused():
+    score = fitted().calibrated(images(100, seed=1)[0], 0.1)
+    rows = images(3, seed=2)[0]
+    rows[1, 4], rows[2, 0] = math.nan, math.inf
+    assert score.refuses(rows).tolist()[1:] == [True, True]
 
 
 def test_it_refuses_what_it_cannot_do():
@@ -98,6 +105,7 @@ def test_it_refuses_what_it_cannot_do():
         (lambda: fit_outlier(v[:19], labels[:19], TEXTS[:6]), "19 training images are too few"),
         (lambda: fit_outlier(v, labels[:5], TEXTS[:6]), "do not fit"),
         (lambda: fit_outlier(v, None, TEXTS[:6]), "captions have no class set"),
+        (lambda: fit_outlier(v, torch.full((30,), 3), TEXTS[:6]), "show one class"),
         (lambda: score.score(v[:, :5]), r"reads \(N, 24\), got \(30, 5\)"),
         (lambda: score.refuses(v), "has no threshold"),
         (lambda: score.calibrated(v, 0.01), "30 images are too few to refuse at most 0.01 of them: 99 needed"),
@@ -106,8 +114,9 @@ def test_it_refuses_what_it_cannot_do():
         (lambda: Outlier(torch.zeros(3), torch.eye(3), torch.zeros(1, 2)), "shapes"),
         (lambda: Outlier(torch.zeros(3), torch.eye(3), torch.zeros(0, 3)), "shapes"),
         (lambda: Outlier(torch.zeros(3), torch.eye(3), torch.zeros(1, 3), threshold=1.0), "belong together"),
-        (lambda: Outlier(torch.zeros(3), torch.eye(3), torch.zeros(1, 3), math.inf, 0.1), "finite"),
+        (lambda: Outlier(torch.zeros(3), torch.eye(3), torch.zeros(1, 3), math.inf, 0.1), r"in \[0, 2\]"),
         (lambda: Outlier(torch.zeros(3), torch.eye(3), torch.zeros(1, 3), 1.0, 1.0), r"\[0, 1\)"),
+        (lambda: Outlier(torch.zeros(3), torch.eye(3), torch.ones(1, 3)), "the longest has 1.73"),
     ):
         with pytest.raises(UserError, match=message):
             build()

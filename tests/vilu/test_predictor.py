@@ -1,6 +1,7 @@
 """`vilu.Predictor`: its answers are the eager model's, and a bad image costs the others nothing."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def test_answers_are_the_eager_models(clip, checkpoint, predictor, images):
     assert sum(a.accept for a in half) in (9, 10)
     assert all(a.accept == (a.failure_probability < np.median(failure)) for a in half)
     np.testing.assert_allclose(np.array([a.embedding for a in answers], float), v, atol=1e-5)
+    np.testing.assert_allclose([a.outlier_score for a in answers], checkpoint.outlier.score(v), atol=1e-5)
     t, scale = checkpoint.class_set.text_embeddings, clip.spec.logit_scale
     np.testing.assert_allclose(
         np.array([a.entropy for a in answers], float), Entropy().confidence(v, t, scale), atol=1e-5
@@ -69,6 +71,24 @@ def test_answers_are_the_eager_models(clip, checkpoint, predictor, images):
         assert answer.concepts[0][1] == pytest.approx(float(weights.max()), abs=1e-5)
         assert answer.concepts[0][0] == checkpoint.class_set.names[int(weights.argmax())]
     np.testing.assert_allclose(predictor.embed(images), v, atol=1e-5)
+
+
+def test_the_outlier_threshold_is_part_of_accept_over_the_checkpoints_own_classes(clip, checkpoint, images):
+    names = checkpoint.class_set.names
+    plain = Predictor(replace(checkpoint, outlier=None), clip=clip)(images)
+    assert {a.outlier_score for a in plain} == {None}
+    outlier = checkpoint.outlier.calibrated(eager(clip, checkpoint.head, checkpoint.class_set, images)[3], 0.5)
+    scored = replace(checkpoint, outlier=outlier, threshold=1.0)
+    strict = Predictor(scored, clip=clip)
+    answers = strict(images)
+    assert [a.accept for a in answers] == [a.outlier_score <= outlier.threshold for a in answers]
+    assert 9 <= sum(a.accept for a in answers) <= 11
+    again = Predictor(scored, clip=clip, templates=["a scan of {}"])(images)
+    assert [a.accept for a in again] == [a.accept for a in answers], "other prompts, the same classes"
+    others = strict(images, labels=list(names)), Predictor(scored, clip=clip, classes=names)(images)
+    for found in others:
+        assert all(a.accept for a in found), "candidates that the score does not know"
+        np.testing.assert_allclose([a.outlier_score for a in found], [a.outlier_score for a in answers], atol=1e-6)
 
 
 def test_every_kind_of_image_has_the_same_answer(predictor, images, tmp_path):

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 @labels_option
 @click.option("--class-set", metavar="NAME", help="Class set of the server to choose from (see `vilu classes list`).")
 @details_option
+@click.option(
+    "--outlier-score",
+    is_flag=True,
+    help="Also give how unlike the training images each image is, where the server's checkpoint has such a score.",
+)
 @click.option("--ids", is_flag=True, help="Also give each answer's id, which `vilu feedback` names.")
 @click.option("--timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds to wait for an answer.")
 @click.option(
@@ -59,6 +64,7 @@ def ask_command(
     labels: tuple[str, ...],
     class_set: str | None,
     details: bool,
+    outlier_score: bool,
     ids: bool,
     timeout: float,
     batch_size: int,
@@ -80,7 +86,7 @@ def ask_command(
     """
     from vilu.cli.tables import print_answers
     from vilu.serving import Client
-    from vilu.serving.answer_file import DETAILS, FIELDS, IDS, open_answer_file, read_part, row
+    from vilu.serving.answer_file import DETAILS, FIELDS, IDS, OUTLIER, open_answer_file, read_part, row
     from vilu.serving.embedding_file import read_image_embeddings
     from vilu.serving.tokens import token_from
 
@@ -101,7 +107,7 @@ def ask_command(
         said.result(json.dumps(row(answer, columns)))
 
     columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
-    columns += IDS if ids else ()
+    columns += (OUTLIER if outlier_score else ()) + (IDS if ids else ())
     if ids and output is None and not as_json:
         raise UserError("--ids: give --output or --json")
     names = list(find_images(images))
@@ -130,6 +136,7 @@ def ask_command(
     ):
         add = print_line if lines else answers.append if file is None else file.add
         chosen: dict[str, Any] = {"labels": labels or None, "class_set": class_set, "details": details}
+        chosen["outlier_score"] = outlier_score
         found = client.stream(names, **chosen) if embeddings is None else _about_rows(client, rows, chosen)
         for done, answer in enumerate(found, 1):
             add(answer)

@@ -231,12 +231,7 @@ def export_command(
         class_set = clip.class_set(class_set.names, templates)
     elif class_set is None:
         raise UserError(f"{ckpt}: holds no class names; give --classes")
-    checkpoint = replace(
-        checkpoint,
-        clip=clip.spec,
-        class_set=class_set,
-        threshold=checkpoint.threshold if threshold is None else threshold,
-    )
+    checkpoint = replace(_over(checkpoint, class_set, threshold), clip=clip.spec)
     with progress_bar() as bar:
         if images is not None:
             wanted = parity_images + (CALIBRATION if precision in ("int8", "auto") else 0)
@@ -254,8 +249,6 @@ def export_command(
         f"{output}: {report['precision']}, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
         f"P(failure) within {cost['failure_probability_error']['max']:.1e}"
     )
-    if checkpoint.outlier is not None:
-        said.warn("the checkpoint's outlier score is not part of the served models yet")
     for problem in report["over_budget"]:
         said.warn(f"over budget, kept by --allow-loss: {problem}")
 
@@ -292,9 +285,7 @@ def _export_head(
         raise UserError(f"{ckpt}: holds no class names; give --classes FILE with text_embeddings and class_names")
     if measured is not None:
         check_fits(ckpt, replace(checkpoint, class_set=None), measured)
-    checkpoint = replace(
-        checkpoint, class_set=class_set, threshold=checkpoint.threshold if threshold is None else threshold
-    )
+    checkpoint = _over(checkpoint, class_set, threshold)
     common = {"max_batch_size": max_batch_size, "version": target["version"], "limits": target["limits"]}
     with progress_bar() as bar:
         report = export_head(checkpoint, output, embeddings=measured, **common, progress=bar)
@@ -303,6 +294,23 @@ def _export_head(
         f"{output}: the head alone, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
         f"P(failure) within {cost['failure_probability_error']['max']:.1e}; ask it with `vilu ask --embeddings FILE`"
     )
+
+
+def _over(checkpoint: Checkpoint, class_set: ClassSet, threshold: float | None) -> Checkpoint:
+    """The checkpoint over a class set, with another threshold unless that is None.
+
+    The outlier score knows the classes that it was trained on. Over others it is left out, with a warning.
+    """
+    from dataclasses import replace
+
+    known, outlier = checkpoint.class_set, checkpoint.outlier
+    if outlier is not None:
+        names = None if known is None else set(known.names)
+        if len(outlier.prototypes) != len(class_set) or names not in (None, set(class_set.names)):
+            said.warn("the outlier score was trained on other classes, so it is not exported")
+            outlier = None
+    threshold = checkpoint.threshold if threshold is None else threshold
+    return replace(checkpoint, class_set=class_set, threshold=threshold, outlier=outlier)
 
 
 def _class_set_of(classes: Path) -> ClassSet:

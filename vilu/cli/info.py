@@ -64,6 +64,8 @@ def _fitted(name: str, text: str) -> str:
 def _about_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from vilu.outlier import about_outlier
+
     classes, meta = checkpoint.class_set, dict(checkpoint.meta)
     head = {**checkpoint.head.config(), "parameters": sum(p.numel() for p in checkpoint.head.parameters())}
     return {
@@ -74,6 +76,7 @@ def _about_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "head": head,
         "threshold": checkpoint.threshold,
         "calibration": meta.pop("calibration", None),
+        "outlier": about_outlier(checkpoint.outlier),
         "training": meta,
         "fingerprints": None if checkpoint.samples is None else len(checkpoint.samples),
     }
@@ -92,6 +95,7 @@ def _checkpoint_lines(about: Mapping[str, Any]) -> Iterable[Line]:
         f"{head['parameters']:,} parameters{prior}",
     )
     yield from _threshold_lines(about)
+    yield from _outlier_line(about["outlier"])
     yield from _training_lines(about["training"])
     if about["fingerprints"] is not None:
         yield "remembers", f"{about['fingerprints']} of its training samples, so that eval and calibrate know them"
@@ -103,6 +107,7 @@ def _repository_lines(about: Mapping[str, Any]) -> Iterable[Line]:
     yield from _clip_line(about["clip"])
     yield "classes", _classes(about["class_set"])
     yield from _threshold_lines(about)
+    yield from _outlier_line(about["outlier"])
     decoded = f"; images decoded {about['preprocess']}" if about["preprocess"] else ""
     yield "runs as", f"{about['precision']}, {about['device']}, {about['provider']}{decoded}"
     for provider, row in _items(about["answers"]):
@@ -125,6 +130,17 @@ def _repository_lines(about: Mapping[str, Any]) -> Iterable[Line]:
         threshold = "the default threshold" if one["threshold"] is None else f"threshold {one['threshold']}"
         yield "class set", f"{one['name']}@{one['version']}: {one['classes']} classes, {threshold}"
     yield from _libraries_line(about["libraries"])
+
+
+def _outlier_line(outlier: Any) -> Iterable[Line]:
+    if isinstance(outlier, dict):
+        threshold, refused = _number(outlier.get("threshold")), _percent(outlier.get("refused"))
+        yield (
+            "outliers",
+            "no threshold: ACCEPT does not look at it"
+            if outlier.get("threshold") is None
+            else f"answers above {threshold} are not accepted: at most {refused} of images inside the class set",
+        )
 
 
 def _instances(count: int) -> str:

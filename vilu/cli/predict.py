@@ -72,12 +72,12 @@ def predict_command(
     answers are those of `vilu ask`.
 
     IMAGES are files, folders (all images below them), patterns ("photos/*.jpg", ** for any depth), or - to read names
-    from standard input, one per line. A tab-separated line holds file, label, confidence, P(failure) and verdict. The
-    exit code is 0 when every image was answered, and 1 when one was not.
+    from standard input, one per line. A tab-separated line holds file, label, confidence, P(failure), verdict and, if
+    the checkpoint has one, the outlier score. The exit code is 0 when every image was answered, and 1 when one was not.
     """
     from vilu.class_set import read_names
     from vilu.predictor import Predictor
-    from vilu.serving.answer_file import DETAILS, FIELDS, read_part
+    from vilu.serving.answer_file import DETAILS, FIELDS, OUTLIER, read_part
 
     if as_json and (output is not None or kind is not None):
         raise UserError("--json takes the place of --output and --format")
@@ -97,6 +97,7 @@ def predict_command(
         batch_size=batch_size,
     )
     columns = (*FIELDS, *(name for name in DETAILS if details and name != "class_set"))
+    columns += OUTLIER if predictor.checkpoint.outlier is not None else ()
     earlier = read_part(output, columns, kind and f".{kind}") if output is not None and resume else []
     total, bad = len(names), sum(answer.get("error") is not None for answer in earlier)
     if earlier:

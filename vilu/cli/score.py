@@ -48,6 +48,9 @@ job_options = all_of(
 @click.option("--labels", type=PATH, help="File of class names, one a line, to choose from instead of a class set.")
 @click.option("--details", is_flag=True, help="Also write the likeliest labels, concepts and other confidence scores.")
 @click.option("--embeddings", is_flag=True, help="Also write the image embeddings, in float16.")
+@click.option(
+    "--outlier-score", is_flag=True, help="Also write the outlier score, where the repository's checkpoint has one."
+)
 @click.option("--columns", default="", help="Columns of a table to carry into the output, separated by commas.")
 @click.option("--accept-only", is_flag=True, help="Keep only the rows whose answer is accepted.")
 @click.option(
@@ -63,6 +66,7 @@ def score_command(
     labels: Path | None,
     details: bool,
     embeddings: bool,
+    outlier_score: bool,
     columns: str,
     accept_only: bool,
     rows_per_file: int,
@@ -92,7 +96,7 @@ def score_command(
         inputs,
         model_repository,
         output,
-        asked=Answers(class_set, read_names(labels) if labels else None, details, embeddings),
+        asked=Answers(class_set, read_names(labels) if labels else None, details, embeddings, outlier_score),
         column=column,
         columns=[name.strip() for name in columns.split(",") if name.strip()],
         limit=limit,

@@ -102,15 +102,18 @@ ANSWER_COLUMNS = ("file", "label", "confidence", "P(failure)", "verdict")
 def print_answers(answers: Sequence[Answer]) -> None:
     """Print a server's answers, one row per image: a table in a terminal, tab-separated lines elsewhere."""
     detailed = any(a.concepts for a in answers)
+    more = ["doubt between"] * detailed + ["outlier score"] * any(a.outlier_score is not None for a in answers)
     rows = [answer_cells(answer, detailed) for answer in answers]
-    print_rows((*ANSWER_COLUMNS, *(["doubt between"] if detailed else [])), rows, cut=(0, 1, 5))
+    print_rows((*ANSWER_COLUMNS, *more), rows, cut=(0, 1, *([5] if detailed else [])))
 
 
 def answer_cells(answer: Answer, detailed: bool) -> list[str]:
-    """Return the cells of ANSWER_COLUMNS; where it is detailed, also the labels that the doubt is between."""
+    """Return the cells of ANSWER_COLUMNS; where it is detailed, also the labels that the doubt is between; then the
+    outlier score of an answer that has one."""
     numbers = f"{answer.confidence:.3f}", f"{answer.failure_probability:.3f}"
     doubt = [", ".join(f"{label} {weight:.0%}" for label, weight in answer.concepts[:3])] if detailed else []
-    return [answer.source, answer.label, *numbers, "accept" if answer.accept else "reject", *doubt]
+    outlier = [] if answer.outlier_score is None else [f"{answer.outlier_score:.3f}"]
+    return [answer.source, answer.label, *numbers, "accept" if answer.accept else "reject", *doubt, *outlier]
 
 
 def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], cut: Sequence[int]) -> None:

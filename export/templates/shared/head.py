@@ -16,6 +16,7 @@ import triton_python_backend_utils as pb_utils
 COLUMNS = ["CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY"]
 ANSWER = {"LABEL", *COLUMNS, "ACCEPT"}
 DETAILS = {"TOP_LABELS", "TOP_PROBABILITIES", "CONCEPTS", "CONCEPT_WEIGHTS", "ENTROPY", "DOCTOR"}
+OUTLIER = "OUTLIER_SCORE"
 TOP = 5  # number of labels in the details
 
 
@@ -50,6 +51,8 @@ class Head:
         )
         self.store = sets.Store(sets.folder_of(args), self.default, self.parameters["fingerprint"])
         self.tally = sets.Tally(args)
+        given = self.parameters.get("outlier_threshold")
+        self.outlier_threshold = None if given is None else np.float32(given)
 
     def _open(self, path: Path) -> Any:
         options = onnxruntime.SessionOptions()
@@ -93,6 +96,8 @@ class Head:
             columns = values[part.place]
             if part.wanted & DETAILS:
                 columns |= self._details(part)
+            if OUTLIER in part.wanted:
+                columns[OUTLIER] = self._outlier(part.embeddings)
             if "IMAGE_EMBEDDING" in part.wanted:
                 columns["IMAGE_EMBEDDING"] = part.embeddings
             if "CLASS_SET" in part.wanted:
@@ -112,6 +117,11 @@ class Head:
         candidates = [one for part in parts for one in part.candidates]
         index, confidence, failure = self._run(rows, candidates)
         accept = failure < np.array([[one.threshold] for one in candidates], np.float32)
+        if self.outlier_threshold is not None:
+            # The score knows the exported classes alone: it says nothing about other candidates.
+            own = np.array([one is self.default for one in candidates])
+            if own.any():
+                accept[own] &= self._outlier(rows[own]) <= self.outlier_threshold
         label = np.array([[one.labels[i]] for one, i in zip(candidates, index[:, 0].tolist(), strict=True)], object)
         columns = dict(zip([*COLUMNS, "ACCEPT", "LABEL"], (index, confidence, failure, accept, label), strict=True))
         start = 0
@@ -152,6 +162,11 @@ class Head:
         feed = {"IMAGE_EMBEDDING": rows, "TEXT_EMBEDDINGS": text, "CANDIDATES": bounds}
         index, *others = self.graphs["ragged"].run(COLUMNS, feed)
         return [index - bounds[:, :1].astype(np.int32), *others]
+
+    def _outlier(self, rows: np.ndarray) -> np.ndarray:
+        """Return OUTLIER_SCORE (N, 1) for rows (N, D): how unlike the training images of the exported classes."""
+        score: np.ndarray = self.graphs["outlier"].run([OUTLIER], {"IMAGE_EMBEDDING": rows})[0]
+        return score
 
     def _details(self, part: Part) -> dict[str, np.ndarray]:
         """Return the details of a request's answers, with one run for each of its different candidates."""

@@ -43,6 +43,12 @@ class TritonPythonModel:
         self.versions = np.full((self.rows, 1), version, np.int32)
         self.tally = sets.Tally(args)
         self.store = sets.Store(sets.folder_of(args), None, "")
+        given = config["parameters"].get("outlier_threshold")
+        self.outlier_threshold = None if given is None else np.float32(given["string_value"])
+        if given is not None:
+            import onnxruntime
+
+            self.outlier = onnxruntime.InferenceSession(here / "outlier.onnx", providers=["CPUExecutionProvider"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         mine: list[Any] = []
@@ -99,10 +105,15 @@ class TritonPythonModel:
         # Labels are strings, which need the host. So 8 bytes per image are copied there; the scores stay on the GPU.
         host = np.empty(padded + images, np.int32)
         gpu.copy(host.ctypes.data, block.address, host.nbytes)
+        rows = np.empty((images, self.head.variant.dim if self.outlier_threshold is not None else 0), np.float32)
+        if rows.size:
+            gpu.copy(rows.ctypes.data, source, rows.nbytes)
         gpu.synchronize()
         label = self.labels[host[:images, None]]
         failure = host[padded:, None].view(np.float32)
         accept = failure < self.threshold
+        if self.outlier_threshold is not None:
+            accept &= self.outlier.run(["OUTLIER_SCORE"], {"IMAGE_EMBEDDING": rows})[0] <= self.outlier_threshold
         self.tally.count(sets.DEFAULT, failure, accept)
 
         responses = []

@@ -55,6 +55,7 @@ def check(rows, answers):
         assert row["label"] == answer.label
         assert float(row["failure_probability"]) == pytest.approx(answer.failure_probability, abs=1e-5)
         assert float(row["confidence"]) == pytest.approx(answer.confidence, abs=1e-5)
+        assert float(row["outlier_score"]) == pytest.approx(answer.outlier_score, abs=1e-5)
         assert not row["error"]
 
 
@@ -63,7 +64,8 @@ def test_piped_it_prints_tab_separated_lines(world, predict):
     assert code == 1
     lines = [line.split("\t") for line in out.decode().splitlines()]
     assert [line[0] for line in lines] == [answer.source for answer in world[1]]
-    for (_, label, confidence, failure, verdict), answer in zip(lines, world[1], strict=True):
+    for (_, label, confidence, failure, verdict, outlier), answer in zip(lines, world[1], strict=True):
+        assert float(outlier) == pytest.approx(answer.outlier_score, abs=6e-4)
         assert (label, verdict) == (answer.label, "accept" if answer.accept else "reject")
         assert float(confidence) == pytest.approx(answer.confidence, abs=6e-4)
         assert float(failure) == pytest.approx(answer.failure_probability, abs=6e-4)
