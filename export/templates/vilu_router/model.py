@@ -15,6 +15,7 @@ import json
 import queue
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -103,7 +104,7 @@ class Going:
         self.question, self.row, self.pixels, self.labels = question, row, pixels, labels
 
 
-class Counters:
+class Escalations:
     """Counts images that went on, by class set and stage. It does nothing if the server keeps no metrics."""
 
     FAMILIES = (
@@ -144,7 +145,7 @@ class TritonPythonModel(head.Head):
         self.batch = max(1, json.loads(args["model_config"])["max_batch_size"])
         self.pool = ThreadPoolExecutor(WORKERS)
         self.details_pool = ThreadPoolExecutor(4)  # a stage that hangs does not hold up the others' details
-        self.counters = Counters(args)
+        self.counters = Escalations(args)
         self.lock = threading.Lock()
         self.waiting = 0  # images that go on
         self.logged = float("-inf")
@@ -204,9 +205,7 @@ class TritonPythonModel(head.Head):
         ]
 
     def _go_on(self, class_set: str, images: list[Going]) -> None:
-        for image in images:
-            name = image.question.name(image.row)
-            self.counters.count("vilu_escalated_total", 1, class_set=name, stage="2")
+        self._count("vilu_escalated_total", images, stage="2")
         with self.lock:
             full = bool(self.most) and self.waiting + len(images) > self.most
             self.waiting += 0 if full else len(images)
@@ -242,9 +241,12 @@ class TritonPythonModel(head.Head):
             image.question.put(image.row, stage + 1, answer, final=not doubtful)
             if doubtful:
                 on.append(image)
-                name = image.question.name(image.row)
-                self.counters.count("vilu_escalated_total", 1, class_set=name, stage=str(stage + 2))
+        self._count("vilu_escalated_total", on, stage=str(stage + 2))
         return on
+
+    def _count(self, metric: str, images: list[Going], **labels: str) -> None:
+        for name, number in Counter(image.question.name(image.row) for image in images).items():
+            self.counters.count(metric, number, class_set=name, **labels)
 
     def _answers(self, stage: dict[str, Any], class_set: str, images: list[Going]) -> dict[str, np.ndarray]:
         """Return a stage's answers and embeddings for these images."""
@@ -275,10 +277,8 @@ class TritonPythonModel(head.Head):
         return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy().copy() for name in outputs}
 
     def _give_up(self, images: list[Going], stage: int, reason: str, message: str) -> None:
-        for image in images:
-            name = image.question.name(image.row)
-            given = image.question.give_up([image.row])
-            self.counters.count("vilu_escalation_failed_total", given, class_set=name, stage=str(stage), reason=reason)
+        given = [image for image in images if image.question.give_up([image.row])]
+        self._count("vilu_escalation_failed_total", given, stage=str(stage), reason=reason)
         self._log(f"stage {stage} gave no answer for {len(images)} images ({message})")
 
     def _log(self, text: str) -> None:
