@@ -332,8 +332,8 @@ def compare_rule(measured: Sequence[Measured], threshold: float) -> dict[str, An
     """
     # A stage in int8 calibrates on the first images; the others are the same ones, in the same order, for all stages.
     common = min(len(one.eager.class_index) for one in measured)
-    eager = [_last(one.eager, common) for one in measured]
-    exported = [_last(next(iter(one.answers.values())), common) for one in measured]
+    eager = [one.eager.last(common) for one in measured]
+    exported = [next(iter(one.answers.values())).last(common) for one in measured]
     stage, label = _route(eager, threshold)
     stage_served, label_served = _route(exported, threshold)
     doubt = np.stack([one.failure_probability for one in eager[:-1]])
@@ -347,10 +347,6 @@ def compare_rule(measured: Sequence[Measured], threshold: float) -> dict[str, An
         "not_near": int((moved & ~near).sum()),
         "argmax_agreement": float((label == label_served).mean()),
     }
-
-
-def _last(answers: Answers, count: int) -> Answers:
-    return Answers(*(value[-count:] for value in vars(answers).values()))
 
 
 def _route(answers: Sequence[Answers], threshold: float) -> tuple[np.ndarray, np.ndarray]:
