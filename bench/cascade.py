@@ -13,7 +13,8 @@ image (BLS). "two requests": the client asks the small model and, where in doubt
 the image is sent and decoded twice. The second and the third are written here, for this comparison alone.
 
 What the towers' times allow is 1 / (1 / small + share / large) images a second, from the rates of the two models alone,
-under the same load. `--quick` checks the answers of 24 images, exports with the parity of 32, and takes one round with 16 requests at a time.
+under the same load. `--quick` checks the answers of 24 images, exports with the parity of 32, and takes one round with
+16 requests at a time.
 """
 
 from __future__ import annotations
