@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def export(
     limits: Limits | None = None,
     cache: Path | None = None,
     tried: Sequence[Mapping[str, Any]] = (),
+    on_measured: Callable[[measure.Measured], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a Triton model repository, whole and within its parity budget, or not at all.
@@ -69,6 +70,7 @@ def export(
         cache: folder that keeps traced towers and what they answered, for the next export of the same CLIP
             (`vilu.export.cache`); None keeps nothing.
         tried: what `vilu.export.auto` measured to choose the precision, for the report.
+        on_measured: called with what was measured, once it is within the budget.
         progress: called with (what, steps done, steps in all).
 
     Returns:
@@ -114,6 +116,8 @@ def export(
         if tried:
             summary["tried"] = list(tried)
         summary["over_budget"] = checks.check_parity(summary, allow_loss=allow_loss)
+        if on_measured:
+            on_measured(measured)
         report.write(staging, summary, measured)
         tick.progress("checked", tick.total, tick.total)
         if version is not None:

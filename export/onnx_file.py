@@ -31,7 +31,10 @@ def save(model: ir.Model, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         staged = Path(folder) / path.name
         if sum(tensor.nbytes for tensor in weights) > MAX_INLINE:
-            ir.save(model, staged, external_data=data, alignment=4096)  # runtimes map whole pages
+            # Strings (labels) cannot lie beside the graph, so nothing that is no larger does.
+            strings = [tensor.nbytes for tensor in weights if tensor.dtype == ir.DataType.STRING]
+            options = {"size_threshold_bytes": max([256, *strings]), "alignment": 4096}  # runtimes map whole pages
+            ir.save(model, staged, external_data=data, **options)
         else:
             ir.save(ir.external_data.load_to_model(model), staged)
         onnx.checker.check_model(str(staged), full_check=True)

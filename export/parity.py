@@ -67,8 +67,15 @@ class Answers:
 
     def first(self, count: int) -> Answers:
         """The same, of the first `count` images."""
-        outlier = None if self.outlier_score is None else self.outlier_score[:count]
-        return Answers(self.embedding[:count], self.class_index[:count], self.failure_probability[:count], outlier)
+        return self._part(slice(count))
+
+    def last(self, count: int) -> Answers:
+        """The same, of the last `count` images; at least one."""
+        return self._part(slice(-count, None))
+
+    def _part(self, rows: slice) -> Answers:
+        outlier = None if self.outlier_score is None else self.outlier_score[rows]
+        return Answers(self.embedding[rows], self.class_index[rows], self.failure_probability[rows], outlier)
 
 
 def run_batches(session: Session, input_name: str, feed: np.ndarray, batch: int) -> dict[str, np.ndarray]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,19 +98,33 @@ class Served:
         }
 
 
-def write_preprocess(folder: Path, transform: Transform, served: Served) -> None:
-    """Write the Python model that decodes images, with the same image code that the training used."""
+def write_preprocess(
+    folder: Path, transform: Transform, served: Served, more: Mapping[str, Transform] | None = None
+) -> None:
+    """Write the Python model that decodes images, with the same image code that the training used.
+
+    Args:
+        transform: makes PIXELS.
+        more: other outputs -> their transforms, made from the same decoded image: for a cascade's later stages.
+    """
     version = folder / "1"
     version.mkdir(parents=True)
     shutil.copyfile(TEMPLATES / "preprocess" / "model.py", version / "model.py")
     shutil.copyfile(Path(vilu.preprocess.image.__file__), version / "image.py")
-    parameters = {name: str(getattr(transform, name)) for name in transform.__dataclass_fields__}
-    parameters |= {"max_bytes": str(served.limits.max_image_bytes), "max_pixels": str(served.limits.max_image_pixels)}
+    transforms = {"PIXELS": transform, **(more or {})}
+    limits = {"max_bytes": str(served.limits.max_image_bytes), "max_pixels": str(served.limits.max_image_pixels)}
+    stored = {
+        name: {field: str(getattr(one, field)) for field in one.__dataclass_fields__} | limits
+        for name, one in transforms.items()
+    }
+    parameters = stored.pop("PIXELS")
+    if stored:
+        parameters["more"] = json.dumps(stored)
     write_config(
         folder,
         backend="python",
         inputs={"IMAGE": ("TYPE_STRING", [1])},
-        outputs={"PIXELS": ("TYPE_UINT8", [transform.size, transform.size, 3])},
+        outputs={name: ("TYPE_UINT8", [one.size, one.size, 3]) for name, one in transforms.items()},
         max_batch_size=served.max_batch_size,
         limits=served.limits,
         parameters=parameters,
@@ -134,7 +149,7 @@ def write_details_model(folder: Path, served: Served) -> None:
 
 
 def _write_head(folder: Path, served: Served, inputs: Tensors, outputs: Tensors) -> None:
-    _write_head_files(folder, served.class_set, "vilu_head/cpu.py")
+    write_head_files(folder, served.class_set, "vilu_head/cpu.py")
     write_config(
         folder,
         backend="python",
@@ -159,7 +174,7 @@ def write_embeddings(folder: Path, served: Served, *, labels: bool = True) -> No
     Args:
         labels: whether it takes LABELS, which need the repository's text tower.
     """
-    _write_head_files(folder, served.class_set, "vilu_embeddings/model.py")
+    write_head_files(folder, served.class_set, "vilu_embeddings/model.py")
     shutil.copyfile(Path(vilu.preprocess.class_names.__file__), folder / "1" / "class_names.py")
     dim, limits = served.dim, served.limits
     candidates: Tensors = {**(LABELS if labels else {}), "TEXT_EMBEDDINGS": ("TYPE_FP32", [-1, dim])}
@@ -184,7 +199,8 @@ def write_embeddings(folder: Path, served: Served, *, labels: bool = True) -> No
     )
 
 
-def _write_head_files(folder: Path, class_set: ClassSet, model: str) -> None:
+def write_head_files(folder: Path, class_set: ClassSet, model: str) -> None:
+    """Write the template `model`, a model that answers by a head on a CPU, with its labels and class set; no graphs."""
     version = folder / "1"
     version.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(TEMPLATES / model, version / "model.py")
@@ -194,8 +210,12 @@ def _write_head_files(folder: Path, class_set: ClassSet, model: str) -> None:
     np.save(version / "text_embeddings.npy", class_set.text_embeddings.numpy(), allow_pickle=False)
 
 
-def write_class_sets(folder: Path, served: Served) -> None:
-    """Write the Python model that lists class sets and, loaded with a change in its config, puts or removes one."""
+def write_class_sets(folder: Path, served: Served, stages: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write the Python model that lists class sets and, loaded with a change in its config, puts or removes one.
+
+    Args:
+        stages: of each later stage of a cascade its fingerprint, dim, templates and text_model.
+    """
     version = folder / "1"
     version.mkdir(parents=True)
     shutil.copyfile(TEMPLATES / "class_sets" / "model.py", version / "model.py")
@@ -217,6 +237,7 @@ def write_class_sets(folder: Path, served: Served) -> None:
             "max_classes": str(MAX_CLASSES),
             "max_class_sets": str(MAX_CLASS_SETS),
             "max_label_bytes": str(served.limits.max_label_bytes),
+            **({"stages": json.dumps(list(stages))} if stages else {}),
         },
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -83,6 +84,14 @@ def _embedded(names: Sequence[str], count: int) -> tuple[list[np.ndarray], list[
     images = [*digits.images[:half], *shapes.images]
     labels = [index.get(source.names[label], -1) for source in (digits, shapes) for label in source.labels[:half]]
     return images, labels
+
+
+def embedded_images(names: Sequence[str], clips: Sequence[Clip]) -> dict[str, Any]:
+    """The images and labels that `draw_sample` takes by default, enough to calibrate on; none for another CLIP."""
+    if not all(clip.spec.name == tiny.NAME for clip in clips):
+        return {}
+    images, labels = _embedded(names, MIN_INPUTS + CALIBRATION)
+    return {"images": images, "labels": labels}
 
 
 def from_folder(folder: Path, names: Sequence[str], count: int) -> tuple[list[np.ndarray], list[int] | None]:

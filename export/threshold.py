@@ -42,6 +42,8 @@ def add_threshold(repository: Path, threshold: float, reference: str = "", *, ch
         raise UserError(f"threshold must be in [0, 1], got {threshold}")
     present = versions.versions(repository)
     now = versions.served(repository)
+    if (repository / "vilu_router" / CONFIG).is_file():
+        raise UserError(f"{repository}: serves a cascade, whose stages have thresholds of their own; export it again")
     head = next(name for name in ("vilu_head", "vilu_embeddings") if (repository / name / CONFIG).is_file())
     served = load_config(repository / head / CONFIG).parameters
     there = served["checkpoint"].string_value if "checkpoint" in served else ""

@@ -9,6 +9,7 @@ beside its models' files is kept in them: `MODEL/N/config.pbtxt`, and the parity
 from __future__ import annotations
 
 import filecmp
+import re
 import shutil
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from vilu.serving import AccessDenied, AsyncClient, RequestRefused
 ABOUT = ("labels.txt", "parity.json", "parity.md", "parity.png")  # of the version that is served
 # The model whose version folders keep them: the first of these that the repository has.
 KEEPERS = ("vilu", "vilu_embeddings")
-# What makes the embeddings that all other models read: two of them at once would be mixed in one answer.
-EMBEDDING = ("preprocess", "clip_image", "clip_text", "tokenize")
+# What makes the embeddings that all other models read, in any stage of a cascade: two of them at once would be mixed in
+# one answer.
+EMBEDDING = re.compile(r"(stage\d+_)?(preprocess|clip_image|clip_text|tokenize)")
 
 
 def models(repository: Path) -> list[str]:
@@ -129,11 +131,12 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
     if running not in present:
         raise UserError(f"{client.url}: serves version {running}, which {repository} lacks: is it another repository?")
     before = served(repository)
-    names = [model for model in models(repository) if model not in EMBEDDING]
+    names = [model for model in models(repository) if not EMBEDDING.fullmatch(model)]
     ensembles = {model for model in names if load_config(repository / model / CONFIG).platform == "ensemble"}
     fewer = False
     if version in present:
-        different = [model for model in EMBEDDING if _differ(repository / model, running, version)]
+        embedding = [model for model in models(repository) if EMBEDDING.fullmatch(model)]
+        different = [model for model in embedding if _differ(repository / model, running, version)]
         if different:
             raise UserError(
                 f"versions {running} and {version} differ in {', '.join(different)}: during the change an answer could "

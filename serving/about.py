@@ -26,8 +26,10 @@ def about_repository(root: Path) -> dict[str, Any]:
         JSON types: "clip", "class_set" (the exported one: count and names), "class_sets" (those that were put while a
         server ran), "threshold", "calibration", "outlier" (the outlier score's threshold and refused share; None
         without the score), "precision", "device", "provider", "preprocess", "answers" (what the export changes),
-        "over_budget", "models" (name, backend, versions, batch and instances of each), "served" (the version),
-        "versions" (those that all models have), "limits", "head" (SHA-256) and "libraries".
+        "over_budget", "cascade" (None, or its "threshold", "front" model, "rule" and "calibration", and "stages": clip,
+        precision, provider, threshold and answers of each later one), "models" (name, backend, versions, batch and
+        instances of each), "served" (the version), "versions" (those that all models have), "limits", "head" (SHA-256)
+        and "libraries".
 
     Raises:
         UserError: not such a repository, or a file of it is too large, cannot be read or is not what its name says.
@@ -57,11 +59,21 @@ def about_repository(root: Path) -> dict[str, Any]:
     for key in ("threshold", "calibration", "precision", "device", "provider", "preprocess", "answers", "over_budget"):
         about[key] = report.get(key)
     about["outlier"] = _dict(report.get("outlier"))
+    about["cascade"] = _cascade(_dict(report.get("cascade")))
     about["models"], about["versions"] = models, versions
     about["served"] = int(policy[0]) if policy else max(versions, default=None)
     about["limits"] = _limits(configs)
     about["head"], about["libraries"] = report.get("head"), _dict(report.get("versions"))
     return about
+
+
+def _cascade(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    stages = found.get("stages")
+    keys = ("clip", "precision", "provider", "threshold", "answers")
+    later = [{key: one.get(key) for key in keys} for one in stages or () if isinstance(one, dict)]
+    return {key: found.get(key) for key in ("threshold", "front", "rule", "calibration")} | {"stages": later}
 
 
 def _limits(configs: dict[str, Any]) -> dict[str, float]:

@@ -19,6 +19,7 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 FIELDS = ("source", "label", "class_index", "confidence", "failure_probability", "accept", "error")
 OUTLIER = ("outlier_score",)  # only where it was asked for, or the checkpoint has one
 IDS = ("id",)  # what feedback names; only where it was asked for
+STAGES = ("stage", "escalation_failed")  # of a cascade's answers
 DETAILS = ("class_set", "top", "entropy", "doctor", "concepts")  # only where they were asked for
 ROWS = 1024  # answers held at once for a Parquet file
 
@@ -205,7 +206,8 @@ class _Parquet(AnswerFile):
             import pyarrow.parquet as pq
         except ModuleNotFoundError:
             raise UserError("Parquet needs a package: pip install 'vilu[parquet]'") from None
-        kinds = {"class_index": pa.int32(), "accept": pa.bool_()}
+        kinds = dict.fromkeys(("class_index", "stage"), pa.int32())
+        kinds |= dict.fromkeys(("accept", "escalation_failed"), pa.bool_())
         kinds |= dict.fromkeys(("confidence", "failure_probability", "entropy", "doctor", *OUTLIER), pa.float32())
         pairs = pa.list_(pa.struct([("label", pa.string()), ("weight", pa.float32())]))
         kinds |= dict.fromkeys(("top", "concepts"), pairs)

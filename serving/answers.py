@@ -13,6 +13,7 @@ from vilu.errors import FailedError, UserError
 from vilu.preprocess.class_names import names_problem
 
 OUTPUTS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
+STAGE = ("STAGE", "ESCALATION_FAILED")  # of a cascade
 DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "ENTROPY", "DOCTOR", "CONCEPTS", "CONCEPT_WEIGHTS")
 OUTLIER = "OUTLIER_SCORE"
 
@@ -39,6 +40,7 @@ class Question:
         details: whether every Answer has class_set, top, entropy, doctor and concepts.
         embedding: whether every Answer has its image embedding.
         outlier_score: whether every Answer has its outlier score. Only a server whose checkpoint has one gives it.
+        stage: whether every Answer has the stage of the cascade that gave it; no other model has one.
 
     Raises:
         TypeError: labels that are no sequence of strings, or a class set's name that is no string.
@@ -50,6 +52,7 @@ class Question:
     details: bool = False
     embedding: bool = False
     outlier_score: bool = False
+    stage: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.labels, (str, bytes)):
@@ -75,8 +78,9 @@ class Question:
         """Names of the output tensors to request."""
         class_set = ("CLASS_SET",) if self.class_set is not None or self.details else ()
         embedding = ("IMAGE_EMBEDDING",) if self.embedding else ()
+        stage = STAGE if self.stage else ()
         outlier = (OUTLIER,) if self.outlier_score else ()
-        return (*OUTPUTS, *class_set, *(DETAILS if self.details else ()), *embedding, *outlier)
+        return (*OUTPUTS, *stage, *class_set, *(DETAILS if self.details else ()), *embedding, *outlier)
 
 
 def read_answers(result: Any, sources: Sequence[str], question: Question) -> list[Answer]:
@@ -95,6 +99,9 @@ def read_answers(result: Any, sources: Sequence[str], question: Question) -> lis
     answers = []
     for row, (source, label, i, c, f, a) in enumerate(zip(sources, *columns, strict=True)):
         more: dict[str, Any] = {}
+        if question.stage:
+            more["stage"] = int(found["STAGE"][row, 0])
+            more["escalation_failed"] = bool(found["ESCALATION_FAILED"][row, 0])
         if "CLASS_SET" in found:
             more["class_set"] = _text(found["CLASS_SET"][row, 0])
         if question.details:

@@ -42,7 +42,8 @@ from vilu.serving.image_input import Item, batches
 from vilu.serving.shared_memory import Region, RegionPool
 from vilu.serving.tokens import CONTROL, GRPC_PREFIX, TOKEN, check_header_value
 
-OPEN = "vilu_open"  # the ensemble that reads LABELS
+CASCADE = "vilu_cascade"  # the ensemble of a cascade
+OPEN, CASCADE_OPEN = "vilu_open", "vilu_cascade_open"  # the ensembles that read LABELS
 EMBEDDINGS = "vilu_embeddings"  # the model that reads embeddings
 LOAD_SECONDS = 300.0  # that a model may take to load: a large tower, on busy cores
 CLOSE_SECONDS = 2.0  # that a server which says nothing may hold up close()
@@ -78,7 +79,7 @@ class AsyncClient:
 
     Args:
         url: "HOST:PORT" or "grpc://HOST:PORT" for gRPC, "http://HOST:PORT" for HTTP; grpcs:// and https:// with TLS.
-        model: the ensemble to ask.
+        model: the ensemble to ask: "vilu", or "vilu_cascade" where the server has one.
         timeout: seconds for each request, retries included.
         batch_size: images in a request; at most the model's max_batch_size.
         in_flight: requests under way at once.
@@ -187,20 +188,22 @@ class AsyncClient:
         details: bool = False,
         embedding: bool = False,
         outlier_score: bool = False,
+        stage: bool | None = None,
     ) -> list[Answer]:
         """One Answer per image, in order; a bad image has `error` set and costs the others nothing.
 
         Args:
             images: paths, encoded bytes, Pillow images or (H, W, 3) uint8 arrays.
             labels, class_set, details, embedding, outlier_score: as for `Question`.
+            stage: as for `Question`; None: where `vilu_cascade` is asked.
 
         Raises:
             ServerUnavailable: no server, an overload, or (DeadlineExceeded) no answer in time.
             AccessDenied: a token is missing or wrong.
             TypeError, UserError: as `Question` raises.
         """
-        chosen = {"details": details, "embedding": embedding, "outlier_score": outlier_score}
-        stream = self.stream(images, labels, class_set=class_set, **chosen)
+        chosen: dict[str, Any] = {"details": details, "embedding": embedding, "outlier_score": outlier_score}
+        stream = self.stream(images, labels, class_set=class_set, stage=stage, **chosen)
         return [answer async for answer in stream]
 
     async def stream(
@@ -212,9 +215,11 @@ class AsyncClient:
         details: bool = False,
         embedding: bool = False,
         outlier_score: bool = False,
+        stage: bool | None = None,
     ) -> AsyncIterator[Answer]:
         """`ask` for any number of images: answers come in order while later images are read and asked."""
-        question = Question(labels, class_set, details, embedding, outlier_score)
+        staged = self.model == CASCADE if stage is None else stage
+        question = Question(labels, class_set, details, embedding, outlier_score, staged)
         work = (self.ask_batch(batch, question) for batch in batches(images, self.batch_size))
         async with contextlib.aclosing(self._in_order(work)) as found:
             async for answer in found:
@@ -393,7 +398,7 @@ class AsyncClient:
             row = question.encoded_labels()
             inputs.append(self._api.InferInput("LABELS", [len(batch), len(row)], "BYTES"))
             inputs[1].set_data_from_numpy(np.array([row] * len(batch), dtype=np.object_).reshape(len(batch), -1))
-            model = OPEN
+            model = CASCADE_OPEN if model == CASCADE else OPEN
         parameters = None if question.class_set is None else {"class_set": question.class_set}
         size = sum(map(len, batch)) + 4 * len(batch)
         region = await self._regions.take(size) if self._shared and size >= SHARED_FROM else None

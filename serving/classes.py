@@ -85,17 +85,26 @@ async def put_set(
         AccessDenied: a control token that is missing or wrong.
         ServerUnavailable: as `AsyncClient.ask` does.
     """
-    sets, fingerprint_served = await _fetch(client, "")
+    sets, fingerprint_served, stages = await _fetch(client, "")
     chosen = tuple(sets[0].templates if templates is None else templates)
     # What would be refused after all the names had been embedded; the server checks it again.
     check_names(tuple(names), f"class set {name}")
     check_templates(chosen, f"class set {name}")
     if text_embeddings is None:
-        text_embeddings = await _embed(client, names, chosen, progress)
+        text_embeddings = await _embed(client, TEXT, names, chosen, progress)
         fingerprint = fingerprint_served
-    rows = np.ascontiguousarray(text_embeddings, "<f4")
+    elif stages:
+        raise UserError(
+            f"class set {name}: this server's cascade has {len(stages) + 1} CLIPs, and text_embeddings are one's; "
+            "give the names alone"
+        )
     change = {"put": name, "names": list(names), "templates": list(chosen), "threshold": threshold}
-    change |= {"fingerprint": fingerprint, "text_embeddings": base64.b64encode(rows.tobytes()).decode("ascii")}
+    change |= {"fingerprint": fingerprint, "text_embeddings": _encoded(text_embeddings)}
+    if stages:
+        change["more"] = [
+            _encoded(await _embed(client, stage["text_model"], names, templates or stage["templates"], progress))
+            for stage in stages
+        ]
     await _change(client, change, control_token)
     return await get_set(client, name)
 
@@ -105,24 +114,32 @@ async def remove_set(client: AsyncClient, name: str, *, control_token: str | Non
     await _change(client, {"remove": name}, control_token)
 
 
-async def _fetch(client: AsyncClient, name: str) -> tuple[list[ServedSet], str]:
-    """(sets, the CLIP's fingerprint)."""
+async def _fetch(client: AsyncClient, name: str) -> tuple[list[ServedSet], str, list[dict[str, Any]]]:
+    """(sets, the CLIP's fingerprint, what a cascade says of its later stages)."""
     asked = np.array([[name.encode("utf-8", "replace")]], dtype=object)
     found = json.loads((await client.infer(MODEL, {"NAME": asked}, "CLASS_SETS"))[0, 0])
     sets = []
     for row in found["sets"]:
         names = None if row["names"] is None else tuple(row["names"])
         sets.append(ServedSet(**row | {"templates": tuple(row["templates"]), "names": names}))
-    return sets, found["fingerprint"]
+    return sets, found["fingerprint"], found.get("stages", [])
+
+
+def _encoded(rows: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(rows, "<f4").tobytes()).decode("ascii")
 
 
 async def _embed(
-    client: AsyncClient, names: Sequence[str], templates: Sequence[str], progress: Callable[[str, int, int], None]
+    client: AsyncClient,
+    model: str,
+    names: Sequence[str],
+    templates: Sequence[str],
+    progress: Callable[[str, int, int], None],
 ) -> np.ndarray:
-    """(K, D) rows: each the mean of a name's normalised prompt embeddings; its length does not matter."""
+    """(K, D) rows by this model: each the mean of a name's normalised prompt embeddings; its length does not matter."""
     texts = prompts(names, templates)
     try:
-        config = await client.config(TEXT)
+        config = await client.config(model)
     except AccessDenied:
         raise
     except RequestRefused:
@@ -131,7 +148,7 @@ async def _embed(
     rows = []
     for start in range(0, len(texts), size):
         some = [[prompt.encode("utf-8", "surrogateescape")] for prompt in texts[start : start + size]]
-        rows.append(await client.infer(TEXT, {"TEXT": np.array(some, dtype=object)}, "TEXT_EMBEDDING"))
+        rows.append(await client.infer(model, {"TEXT": np.array(some, dtype=object)}, "TEXT_EMBEDDING"))
         progress("embedding", min(start + size, len(texts)), len(texts))
     return np.concatenate(rows).reshape(len(names), len(templates), -1).mean(axis=1)
 

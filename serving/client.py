@@ -18,7 +18,7 @@ from vilu.answers import Answer, ImageLike
 from vilu.errors import UserError
 from vilu.serving.address import DEFAULT_URL
 from vilu.serving.answers import Question
-from vilu.serving.async_client import CLOSE_SECONDS, AsyncClient, ClientOptions
+from vilu.serving.async_client import CASCADE, CLOSE_SECONDS, AsyncClient, ClientOptions
 from vilu.serving.image_input import batches
 
 if TYPE_CHECKING:
@@ -102,10 +102,11 @@ class Client:
         details: bool = False,
         embedding: bool = False,
         outlier_score: bool = False,
+        stage: bool | None = None,
     ) -> list[Answer]:
         """One Answer per image, as `AsyncClient.ask`."""
-        chosen = {"details": details, "embedding": embedding, "outlier_score": outlier_score}
-        return list(self.stream(images, labels, class_set=class_set, **chosen))
+        chosen: dict[str, Any] = {"details": details, "embedding": embedding, "outlier_score": outlier_score}
+        return list(self.stream(images, labels, class_set=class_set, stage=stage, **chosen))
 
     def ask_embeddings(
         self,
@@ -140,9 +141,11 @@ class Client:
         details: bool = False,
         embedding: bool = False,
         outlier_score: bool = False,
+        stage: bool | None = None,
     ) -> Iterator[Answer]:
         """As `AsyncClient.stream`; the images are read in the caller's thread."""
-        question = Question(labels, class_set, details, embedding, outlier_score)
+        staged = self._asker.model == CASCADE if stage is None else stage
+        question = Question(labels, class_set, details, embedding, outlier_score, staged)
         pending: deque[concurrent.futures.Future[list[Answer]]] = deque()
         try:
             for batch in batches(images, self._asker.batch_size):

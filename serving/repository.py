@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def check_repository(root: Path) -> None:
             text = config.read_text("utf-8")
         except (OSError, UnicodeDecodeError):
             raise UserError(f"{config}: missing or not text") from None
-        _check_syntax(config, text)
+        for needed in (*_check_syntax(config, text), *re.findall(r'^\s*model_name:\s*"([^"]+)"', text, re.MULTILINE)):
+            if needed not in names:
+                raise UserError(f"{config}: names the model {needed!r}, which the repository lacks")
         versions = [path for path in model.iterdir() if path.is_dir() and path.name.isdigit()]
         if not versions:
             raise UserError(f"{model}: has no version folder")
@@ -38,18 +41,23 @@ def check_repository(root: Path) -> None:
         for folder in versions:
             if file and not (folder / file).is_file():
                 raise UserError(f"{folder / file}: missing")
-        for step in re.findall(r'^\s*model_name:\s*"([^"]+)"', text, re.MULTILINE):
-            if step not in names:
-                raise UserError(f"{config}: names the model {step!r}, which the repository lacks")
 
 
-def _check_syntax(path: Path, text: str) -> None:
+def _check_syntax(path: Path, text: str) -> list[str]:
+    """Refuse what is no configuration. Return the models that a cascade's router asks."""
     try:
         from google.protobuf import text_format
         from tritonclient.grpc import model_config_pb2
     except ImportError:
-        return
+        return []
     try:
-        text_format.Parse(text, model_config_pb2.ModelConfig())
+        config = text_format.Parse(text, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
         raise UserError(f"{path}: not a Triton model configuration ({error})") from None
+    if path.parent.name != "vilu_router":
+        return []
+    try:
+        prefixes = [stage["prefix"] for stage in json.loads(config.parameters["stages"].string_value)]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: does not name the stages of its cascade") from None
+    return [f"{prefix}{name}" for prefix in prefixes for name in ("clip_image", "vilu_head", "vilu_details")]

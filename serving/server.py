@@ -35,7 +35,7 @@ from vilu.serving.async_client import EMBEDDINGS, AsyncClient
 from vilu.serving.client import Client
 from vilu.serving.overlay import Overlay
 from vilu.serving.repository import check_repository
-from vilu.serving.server_log import copy_without_alarms, has_gpu
+from vilu.serving.server_log import copy_without_alarms, has_gpu, load_failure
 from vilu.serving.tritonserver import (
     build_backends,
     check_flags,
@@ -143,6 +143,7 @@ class Server:
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._log_copy: threading.Thread | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._failure = ""  # of the first model that did not load
         self._dead_since: dict[int, float] = {}
         # Names of its own distinguish a killed server's shared memory from other servers'.
         self.prefix = f"vilu_{os.getpid()}_{self.grpc_port}_"
@@ -180,6 +181,7 @@ class Server:
         for port in (self.http_port, self.grpc_port, self.metrics_port):
             listen(self.host, port).close()
         check_shared_memory(self.repository)
+        self._failure = ""
         self._folder = tempfile.TemporaryDirectory(prefix="vilu-tritonserver-", dir=temporary_base())
         folder = Path(self._folder.name)
         (folder / "backends").mkdir()
@@ -215,7 +217,7 @@ class Server:
             )
             if self.process.stderr is not None:
                 target = os.dup(output.fileno() if output else 2)
-                self._log_copy = copy_without_alarms(self.process.stderr, os.fdopen(target, "wb"))
+                self._log_copy = copy_without_alarms(self.process.stderr, os.fdopen(target, "wb"), self._notice)
         finally:
             if output is not None:
                 output.close()
@@ -290,7 +292,13 @@ class Server:
         return [f"{name} ({pid})" for pid, name in dead.items() if now - self._dead_since[pid] >= long[pid]]
 
     def log_hint(self) -> str:
-        return f"; see {self.log}" if self.log else ""
+        """Why a model did not load, where one did not, and where the log is."""
+        if self._log_copy is not None and self.process is not None and self.process.poll() is not None:
+            self._log_copy.join(1)  # the last lines
+        return (f": {self._failure}" if self._failure else "") + (f"; see {self.log}" if self.log else "")
+
+    def _notice(self, line: bytes) -> None:
+        self._failure = self._failure or load_failure(line)
 
     def stop(self, seconds: float | None = None) -> int | None:
         """Stop everything within the deadline (or these seconds) and leave nothing in shared memory. Returns the exit

@@ -155,8 +155,15 @@ async def read_question(request: Request, max_bytes: int) -> tuple[dict[str, Any
     return {"labels": labels, "class_set": class_set}, image
 
 
-async def _ask(client: AsyncClient, image: bytes, labels: Sequence[str] | None, class_set: str | None) -> Answer:
-    return (await client.ask([image], labels, class_set=class_set, details=True))[0]
+async def _ask(
+    client: AsyncClient, image: bytes, stage: bool, labels: Sequence[str] | None, class_set: str | None
+) -> Answer:
+    return (await client.ask([image], labels, class_set=class_set, details=True, stage=stage))[0]
+
+
+async def _is_cascade(client: AsyncClient) -> bool:
+    """Whether the model that is asked says which stage answered."""
+    return any(output["name"] == "STAGE" for output in (await client.config(client.model))["output"])
 
 
 async def _served(client: AsyncClient) -> tuple[list[dict[str, Any]], Sequence[str]]:
@@ -192,6 +199,7 @@ def application(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.stage = None  # not known before the server answers
         async with connect() as app.state.client:
             yield
 
@@ -218,7 +226,10 @@ def application(
     async def ask(request: Request) -> Response:
         async with room:
             question, image = await read_question(request, max_bytes)
-            answer = await _ask(request.app.state.client, image, **question)
+            state = request.app.state
+            if state.stage is None:
+                state.stage = await _is_cascade(state.client)
+            answer = await _ask(state.client, image, state.stage, **question)
         answer.raise_for_error()
         return JSONResponse(_plain(answer))
 
@@ -280,6 +291,8 @@ def _plain(answer: Answer) -> dict[str, Any]:
         "concepts",
         "entropy",
         "doctor",
+        "stage",
+        "escalation_failed",
     )
     return {name: getattr(answer, name) for name in fields}
 

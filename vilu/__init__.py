@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vilu.clip import load_clip
     from vilu.errors import UserError
     from vilu.head import ViLUHead
-    from vilu.predictor import Predictor
+    from vilu.predictor import CascadePredictor, Predictor
     from vilu.train import train_head
 
 __version__ = "0.1.0"
@@ -31,12 +31,14 @@ _HOME = {
     "load_clip": "vilu.clip",
     "UserError": "vilu.errors",
     "ViLUHead": "vilu.head",
+    "CascadePredictor": "vilu.predictor",
     "Predictor": "vilu.predictor",
     "train_head": "vilu.train",
 }
 _MODULES = {"metrics": "vilu.evaluation.metrics", "scores": "vilu.scores"}
 __all__ = [
     "Answer",
+    "CascadePredictor",
     "Checkpoint",
     "ClassSet",
     "ClipSpec",

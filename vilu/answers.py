@@ -41,6 +41,8 @@ class Answer:
         entropy: the confidence Σ p log p / log K, in [-1, 0]. None unless asked for.
         doctor: the confidence -(1 - g) / g with g = Σ p², in [1 - K, 0]. None unless asked for.
         concepts: the labels that the head attended to most, each with its weight. Empty unless asked for.
+        stage: the stage of a cascade that gave the answer, from 1. None unless a cascade was asked.
+        escalation_failed: whether a later stage of the cascade was to answer and could not; accept is then False.
         embedding: (D,) float32 image embedding of unit length. None unless asked for.
         outlier_score: how unlike the training images the image is, in [0, 2] (`vilu.outlier`). None where the
             checkpoint has no such score, and from a server unless asked for.
@@ -64,6 +66,8 @@ class Answer:
     entropy: float | None = None
     doctor: float | None = None
     concepts: tuple[tuple[str, float], ...] = ()
+    stage: int | None = None
+    escalation_failed: bool = False
     embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
     id: str = field(default="", compare=False, repr=False)
     outlier_score: float | None = None

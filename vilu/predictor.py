@@ -12,6 +12,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
 
@@ -287,6 +288,45 @@ class Predictor:
 
     def _size(self, batch_size: int | None) -> int:
         return self.batch_size if batch_size is None else _positive(batch_size)
+
+
+class CascadePredictor:
+    """Answer by the rule of a cascade, without a server: a larger CLIP is asked where a smaller one is in doubt.
+
+    Args:
+        stages: a Predictor for each stage, the smallest CLIP first, over the same classes.
+        threshold: an image goes on to the next stage where its failure probability is above this; what
+            `vilu calibrate --cascade` chose.
+
+    Raises:
+        UserError: fewer than two stages, other classes, or a threshold out of range.
+    """
+
+    def __init__(self, stages: Sequence[Predictor], threshold: float) -> None:
+        self.stages, self.threshold = list(stages), threshold
+        names = [None if stage.class_set is None else stage.class_set.names for stage in self.stages]
+        if len(names) < 2:
+            raise UserError(f"a cascade needs at least two stages, got {len(names)}")
+        if len(set(names)) > 1:
+            raise UserError("the stages of a cascade have different classes")
+        if not 0 <= threshold <= 1:
+            raise UserError(f"a cascade's threshold must be in [0, 1], got {threshold}")
+
+    def __call__(
+        self, images: Iterable[ImageLike], labels: Sequence[str] | None = None, *, details: bool = False
+    ) -> list[Answer]:
+        """Answer for each image, in order; each answer has its `stage`. Arguments and errors are Predictor's."""
+        given = list(images)
+        found: list[Answer] = []
+        going = list(range(len(given)))
+        for number, stage in enumerate(self.stages, 1):
+            answers = stage.stream([given[i] for i in going], labels, details=details)
+            for i, answer in zip(going, answers, strict=True):
+                if number == 1:
+                    found.append(answer)
+                found[i] = replace(answer, source=found[i].source, stage=None if answer.error else number)
+            going = [i for i in going if found[i].failure_probability > self.threshold]  # never where there is an error
+        return found
 
 
 def _is_one(images: Any) -> bool:

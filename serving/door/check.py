@@ -8,6 +8,7 @@ model's own configuration, and only then sent on, byte for byte.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -19,7 +20,10 @@ from tritonclient.grpc import service_pb2 as pb
 from vilu.serving.door.refused import NOT_FOUND, Refused
 
 # What people ask; the models within the ensembles are not among them.
-MODELS = ("vilu", "vilu_open", "vilu_embeddings", "vilu_text", "vilu_full", "class_sets")
+MODELS = (
+    "vilu", "vilu_open", "vilu_cascade", "vilu_cascade_open", "vilu_embeddings", "vilu_text", "vilu_full", "class_sets",
+)  # fmt: skip
+STAGE_TEXT = re.compile(r"stage[2-9]_vilu_text")  # who puts a class set has its names embedded by every stage
 # Bytes of an element, and the field of typed contents (where a client sends no raw ones).
 BYTES_OF = {"BOOL": 1, "UINT8": 1, "INT8": 1, "UINT16": 2, "INT16": 2, "FP16": 2, "INT32": 4, "UINT32": 4, "FP32": 4,
             "INT64": 8, "UINT64": 8, "FP64": 8}  # fmt: skip
@@ -117,7 +121,7 @@ def named(request: Any) -> str:
     """The model a request names. Raises Refused: none that may be asked, or a version that is no number."""
     name = request.model_name if hasattr(request, "model_name") else request.name
     version = request.model_version if hasattr(request, "model_version") else request.version
-    if name not in MODELS:
+    if name not in MODELS and not STAGE_TEXT.fullmatch(name):
         raise Refused(f"there is no model {name[:64]!r} here", NOT_FOUND)
     if version and not (version.isascii() and version.isdecimal() and len(version) <= 9):
         raise Refused(f"a version is a number, not {version[:64]!r}")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tritonclient.grpc import service_pb2 as pb
@@ -172,17 +172,24 @@ class Core:
                     return await self.upstreams.ask("ModelInfer", data, end, metadata)
                 reply = await self.upstreams.ask("ModelInfer", data + recording.more, end, metadata)
                 seen.answer_id = recording.id
-                return await self._recorded(recording, reply, end, metadata)
+                heads = ("vilu_router",) if "STAGE" in model["outputs"] else ("vilu_head", "vilu_embeddings")
+                return await self._recorded(recording, reply, heads, end, metadata)
         finally:
             self.in_flight[name] -= 1
             self.metrics.in_flight.labels(name).set(self.in_flight[name])
 
-    async def _recorded(self, recording: Recording, data: bytes, end: float, metadata: Metadata) -> bytes:
-        """Record a reply, and return what of it the client asked for."""
+    async def _recorded(
+        self, recording: Recording, data: bytes, heads: Sequence[str], end: float, metadata: Metadata
+    ) -> bytes:
+        """Record a reply, and return what of it the client asked for.
+
+        Args:
+            heads: the models that say what answered; the first that the repository has.
+        """
         assert self.recorder is not None
         reply = pb.ModelInferResponse.FromString(data)
         known: dict[str, str] = {}
-        for head in ("vilu_head", "vilu_embeddings"):  # a repository has one or both
+        for head in heads:
             with contextlib.suppress(Refused):  # or a version that is gone already
                 known = (await self.upstreams.config(head, end, metadata, reply.model_version))["parameters"]
                 break

@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,6 +20,7 @@ from tritonclient.grpc import InferResult
 from tritonclient.grpc import service_pb2 as pb
 
 from vilu.serving.answers import Answer, Question, read_answers
+from vilu.serving.async_client import CASCADE, CASCADE_OPEN, OPEN
 from vilu.serving.door.check import named
 from vilu.serving.door.core import Core
 from vilu.serving.door.grpc_side import ANSWER_ID, CHANGE_SECONDS
@@ -48,6 +50,7 @@ from vilu.serving.door.uploads import check_parameters, read_upload, utf8
 LINGER_SECONDS, LINGER_BYTES = 1.0, 4 << 20  # that a refused sender may go on sending, so that it reads the refusal
 HEADER_LENGTH = "inference-header-content-length"
 FIELDS = ("label", "class_index", "confidence", "failure_probability", "accept")
+STAGED = ("stage", "escalation_failed")
 DETAILED = ("class_set", "top", "entropy", "doctor", "concepts")
 Handler = Callable[[Request, Seen], Awaitable[Response]]
 
@@ -144,8 +147,12 @@ class HttpSide:
         end = core.end()
         body = await self._body(request, seen)
         image, question = await read_upload(request, body)
-        labels = question.labels or []
-        asked, raw = image_question(image, question.outputs, [label.encode() for label in labels], question.class_set)
+        labels = [label.encode() for label in question.labels or []]
+        names = (CASCADE, CASCADE_OPEN) if question.stage else ("vilu", OPEN)
+        seen.model = model = names[1] if labels else names[0]
+        config = await core.upstreams.config(model, end, core.metadata(request.headers))
+        question = replace(question, stage="STAGE" in config["outputs"])  # `vilu` can be a cascade, too
+        asked, raw = image_question(model, image, question.outputs, labels, question.class_set)
         answer = await self._answer(request, seen, asked, raw, end)
         (found,) = read_answers(InferResult(answer), ["image"], question)
         said = described(found, question)
@@ -344,7 +351,8 @@ class Lingering(Response):
 
 def described(answer: Answer, question: Question) -> dict[str, Any]:
     """An answer as /ask gives it."""
-    names = (*FIELDS, *(DETAILED if question.details else ("class_set",) if question.class_set is not None else ()))
+    names = (*FIELDS, *(STAGED if question.stage else ()))
+    names += DETAILED if question.details else ("class_set",) if question.class_set is not None else ()
     found = {name: getattr(answer, name) for name in names}
     if question.embedding and answer.embedding is not None:
         found["embedding"] = plain(answer.embedding).tolist()

@@ -8,6 +8,7 @@ from typing import Any
 from vilu import __version__
 from vilu.serving.door.check import MODELS
 from vilu.serving.door.limits import Limits
+from vilu.serving.door.uploads import FLAGS
 
 Json = dict[str, Any]
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
@@ -33,6 +34,8 @@ ANSWER: Json = {
             "is no outlier where the checkpoint has a threshold for that."
         },
         "class_set": _TEXT | {"description": "NAME@VERSION; with `class_set` or `details`."},
+        "stage": {"type": "integer", "description": "The stage of a cascade that answered, from 1."},
+        "escalation_failed": _BOOL | {"description": "Whether a later stage was to answer and could not."},
         **_PAIRS,
         "entropy": _NUMBER,
         "doctor": _NUMBER,
@@ -99,7 +102,7 @@ def description(limits: Limits) -> Json:
     }}}}  # fmt: skip
     image = {"type": "string", "format": "binary"}
     labels = {"type": "array", "items": _TEXT, "minItems": 1}
-    fields = {"labels": labels, "class_set": _TEXT, "details": _BOOL, "embedding": _BOOL, "outlier_score": _BOOL}
+    fields = {"labels": labels, "class_set": _TEXT, **dict.fromkeys(FLAGS, _BOOL)}
     closed = {"type": "object", "required": ["image"], "additionalProperties": False}
     ask = {
         "required": True,
@@ -118,6 +121,7 @@ def description(limits: Limits) -> Json:
         _parameter("details", "query", _BOOL, "Also the likeliest labels, concepts and other scores."),
         _parameter("embedding", "query", _BOOL, "Also the image embedding."),
         _parameter("outlier_score", "query", _BOOL, "Also the outlier score, where the checkpoint has one."),
+        _parameter("cascade", "query", _BOOL, "Ask the server's cascade, `vilu_cascade`."),
     ]
     model = _parameter("model", "path", {"type": "string", "enum": list(MODELS)}, "The model.")
     version = _parameter("version", "path", {"type": "string", "pattern": "^[0-9]{1,9}$"}, "Its version.")

@@ -36,10 +36,10 @@ def packed(strings: Sequence[bytes]) -> bytes:
 
 
 def image_question(
-    image: bytes, outputs: Sequence[str], labels: Sequence[bytes] = (), class_set: str | None = None
+    model: str, image: bytes, outputs: Sequence[str], labels: Sequence[bytes] = (), class_set: str | None = None
 ) -> tuple[pb.ModelInferRequest, list[bytes]]:
     """A question about one encoded image, without its tensors' bytes, and those."""
-    request = pb.ModelInferRequest(model_name="vilu_open" if labels else "vilu")
+    request = pb.ModelInferRequest(model_name=model)
     request.inputs.add(name=IMAGE, datatype="BYTES", shape=[1, 1])
     raw = [packed([image])]
     if labels:
@@ -68,8 +68,8 @@ def read_request(
         Refused: what is wrong with it.
     """
     if header_length == 0:
-        request, raw = image_question(body, ())
-        request.model_name, request.model_version = model, version
+        request, raw = image_question(model, body, ())
+        request.model_version = version
         return request, raw, set()
     if header_length is not None and not 0 < header_length <= len(body):
         raise Refused("Inference-Header-Content-Length is not a length within the body")

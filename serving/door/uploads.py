@@ -17,12 +17,12 @@ from vilu.serving.door.check import LONGEST_NAME
 from vilu.serving.door.refused import MALFORMED, Refused
 from vilu.serving.door.rest import image_bytes
 
-FLAGS = ("details", "embedding", "outlier_score")
+FLAGS = ("details", "embedding", "outlier_score", "cascade")
 PARAMETERS = ("labels", "class_set", *FLAGS)
 
 
 async def read_upload(request: Request, body: bytes) -> tuple[bytes, Question]:
-    """The encoded image of a request to /ask, and what is asked about it. Raises Refused."""
+    """The encoded image of a request to /ask, and what is asked about it; `stage`: of the cascade. Raises Refused."""
     given = request.query_params.multi_items()
     added: list[tuple[str, str]] = []
     image = await _uploaded(request, body, added)
@@ -40,7 +40,8 @@ async def read_upload(request: Request, body: bytes) -> tuple[bytes, Question]:
     if labels and (problem := names_problem(labels, "label")):
         raise Refused(f"labels: {problem}")
     flags = {key: _flag(given, key) for key in FLAGS}
-    return image, Question(labels or None, class_sets[0] if class_sets else None, **flags)
+    stage = flags.pop("cascade")
+    return image, Question(labels or None, class_sets[0] if class_sets else None, **flags, stage=stage)
 
 
 async def _uploaded(request: Request, body: bytes, given: list[tuple[str, str]]) -> bytes:

@@ -36,6 +36,7 @@ WELL = {
     f"nv_inference_request_success{{{ONE}, model='vilu_head'}}": "0+600",
     f"vilu_answers_total{{{ONE}, class_set='default'}}": "0+600",
     f"vilu_rejected_total{{{ONE}, class_set='default'}}": "0+60",
+    f"vilu_escalation_failed_total{{{ONE}, class_set='default', stage='2', reason='timeout'}}": "4",
     f"vilu_decode_errors_total{{{ONE}, model='preprocess'}}": "0+6",
     f"vilu_door_reloads_total{{{ONE}, result='ok'}}": "0+1",
     f"vilu_door_reloads_total{{{ONE}, result='refused'}}": "1",
@@ -56,6 +57,10 @@ ILL = {
         15,
     ),
     "ViluRejectedShareMoved": ({f"vilu_rejected_total{{{ONE}, class_set='default'}}": "10800+300x80"}, 75),
+    "ViluStageFails": (
+        {f"vilu_escalation_failed_total{{{ONE}, class_set='default', stage='2', reason='timeout'}}": "4+6x80"},
+        8,
+    ),
     "ViluDamagedImages": ({f"vilu_decode_errors_total{{{ONE}, model='preprocess'}}": "1080+200x80"}, 30),
     "ViluTokensRefused": ({f"vilu_door_refusals_total{{{ONE}, reason='token'}}": "360+120x80"}, 10),
     "ViluSecretsNotRead": ({f"vilu_door_reloads_total{{{ONE}, result='refused'}}": "2x80"}, 2),

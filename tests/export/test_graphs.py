@@ -328,7 +328,7 @@ def head_of(dim, **options):
 
 
 ANSWER = {"CLASS_INDEX": [1], "CONFIDENCE": [1], "FAILURE_PROBABILITY": [1], "ACCEPT": [1]}
-LABELS = [f"ünï {i}" for i in range(9)]
+LABELS = [f"ünï {i}, a label among many that are long" for i in range(9)]  # more than 256 bytes together
 
 
 def write_head(path, text_embeddings, **options):

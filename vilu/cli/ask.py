@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     ".parquet.",
 )
 @connection_options
-@click.option("--model", default="vilu", show_default=True, help="Name of the served model.")
+@click.option(
+    "--model", default="vilu", show_default=True, help="Name of the served model; vilu_cascade asks a server's cascade."
+)
+@click.option("--stage", is_flag=True, help="Also give the stage that answered, where `vilu` is a cascade.")
 @labels_option
 @click.option("--class-set", metavar="NAME", help="Class set of the server to choose from (see `vilu classes list`).")
 @details_option
@@ -61,6 +64,7 @@ def ask_command(
     url: str,
     token: str | None,
     model: str,
+    stage: bool,
     labels: tuple[str, ...],
     class_set: str | None,
     details: bool,
@@ -86,7 +90,8 @@ def ask_command(
     """
     from vilu.cli.tables import print_answers
     from vilu.serving import Client
-    from vilu.serving.answer_file import DETAILS, FIELDS, IDS, OUTLIER, open_answer_file, read_part, row
+    from vilu.serving.answer_file import DETAILS, FIELDS, IDS, OUTLIER, STAGES, open_answer_file, read_part, row
+    from vilu.serving.async_client import CASCADE
     from vilu.serving.embedding_file import read_image_embeddings
     from vilu.serving.tokens import token_from
 
@@ -106,7 +111,11 @@ def ask_command(
     def print_line(answer: Answer) -> None:
         said.result(json.dumps(row(answer, columns)))
 
-    columns = (*FIELDS, *(DETAILS if details else ("class_set",) if class_set is not None else ()))
+    stage |= model == CASCADE
+    if stage and embeddings is not None:
+        raise UserError("--embeddings: a cascade has an embedding of each stage; ask the model vilu")
+    columns = (*FIELDS, *(STAGES if stage else ()))
+    columns += DETAILS if details else ("class_set",) if class_set is not None else ()
     columns += (OUTLIER if outlier_score else ()) + (IDS if ids else ())
     if ids and output is None and not as_json:
         raise UserError("--ids: give --output or --json")
@@ -137,7 +146,7 @@ def ask_command(
         add = print_line if lines else answers.append if file is None else file.add
         chosen: dict[str, Any] = {"labels": labels or None, "class_set": class_set, "details": details}
         chosen["outlier_score"] = outlier_score
-        found = client.stream(names, **chosen) if embeddings is None else _about_rows(client, rows, chosen)
+        found = client.stream(names, **chosen, stage=stage) if embeddings is None else _about_rows(client, rows, chosen)
         for done, answer in enumerate(found, 1):
             add(answer)
             if answer.error is not None:

@@ -49,11 +49,12 @@ def choose_threshold(
         as_json: print that JSON, and everything else on stderr.
     """
     from vilu import atomic
+    from vilu.checkpoint import digest
     from vilu.clip.cost import milliseconds, multiply_adds
     from vilu.evaluation.cascade import within_margin, within_risk
 
     say = said.result_or_note(as_json)
-    loaded = [_load(path) for path in paths]
+    loaded = [load_stage(path) for path in paths]
     _same_classes(paths, [checkpoint for checkpoint, _ in loaded])
     sets = _embed(paths, loaded, source, cache, dtype, drop_known)
     costs = [milliseconds(clip) for _, clip in loaded]
@@ -86,8 +87,14 @@ def choose_threshold(
     except UserError as reason:
         say(f"with MCM in place of P(failure): {reason}")
     stages = [
-        {"checkpoint": path.name, **asdict(clip.spec), "milliseconds": cost}
-        for path, (_, clip), cost in zip(paths, loaded, costs, strict=True)
+        {
+            "checkpoint": path.name,
+            **asdict(clip.spec),
+            "head": digest(checkpoint),
+            "milliseconds": cost,
+            "accuracy": float(stage.correct.mean()),
+        }
+        for path, (checkpoint, clip), cost, stage in zip(paths, loaded, costs, by_method["P(failure)"], strict=True)
     ]
     note = {"format": "vilu-cascade", "version": 1, "data": sets[0].name, "stages": stages, **asdict(found)}
     if output is not None:
@@ -97,7 +104,49 @@ def choose_threshold(
         said.result(json.dumps(note))
 
 
-def _load(path: Path) -> tuple[Checkpoint, Clip]:
+def threshold_of(given: str, paths: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> tuple[float, Any]:
+    """A cascade's threshold: a number, or the file that `vilu calibrate --cascade` wrote for these checkpoints.
+
+    Returns:
+        The threshold, and what the file holds; None for a number.
+
+    Raises:
+        UserError: neither of the two, a file about other checkpoints, or one by which the last stage is no better than
+            an earlier one.
+    """
+    from vilu.checkpoint import digest
+
+    try:
+        return float(given), None
+    except ValueError:
+        pass
+    try:
+        note = json.loads(Path(given).read_text("utf-8"))
+        if note["format"] != "vilu-cascade" or note["version"] != 1:
+            raise ValueError
+        threshold, stages = float(note["threshold"]), note["stages"]
+        heads = [str(stage["head"]) for stage in stages]
+        accuracy = [float(stage["accuracy"]) for stage in stages]
+    except OSError as error:
+        raise UserError(f"{given}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{given}: not what `vilu calibrate --cascade --output` writes") from None
+    if len(heads) != len(paths):
+        raise UserError(f"{given}: chosen for a cascade of {len(heads)} stages, not of {len(paths)}")
+    for number, (path, checkpoint, head) in enumerate(zip(paths, checkpoints, heads, strict=True), 1):
+        if digest(checkpoint) != head:
+            raise UserError(f"{given}: chosen for another checkpoint as stage {number} than {path}; calibrate it again")
+    for number, before in enumerate(accuracy[:-1], 1):
+        if accuracy[-1] <= before:
+            raise UserError(
+                f"{paths[-1]}: no better than stage {number} by {given}: it was right on {accuracy[-1]:.2%} of the "
+                f"samples, stage {number} on {before:.2%}; a cascade has nothing to gain"
+            )
+    return threshold, note
+
+
+def load_stage(path: Path) -> tuple[Checkpoint, Clip]:
+    """A stage's checkpoint and its CLIP. Raises UserError."""
     from vilu.checkpoint import load_checkpoint
     from vilu.clip import load_clip_for
 

@@ -10,7 +10,7 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
-from vilu.cli.options import PATH, REPOSITORY, clip_options, default_cache, template_option
+from vilu.cli.options import PATH, REPOSITORY, SECONDS, clip_options, default_cache, template_option
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -22,7 +22,29 @@ if TYPE_CHECKING:
 
 
 @click.command("export", cls=Command, extra="export")
-@click.option("--ckpt", type=PATH, required=True, help="Checkpoint of a ViLU head.")
+@click.argument("stages", nargs=-1, type=PATH, metavar="[CHECKPOINT]...")
+@click.option("--ckpt", type=PATH, help="Checkpoint of a ViLU head.")
+@click.option(
+    "--cascade",
+    is_flag=True,
+    help="Export a cascade: name a checkpoint for each stage, the smallest CLIP first. An image goes on to the next "
+    "stage where its failure probability is above --cascade-threshold.",
+)
+@click.option(
+    "--cascade-threshold",
+    metavar="FILE|NUMBER",
+    help="Threshold of a cascade: the file that `vilu calibrate --cascade --output` wrote, or a number from 0 to 1.",
+)
+@click.option(
+    "--cascade-default",
+    is_flag=True,
+    help="Serve the cascade as `vilu` and `vilu_open`, so that clients need not name it.  [default: `vilu_cascade`]",
+)
+@click.option(
+    "--escalation-seconds",
+    type=SECONDS,
+    help="Seconds that a cascade waits for its later stages; then it gives the answer so far, rejected.  [default: 10]",
+)
 @click.option(
     "--output",
     type=PATH,
@@ -140,7 +162,12 @@ if TYPE_CHECKING:
     help="Folder that keeps the traced towers, which makes the next export of the same CLIP fast.",
 )
 def export_command(
-    ckpt: Path,
+    stages: tuple[Path, ...],
+    ckpt: Path | None,
+    cascade: bool,
+    cascade_threshold: str | None,
+    cascade_default: bool,
+    escalation_seconds: float | None,
     output: Path,
     classes: Path | None,
     embeddings: Path | None,
@@ -173,6 +200,9 @@ def export_command(
     then takes embeddings, and `vilu ask --embeddings FILE` asks it.
 
     The authors' .ckpt files hold no CLIP and no class names: give --clip, --pretrained and --classes for them.
+
+    With --cascade the repository holds every stage, and `vilu ask --model vilu_cascade` asks the first, and
+    the next ones where the answer is in doubt.
     """
     from dataclasses import replace
 
@@ -184,6 +214,7 @@ def export_command(
     from vilu.export.limits import Limits
     from vilu.export.sample import CALIBRATION, from_folder
 
+    refused: dict[str, Any]
     target: dict[str, Any] = {"device": device or ("gpu" if cuda_arch else "cpu"), "provider": provider, "cores": cores}
     automatic = precision == "auto"
     if automatic and target["device"] == "gpu":
@@ -206,14 +237,33 @@ def export_command(
         if not all(part.strip().isdecimal() for part in cuda_arch.split(",")):
             raise UserError(f"--cuda-arch {cuda_arch!r}: expected numbers as in 80,90")
         target["cuda_archs"] = [int(part) for part in cuda_arch.split(",")]
+    if cascade:
+        refused = {"--ckpt": ckpt, "--classes": classes, "--embeddings": embeddings, "--template": templates}
+        refused |= {"--clip": clip_name, "--pretrained": pretrained, "--threshold": threshold is not None}
+        for name in (name for name, value in refused.items() if value):
+            raise UserError(f"{name}: every stage of a cascade has what its checkpoint says; leave it out")
+        target |= {"max_batch_size": max_batch_size, "as_default": cascade_default}
+        if escalation_seconds is not None:
+            target["escalation_seconds"] = escalation_seconds
+        wanted = parity_images + (CALIBRATION if precision in ("int8", "auto") else 0)
+        _export_cascade(
+            stages, output, cascade_threshold, images, wanted, export_fastest if automatic else export, target
+        )
+        return
+    if stages:
+        raise UserError(f"{stages[0]}: name the checkpoint with --ckpt, or give --cascade")
+    for name, value in (
+        ("--cascade-threshold", cascade_threshold),
+        ("--cascade-default", cascade_default),
+        ("--escalation-seconds", escalation_seconds),
+    ):
+        if value:
+            raise UserError(f"{name} is for --cascade")
+    if ckpt is None:
+        raise UserError("give --ckpt, or --cascade with a checkpoint for each stage")
     checkpoint = load_checkpoint(ckpt)
     if checkpoint.clip is None and not clip_name and (checkpoint.class_set or embeddings or _is_matrix(classes)):
-        refused: dict[str, Any] = {
-            "--images": images,
-            "--template": templates,
-            "--provider": provider,
-            "--cuda-arch": cuda_arch,
-        }
+        refused = {"--images": images, "--template": templates, "--provider": provider, "--cuda-arch": cuda_arch}
         refused |= {"--precision": precision != "float32", "--device gpu": device == "gpu", "--cores": cores}
         for name in (name for name, value in refused.items() if value):
             raise UserError(f"{name}: is for CLIP's towers, and {ckpt} names no CLIP; its head is exported alone")
@@ -250,6 +300,55 @@ def export_command(
         f"P(failure) within {cost['failure_probability_error']['max']:.1e}"
     )
     for problem in report["over_budget"]:
+        said.warn(f"over budget, kept by --allow-loss: {problem}")
+
+
+def _export_cascade(
+    paths: Sequence[Path],
+    output: Path,
+    threshold: str | None,
+    images: Path | None,
+    wanted: int,
+    write: Any,
+    target: dict[str, Any],
+) -> None:
+    """Export a cascade; `wanted`: how many images to draw from `images`."""
+    from vilu.cli.cascade import load_stage, threshold_of
+    from vilu.export.cascade import check_cascade, export_cascade
+    from vilu.export.checks import require_clip_and_class_set
+    from vilu.export.sample import from_folder
+
+    if len(paths) < 2:
+        raise UserError("--cascade takes two or more checkpoints, as in --cascade small.safetensors large.safetensors")
+    if threshold is None:
+        raise UserError(
+            "a cascade needs --cascade-threshold: the file that `vilu calibrate --cascade --output FILE` writes"
+        )
+    loaded = [load_stage(path) for path in paths]
+    checkpoints = [checkpoint for checkpoint, _ in loaded]
+    number, note = threshold_of(threshold, paths, checkpoints)
+    check_cascade(checkpoints, number)
+    with progress_bar() as bar:
+        if images is not None:
+            names = require_clip_and_class_set(checkpoints[0]).names
+            target["images"], target["labels"] = from_folder(images, names, wanted)
+        clips = [clip for _, clip in loaded]
+        summary = export_cascade(
+            checkpoints, clips, output, threshold=number, calibration=note, write=write, **target, progress=bar
+        )
+    cascade = summary["cascade"]
+    for stage, (path, report) in enumerate(zip(paths, (summary, *cascade["stages"]), strict=True), 1):
+        cost = report["answers"][next(iter(report["answers"]))]
+        said.result(
+            f"stage {stage}, {path}: {report['precision']}, {cost['argmax_agreement']:.2%} of the answers as the eager "
+            f"model's, P(failure) within {cost['failure_probability_error']['max']:.1e}"
+        )
+    rule = cascade["rule"]
+    said.result(
+        f"{output}: {cascade['front']} goes on where P(failure) > {number:g}; of {rule['images']} images "
+        f"{rule['routed_differently']} go another way than with the eager models"
+    )
+    for problem in summary["over_budget"]:
         said.warn(f"over budget, kept by --allow-loss: {problem}")
 
 

@@ -115,6 +115,7 @@ def _repository_lines(about: Mapping[str, Any]) -> Iterable[Line]:
         agreement = _at(row, "argmax_agreement")
         if isinstance(agreement, float) and isinstance(error, float):
             yield "parity", f"{provider}: {agreement:.2%} of the answers as PyTorch's, P(failure) within {error:.1e}"
+    yield from _cascade_lines(about["cascade"])
     if about["over_budget"]:
         yield "over budget", "; ".join(map(str, about["over_budget"]))
     versions = ", ".join(map(str, about["versions"]))
@@ -130,6 +131,25 @@ def _repository_lines(about: Mapping[str, Any]) -> Iterable[Line]:
         threshold = "the default threshold" if one["threshold"] is None else f"threshold {one['threshold']}"
         yield "class set", f"{one['name']}@{one['version']}: {one['classes']} classes, {threshold}"
     yield from _libraries_line(about["libraries"])
+
+
+def _cascade_lines(cascade: Mapping[str, Any] | None) -> Iterable[Line]:
+    if not cascade:
+        return
+    note = cascade["calibration"] if isinstance(cascade["calibration"], dict) else {}
+    how = "; not calibrated"
+    if note:
+        what = "accepted answers wrong" if note.get("rule") == "risk" else "of the last stage's accuracy lost"
+        how = f"; at most {_percent(note.get('target'))} {what}, with {_percent(note.get('confidence'))} confidence"
+    rule = f"an image goes on to the next stage where P(failure) > {_number(cascade['threshold'])}"
+    yield "cascade", f"{cascade['front']}: {rule}{how}"
+    for number, stage in enumerate(cascade["stages"], 2):
+        (_, clip), *_ = _clip_line(_at(stage, "clip"))
+        threshold = _number(stage["threshold"])
+        yield (
+            f"stage {number}",
+            f"{clip}; {stage['precision']}, {stage['provider']}; accepted where P(failure) < {threshold}",
+        )
 
 
 def _outlier_line(outlier: Any) -> Iterable[Line]:

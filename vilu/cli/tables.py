@@ -101,10 +101,15 @@ ANSWER_COLUMNS = ("file", "label", "confidence", "P(failure)", "verdict")
 
 def print_answers(answers: Sequence[Answer]) -> None:
     """Print a server's answers, one row per image: a table in a terminal, tab-separated lines elsewhere."""
-    detailed = any(a.concepts for a in answers)
+    detailed, staged = any(a.concepts for a in answers), any(a.stage is not None for a in answers)
     more = ["doubt between"] * detailed + ["outlier score"] * any(a.outlier_score is not None for a in answers)
-    rows = [answer_cells(answer, detailed) for answer in answers]
-    print_rows((*ANSWER_COLUMNS, *more), rows, cut=(0, 1, *([5] if detailed else [])))
+    rows = [[*answer_cells(answer, detailed), *([_stage(answer)] if staged else [])] for answer in answers]
+    head = (*ANSWER_COLUMNS, *more, *(["stage"] if staged else []))
+    print_rows(head, rows, cut=(0, 1, *([5] if detailed else [])))
+
+
+def _stage(answer: Answer) -> str:
+    return f"{answer.stage}, the next gave no answer" if answer.escalation_failed else str(answer.stage)
 
 
 def answer_cells(answer: Answer, detailed: bool) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +110,17 @@ def decode(data: bytes, transform: Transform) -> np.ndarray:
         >>> pixels.shape, pixels[0, 0].tolist()
         ((32, 32, 3), [255, 0, 0])
     """
+    (found,) = decode_sizes(data, (transform,))
+    return found
+
+
+def decode_sizes(data: bytes, transforms: Sequence[Transform]) -> list[np.ndarray]:
+    """Decode an image once for several transforms, and do as `decode` for each.
+
+    The limits are those of the first transform. In mode "fast" the largest size says how far a large JPEG is reduced,
+    so the pixels of a smaller one may differ slightly from those that `decode` gives.
+    """
+    transform = transforms[0]
     if not data:
         raise ImageError("image is empty (0 bytes)")
     if len(data) > transform.max_bytes:
@@ -120,7 +132,9 @@ def decode(data: bytes, transform: Transform) -> np.ndarray:
             frames = getattr(image, "n_frames", 1)
             if frames > transform.max_frames:
                 raise ImageError(f"image has {frames} frames, the limit is {transform.max_frames}")
-            return pixels(image, transform)
+            largest_first = sorted(range(len(transforms)), key=lambda i: -transforms[i].size)
+            made = {i: pixels(image, transforms[i]) for i in largest_first}
+            return [made[i] for i in range(len(transforms))]
     except ImageError:
         raise
     except Image.UnidentifiedImageError:

@@ -31,6 +31,8 @@ class TritonPythonModel:
             "templates": json.loads(self.parameters["templates"]),
             "threshold": float(self.parameters["threshold"]),
         }
+        # The later stages of a cascade: fingerprint, dim and templates of each, and the model that embeds texts.
+        self.stages = json.loads(self.parameters.get("stages", "[]"))
         self.folder = sets.folder_of(args)
         change = json.loads(self.parameters.get("change", "null"))
         try:
@@ -51,13 +53,13 @@ class TritonPythonModel:
         if name not in sets.served(found) and len(sets.served(found)) >= most:
             raise sets.RequestError(f"class set {name}: the server has {most} sets, which is the limit")
         header, rows = self._check(name, change)
-        data = json.dumps(header).encode() + b"\n" + rows.astype("<f4").tobytes()
+        data = json.dumps(header).encode() + b"\n" + b"".join(bank.astype("<f4").tobytes() for bank in rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         version = self._write(name, found, data, "")
         for number, path in sets.versions(self.folder)[name]:
             if number <= version - sets.KEPT or path.name.endswith(".removed"):
                 path.unlink(missing_ok=True)
-        pb_utils.Logger.log_info(f"class set {name}@{version}: {len(rows)} classes")
+        pb_utils.Logger.log_info(f"class set {name}@{version}: {len(rows[0])} classes")
 
     def _remove(self, given: Any) -> None:
         name = self._name(given)
@@ -97,8 +99,8 @@ class TritonPythonModel:
         finally:
             os.unlink(part)
 
-    def _check(self, name: str, change: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
-        """Return the header and the rows (K, D) float32 of a set that can be served; refuse any other."""
+    def _check(self, name: str, change: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """Return the header and each stage's rows (K, D) float32 of a set that can be served; refuse any other."""
 
         def refuse(reason: str) -> NoReturn:
             raise sets.RequestError(f"class set {name}: {reason}")
@@ -120,22 +122,29 @@ class TritonPythonModel:
         mine, theirs = self.parameters["fingerprint"], change.get("fingerprint") or ""
         if mine and theirs not in ("", mine):  # the model of a head's embeddings is not known
             refuse(f"its embeddings are another CLIP's ({theirs[:12]}), this server's is {mine[:12]}")
-        dim = int(self.parameters["dim"])
-        try:
-            data = base64.b64decode(change.get("text_embeddings", ""), validate=True)
-        except (binascii.Error, TypeError, ValueError):
-            refuse("its embeddings are not base64")
-        if len(data) != 4 * dim * len(names):
-            refuse(
-                f"{len(names)} names but embeddings of {len(data) / 4 / len(names):g} numbers each, {dim} are needed"
-            )
-        try:
-            rows = sets.normalise(np.frombuffer(data, "<f4").reshape(len(names), dim), "text_embeddings")
-        except sets.RequestError as error:
-            refuse(str(error))
-        if problem := class_names.rows_problem(names, rows):
-            refuse(problem)
+        more = change.get("more") or []
+        if not isinstance(more, list) or len(more) != len(self.stages):
+            stages = len(self.stages) + 1
+            refuse(f"this server needs the names embedded by {stages} CLIPs: give names, and a client of its version")
+        rows = []
+        dims = [int(self.parameters["dim"]), *(stage["dim"] for stage in self.stages)]
+        for given, dim in zip([change.get("text_embeddings", ""), *more], dims, strict=True):
+            try:
+                data = base64.b64decode(given, validate=True)
+            except (binascii.Error, TypeError, ValueError):
+                refuse("its embeddings are not base64")
+            if len(data) != 4 * dim * len(names):
+                width = f"{len(data) / 4 / len(names):g}"
+                refuse(f"{len(names)} names but embeddings of {width} numbers each, {dim} are needed")
+            try:
+                rows.append(sets.normalise(np.frombuffer(data, "<f4").reshape(len(names), dim), "text_embeddings"))
+            except sets.RequestError as error:
+                refuse(str(error))
+            if problem := class_names.rows_problem(names, rows[-1]):
+                refuse(problem)
         header = {"names": names, "templates": templates, "threshold": threshold, "fingerprint": mine}
+        if self.stages:
+            header["more"] = [{key: stage[key] for key in ("fingerprint", "dim")} for stage in self.stages]
         return header, rows
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -176,4 +185,6 @@ class TritonPythonModel:
             row = {"name": one["name"], "version": one["version"], "classes": len(one["names"]), "names": names}
             out.append(row | {"threshold": threshold, "templates": one["templates"]})
         listing = {"fingerprint": self.parameters["fingerprint"], "dim": int(self.parameters["dim"]), "sets": out}
+        if self.stages:
+            listing["stages"] = self.stages
         return json.dumps(listing).encode()

@@ -1,4 +1,7 @@
-"""This Triton Python model turns encoded images into the uint8 pixels of CLIP's image tower. It needs no torch."""
+"""This Triton Python model turns encoded images into the uint8 pixels of CLIP's image tower. It needs no torch.
+
+For a cascade it makes the pixels of several towers from one decoded image: PIXELS, PIXELS_2, ...
+"""
 
 import json
 import os
@@ -16,10 +19,9 @@ WORKERS = len(os.sched_getaffinity(0))  # CPU cores that this process may use
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
-        fields = image.Transform.__dataclass_fields__
-        self.transform = image.Transform(
-            **{name: int(parameters[name]) if fields[name].type == "int" else parameters[name] for name in fields}
-        )
+        self.transforms = {"PIXELS": _transform(parameters)}
+        for name, given in json.loads(parameters.get("more", "{}")).items():
+            self.transforms[name] = _transform(given)
         # Pillow keeps this many freed blocks of 16 MiB, as new pages are slow. A photo of 12 megapixels needs three.
         core.set_blocks_max(4 * WORKERS)
         # Pillow releases the interpreter's lock while it decodes and resizes.
@@ -35,10 +37,11 @@ class TritonPythonModel:
         except pb_utils.TritonModelException:
             pass  # the server keeps no metrics
 
-    def _decode(self, data: Any) -> np.ndarray | Exception:
-        """Return pixels (S, S, 3) uint8, or the error that says why there are none."""
+    def _decode(self, asked: tuple[Any, list[str]]) -> list[np.ndarray] | Exception:
+        """Return pixels (S, S, 3) uint8 for each name, or the error that says why there are none."""
+        data, names = asked
         try:
-            decoded: np.ndarray = image.decode(data, self.transform)
+            decoded: list[np.ndarray] = image.decode_sizes(data, [self.transforms[name] for name in names])
             return decoded
         except image.ImageError as error:
             refusal: Exception = error
@@ -46,9 +49,11 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         batches = [pb_utils.get_input_tensor_by_name(r, "IMAGE").as_numpy().reshape(-1) for r in requests]
-        decoded = self.pool.map(self._decode, [data for batch in batches for data in batch])
+        wanted = [sorted(request.requested_output_names()) for request in requests]
+        asked = [(data, names) for batch, names in zip(batches, wanted, strict=True) for data in batch]
+        decoded = self.pool.map(self._decode, asked)
         responses = []
-        for batch in batches:
+        for batch, names in zip(batches, wanted, strict=True):
             pixels = [next(decoded) for _ in batch]
             bad = [(i, found) for i, found in enumerate(pixels) if isinstance(found, Exception)]
             if bad:
@@ -59,11 +64,18 @@ class TritonPythonModel:
                 failure = pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG)
                 responses.append(pb_utils.InferenceResponse(error=failure))
             else:
-                tensor = pb_utils.Tensor(
-                    "PIXELS", np.stack([found for found in pixels if not isinstance(found, Exception)])
-                )
-                responses.append(pb_utils.InferenceResponse(output_tensors=[tensor]))
+                good = [found for found in pixels if not isinstance(found, Exception)]
+                tensors = [pb_utils.Tensor(name, np.stack([one[i] for one in good])) for i, name in enumerate(names)]
+                responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
         return responses
 
     def finalize(self) -> None:
         self.pool.shutdown()
+
+
+def _transform(parameters: dict[str, str]) -> Any:
+    """Return the Transform that parameters, all strings, describe."""
+    fields = image.Transform.__dataclass_fields__
+    return image.Transform(
+        **{name: int(parameters[name]) if fields[name].type == "int" else parameters[name] for name in fields}
+    )

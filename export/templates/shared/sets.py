@@ -1,7 +1,8 @@
 """Class sets that can change while the server runs. The export copies this file, which needs only NumPy, to each model.
 
 A class set is one file, NAME@VERSION, in a folder that all models of the server read. The file holds one line of JSON
-(names, threshold, templates and the CLIP's fingerprint) and then the text embeddings in float32. A link makes a file
+(names, threshold, templates and the CLIP's fingerprint) and then the text embeddings in float32. A cascade has several
+CLIPs: `more` then lists the fingerprint and width of the later ones, whose embeddings follow. A link makes a file
 appear whole, and it never changes. The server uses the highest version. A removal is also a version: an empty file
 NAME@VERSION.removed.
 """
@@ -188,20 +189,28 @@ class Store:
 
     def _read(self, name: str, version: int, path: Path) -> Candidates:
         try:
-            header, rows = read(path)
+            header, banks = read(path)
         except FileNotFoundError:
             raise self._gone(name, version) from None
-        if header["fingerprint"] != self.fingerprint or rows.shape[1] != self.default.rows.shape[1]:
+        rows = banks.get(self.fingerprint)
+        if rows is None or rows.shape[1] != self.default.rows.shape[1]:
             raise RequestError(f"class set {name}@{version} was made with another CLIP: put it again")
         threshold = self.default.threshold if header["threshold"] is None else header["threshold"]
         return Candidates([label.encode() for label in header["names"]], rows, threshold, name, version)
 
 
-def read(path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the header and the rows (K, D) float32 of a set's file."""
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the header of a set's file, and the rows (K, D) float32 of each CLIP by its fingerprint."""
     line, _, data = path.read_bytes().partition(b"\n")
     header = json.loads(line)
-    return header, np.frombuffer(data, "<f4").reshape(len(header["names"]), -1)
+    names, values = len(header["names"]), np.frombuffer(data, "<f4")
+    banks = {}
+    for one in reversed(header.get("more", [])):
+        size = names * one["dim"]
+        banks[one["fingerprint"]] = values[-size:].reshape(names, one["dim"])
+        values = values[:-size]
+    banks[header["fingerprint"]] = values.reshape(names, -1)
+    return header, banks
 
 
 class Tally:

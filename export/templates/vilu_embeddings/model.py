@@ -49,6 +49,8 @@ class TritonPythonModel(head.Head):
         self.max_kept = int(self.parameters["text_cache_prompts"])
         self.fingerprint = self.parameters["fingerprint"]
         self.metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
+        # A later stage of a cascade has a prefix.
+        self.text_model = args["model_name"].removesuffix("vilu_embeddings") + "vilu_text"
 
     def embeddings(self, request: Any) -> np.ndarray:
         given = pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING").as_numpy()
@@ -115,14 +117,14 @@ class TritonPythonModel(head.Head):
             some = missing[start : start + self.text_batch]
             texts = np.array([[prompt.encode()] for _, prompt in some], object)
             request = pb_utils.InferenceRequest(
-                model_name="vilu_text",
+                model_name=self.text_model,
                 inputs=[pb_utils.Tensor("TEXT", texts)],
                 requested_output_names=["TEXT_EMBEDDING"],
             )
             response = request.exec()
             if response.has_error():
                 # BLS does not pass on the error's code. The labels were checked, so the server is at fault or busy.
-                raise RequestError(f"vilu_text: {response.error().message()}", pb_utils.TritonError.UNAVAILABLE)
+                raise RequestError(f"{self.text_model}: {response.error().message()}", pb_utils.TritonError.UNAVAILABLE)
             rows = pb_utils.get_output_tensor_by_name(response, "TEXT_EMBEDDING").as_numpy()
             fresh.update(zip(some, rows.copy(), strict=True))
         rows = []

@@ -43,6 +43,8 @@ class TritonPythonModel:
         self.versions = np.full((self.rows, 1), version, np.int32)
         self.tally = sets.Tally(args)
         self.store = sets.Store(sets.folder_of(args), None, "")
+        # A later stage of a cascade has a prefix.
+        self.embeddings_model = args["model_name"].removesuffix("vilu_head") + "vilu_embeddings"
         given = config["parameters"].get("outlier_threshold")
         self.outlier_threshold = None if given is None else np.float32(given["string_value"])
         if given is not None:
@@ -69,7 +71,7 @@ class TritonPythonModel:
         """Answer a request over another class set through vilu_embeddings, by a BLS call."""
         self.store.files(name)  # refuses an unknown set here, because BLS does not pass on an error's code
         response = pb_utils.InferenceRequest(
-            model_name="vilu_embeddings",
+            model_name=self.embeddings_model,
             inputs=[pb_utils.get_input_tensor_by_name(request, "IMAGE_EMBEDDING")],
             requested_output_names=list(request.requested_output_names()),
             parameters={"class_set": name},

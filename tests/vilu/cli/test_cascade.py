@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vilu import Checkpoint, UserError, ViLUHead, load_clip, save_checkpoint, tiny
+from vilu.checkpoint import load_checkpoint
 from vilu.cli.calibrate import calibrate_command
+from vilu.cli.cascade import threshold_of
 from vilu.clip.cost import multiply_adds
 from vilu.fingerprints import remembered
 from vilu.preprocess.image import pixels
@@ -89,6 +91,15 @@ def test_the_threshold_and_what_it_costs(pair, tmp_path):
     last, mcm = [line for line in result.output.splitlines() if line.startswith(("cost", "with MCM"))]
     assert mcm.split(": ")[1] == last.removeprefix("cost ").replace(" an image, ", ", ").split(" of ")[0]
     assert f"{note['reached'][1]:.1%} to stage 2" in result.output
+    # `vilu export --cascade` takes it for these checkpoints, in this order.
+    paths = [pair[0] / f"{name}.safetensors" for name in ("small", "large")]
+    loaded = [load_checkpoint(path) for path in paths]
+    given = str(tmp_path / "cascade.json")
+    assert threshold_of(given, paths, loaded) == (note["threshold"], note)
+    assert threshold_of("0.25", paths, loaded) == (0.25, None)
+    with pytest.raises(UserError, match="chosen for another checkpoint as stage 1"):
+        threshold_of(given, paths[::-1], loaded[::-1])
+    assert note["stages"][1]["accuracy"] == note["last_accuracy"] > note["stages"][0]["accuracy"]
 
 
 def test_what_is_refused(pair, tmp_path, clip):

@@ -1,0 +1,370 @@
+"""A cascade: one repository in which a larger CLIP answers the images that a smaller one is likely wrong about.
+
+Every stage is an export of its own, with its own parity report. The first keeps the names of its models, so the
+repository also serves it alone; the models of later stages have a prefix (`stage2_`). What joins them is one Python
+model, `vilu_router`, and two ensembles, `vilu_cascade` and, for labels of a request's own, `vilu_cascade_open`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import vilu.export.repository as models
+from vilu import atomic
+from vilu.checkpoint import Checkpoint, digest
+from vilu.clip import Clip
+from vilu.errors import UserError
+from vilu.export import checks, versions
+from vilu.export.job import Progress
+from vilu.export.limits import Limits
+from vilu.export.measure import Measured
+from vilu.export.model_config import CONFIG, Step, Tensors, load_config, save_config, write_config, write_ensemble
+from vilu.export.onnx_file import copy_graph
+from vilu.export.parity import Answers
+from vilu.export.precision import BUDGETS, HEAD_BUDGET
+from vilu.export.repository import Served
+from vilu.export.sample import embedded_images
+
+FRONT = "vilu_cascade"
+ROUTER = "vilu_router"
+# What a later stage brings into the repository; the first stage decodes images and keeps class sets for all.
+STAGE_MODELS = ("clip_image", "clip_text", "tokenize", "vilu_text", "vilu_head", "vilu_embeddings", "vilu_details")
+ESCALATION_SECONDS = 10.0
+DETAILS = models.DETAIL_TENSORS  # without embeddings and outlier scores: those of two CLIPs cannot be compared
+STAGE: Tensors = {"STAGE": ("TYPE_INT32", [1]), "ESCALATION_FAILED": ("TYPE_BOOL", [1])}
+
+
+def export_cascade(
+    checkpoints: Sequence[Checkpoint],
+    clips: Sequence[Clip],
+    output: Path,
+    *,
+    threshold: float,
+    calibration: dict[str, Any] | None = None,
+    as_default: bool = False,
+    escalation_seconds: float = ESCALATION_SECONDS,
+    write: Callable[..., dict[str, Any]],
+    max_batch_size: int = 32,
+    preprocess: str = "exact",
+    version: int | None = None,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a model repository of a cascade, whole and every stage within its parity budget, or not at all.
+
+    Args:
+        checkpoints: a checkpoint for each stage, the smallest CLIP first, over the same classes in the same order.
+        clips: their CLIPs.
+        output: the repository's folder; replaced whole, or with `version` added to.
+        threshold: an image goes on to the next stage where its failure probability is above this.
+        calibration: what `vilu calibrate --cascade` wrote when it chose the threshold; kept in parity.json.
+        as_default: serve the cascade as `vilu` and `vilu_open`, in the place of the first stage alone.
+        escalation_seconds: how long an image may wait for later stages; then the answer so far is given, rejected.
+        write: `export`, which then needs a precision, or `export_fastest`: it writes each stage.
+        options: as those of `export`, as are the other arguments.
+
+    Returns:
+        What parity.json holds: the first stage's report, and "cascade" with the later stages' reports and the rule's.
+
+    Raises:
+        UserError: fewer than two stages, other classes, a threshold out of range, and as `export` does for each stage.
+            The old repository is then untouched.
+    """
+    limits = limits or Limits()
+    checks.check_output(output, version)
+    checks.check_options(preprocess, max_batch_size)
+    check_cascade(checkpoints, threshold, escalation_seconds)
+    if options.get("images") is None and options.get("precision") in (None, "int8"):
+        # Every stage is then measured on the same images, whether it calibrates on others of them or not.
+        options |= embedded_images(checks.require_clip_and_class_set(checkpoints[0]).names, clips)
+    measured: list[Measured] = []
+    with atomic.folder(output) as root:
+        reports = []
+        for number, (checkpoint, clip) in enumerate(zip(checkpoints, clips, strict=True), 1):
+            folder = root / f".stage{number}"
+            said = write(
+                checkpoint,
+                folder,
+                clip=clip,
+                max_batch_size=max_batch_size,
+                preprocess=preprocess,
+                limits=limits,
+                on_measured=measured.append,
+                progress=_named(progress, number, len(checkpoints)),
+                **options,
+            )
+            reports.append(said)
+            _adopt(folder, root, number, keep=not (as_default and number == 1))
+        stages = [
+            _served(checkpoint, clip, max_batch_size, limits)
+            for checkpoint, clip in zip(checkpoints, clips, strict=True)
+        ]
+        _join(root, stages, clips, threshold, as_default, escalation_seconds, preprocess)
+        rule = compare_rule(measured, threshold)
+        summary = reports[0] | {
+            "cascade": {
+                "threshold": threshold,
+                "front": "vilu" if as_default else FRONT,
+                "rule": rule,
+                "calibration": calibration,
+                "stages": reports[1:],
+            }
+        }
+        problems = rule_problems(rule, [one["precision"] for one in reports])
+        if problems and not options.get("allow_loss"):
+            raise checks.OverBudgetError(f"export refused: {problems[0]}")
+        summary["over_budget"] = [*(line for one in reports for line in one["over_budget"]), *problems]
+        (root / "parity.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", "utf-8")
+        _write_text(root, summary, len(stages))
+        if version is not None:
+            versions.add(root, output, version)
+        versions.keep_class_sets(output, root)
+    return summary
+
+
+def check_cascade(checkpoints: Sequence[Checkpoint], threshold: float, seconds: float = ESCALATION_SECONDS) -> None:
+    """Refuse stages that are no cascade. Raises UserError."""
+    if len(checkpoints) < 2:
+        raise UserError(f"a cascade needs at least two checkpoints, got {len(checkpoints)}")
+    names = [checks.require_clip_and_class_set(checkpoint).names for checkpoint in checkpoints]
+    for number, other in enumerate(names[1:], 2):
+        if other != names[0]:
+            raise UserError(
+                f"stage {number} has other classes than stage 1; the stages of a cascade share their classes"
+            )
+    if not 0 <= threshold <= 1:
+        raise UserError(f"a cascade's threshold must be in [0, 1], got {threshold}")
+    if not seconds > 0:
+        raise UserError(f"escalation_seconds must be above 0, got {seconds}")
+
+
+def _named(progress: Progress | None, number: int, count: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda what, done, total: progress(f"stage {number} of {count}: {what}", done, total)
+
+
+def _served(checkpoint: Checkpoint, clip: Clip, max_batch_size: int, limits: Limits) -> Served:
+    class_set = checks.require_clip_and_class_set(checkpoint)
+    threshold, fingerprint = checkpoint.threshold, clip.spec.fingerprint
+    return Served(class_set, threshold, fingerprint, max_batch_size, limits, digest(checkpoint), "", checkpoint.outlier)
+
+
+def _prefix(number: int) -> str:
+    return "" if number == 1 else f"stage{number}_"
+
+
+def _adopt(stage: Path, root: Path, number: int, *, keep: bool) -> None:
+    """Move a stage's models from its own repository into the cascade's; a later stage's get their prefix."""
+    if number == 1:
+        for path in stage.iterdir():
+            if path.name not in ("preprocess", "class_sets") and (keep or path.name not in ("vilu", "vilu_open")):
+                path.rename(root / path.name)
+    else:
+        for name in STAGE_MODELS:
+            target = root / (_prefix(number) + name)
+            (stage / name).rename(target)
+            config = load_config(target / CONFIG)
+            config.name = target.name
+            for step in config.ensemble_scheduling.step:
+                step.model_name = _prefix(number) + step.model_name
+            save_config(target, config)
+        (stage / "parity.md").rename(root / f".parity{number}.md")
+    shutil.rmtree(stage)
+
+
+def _join(
+    root: Path,
+    stages: Sequence[Served],
+    clips: Sequence[Clip],
+    threshold: float,
+    as_default: bool,
+    seconds: float,
+    preprocess: str,
+) -> None:
+    """Write what all stages share: the decoder, the class sets, the router and the front models."""
+    names: dict[Any, str] = {}
+    pixels = []
+    for clip in clips:
+        transform = replace(clip.transform, mode=preprocess)
+        pixels.append(names.setdefault(transform, "PIXELS" if not names else f"PIXELS_{len(names) + 1}"))
+    by_name = {name: transform for transform, name in names.items()}
+    first = by_name.pop("PIXELS")
+    models.write_preprocess(root / "preprocess", first, stages[0], by_name)
+    later = [
+        {
+            "fingerprint": stage.fingerprint,
+            "dim": stage.dim,
+            "templates": list(stage.class_set.templates),
+            "text_model": f"{_prefix(number)}vilu_text",
+        }
+        for number, stage in enumerate(stages[1:], 2)
+    ]
+    models.write_class_sets(root / "class_sets", stages[0], later)
+    sizes = {name: transform.size for transform, name in names.items()}
+    wanted = {name: sizes[name] for name in pixels[1:]}
+    about = [
+        {"prefix": _prefix(number), "dim": stage.dim, "pixels": name}
+        for number, (stage, name) in enumerate(zip(stages, pixels, strict=True), 1)
+    ]
+    _write_router(root / ROUTER, stages, about, wanted, threshold, seconds)
+    front = "vilu" if as_default else FRONT
+    # On a GPU the head is a kernel that only vilu_head runs.
+    graphs = sorted((root / "vilu_head" / "1").glob("*.onnx"))
+    own = any(path.stem == "model" for path in graphs)
+    for path in graphs if own else ():
+        copy_graph(path, root / ROUTER / "1" / path.name)
+    _write_front(root / front, stages[0], wanted, head=None if own else "vilu_head", candidates=False)
+    _write_front(root / f"{front}_open", stages[0], wanted, head="vilu_embeddings", candidates=True)
+
+
+def _write_router(
+    folder: Path,
+    stages: Sequence[Served],
+    about: Sequence[dict[str, Any]],
+    pixels: dict[str, int],
+    threshold: float,
+    seconds: float,
+) -> None:
+    models.write_head_files(folder, stages[0].class_set, "vilu_router/model.py")
+    dim = max(stage.dim for stage in stages)
+    inputs: Tensors = {
+        **models.HEAD_TENSORS,
+        "IMAGE_EMBEDDING": ("TYPE_FP32", [stages[0].dim]),
+        **{name: ("TYPE_UINT8", [size, size, 3]) for name, size in pixels.items()},
+        **models.LABELS,
+        "ANSWERED": ("TYPE_FP32", [2 + dim]),
+    }
+    write_config(
+        folder,
+        backend="python",
+        inputs=inputs,
+        outputs={**models.ANSWER_TENSORS, **models.CLASS_SET, **STAGE, "ANSWERED": inputs["ANSWERED"], **DETAILS},
+        max_batch_size=stages[0].max_batch_size,
+        limits=stages[0].limits,
+        parameters={
+            **stages[0].head_parameters,
+            "fingerprint": stages[0].fingerprint,
+            "intra_op_thread_count": "1",
+            "cascade_threshold": repr(threshold),
+            "stages": json.dumps(list(about)),
+            "max_waiting": str(stages[0].limits.max_queue),
+            "escalation_seconds": repr(float(seconds)),
+            "checkpoint": hashlib.sha256(repr((threshold, [one.checkpoint for one in stages])).encode()).hexdigest(),
+        },
+        queue_limit=False,
+        ragged=list(inputs),  # a request brings a stage's answer, or asks for the details of one
+    )
+
+
+def _write_front(folder: Path, served: Served, pixels: dict[str, int], *, head: str | None, candidates: bool) -> None:
+    """Write the ensemble that a client asks. As in `repository.write_answering`, a step waits for the one before, and
+    the details are a step of their own, which Triton skips where no output of it is asked for.
+
+    Args:
+        head: the model that answers for stage 1; None: the router does.
+    """
+    own = models.LABELS if candidates else {}
+    first = {name: f"first_{name}" for name in models.HEAD_TENSORS} if head else {}
+    labels = dict.fromkeys(own, "LABELS")
+    answer = {name: name for name in (*models.ANSWER_TENSORS, *models.CLASS_SET, *STAGE)} | {"ANSWERED": "answered"}
+    made = {name: name.lower() for name in ("PIXELS", *pixels)}
+    carried = {"IMAGE_EMBEDDING": "embedding", **{name: made[name] for name in pixels}, **labels}
+    steps = [
+        Step("preprocess", {"IMAGE": "IMAGE"}, made),
+        Step("clip_image", {"PIXELS": "pixels"}, {"IMAGE_EMBEDDING": "embedding"}),
+        Step(ROUTER, first | carried, answer),
+        Step(ROUTER, {"ANSWERED": "answered", **labels}, {name: name for name in DETAILS}),
+    ]
+    if head:
+        steps.insert(2, Step(head, {"IMAGE_EMBEDDING": "embedding", **labels}, first))
+    write_ensemble(
+        folder,
+        {"IMAGE": ("TYPE_STRING", [1]), **own},
+        {**models.ANSWER_TENSORS, **models.CLASS_SET, **STAGE, **DETAILS},
+        steps,
+        served.max_batch_size,
+    )
+
+
+def _write_text(root: Path, summary: dict[str, Any], count: int) -> None:
+    """Put the rule, and the later stages' reports, into parity.md, and the cascade's models into README.md."""
+    cascade, first = summary["cascade"], root / "parity.md"
+    rule = cascade["rule"]
+    shares = ", ".join(f"stage {number} {share:.1%}" for number, share in enumerate(rule["stages"], 1))
+    parts = [
+        f"# Parity of this cascade of {count} stages\n\nAn image goes on to the next stage where P(failure) > "
+        f"{cascade['threshold']:g}. Of the {rule['images']} images the stages answer: {shares}. "
+        f"{rule['routed_differently']} images get another stage's answer than with the eager models, "
+        f"{rule['not_near']} of them not within {HEAD_BUDGET.error:g} of the threshold; "
+        f"{rule['argmax_agreement']:.2%} of the images get the same class.\n"
+    ]
+    for number in range(1, count + 1):
+        path = first if number == 1 else root / f".parity{number}.md"
+        text = path.read_text("utf-8").removeprefix("# ")
+        if number > 1:  # the picture is the first stage's
+            text = "\n".join(line for line in text.split("\n") if not line.startswith("!["))
+            path.unlink()
+        parts.append(f"# Stage {number}: {text}")
+    first.write_text("\n".join(parts), "utf-8")
+    with (root / "README.md").open("a", encoding="utf-8") as readme:
+        readme.write(
+            (models.TEMPLATES / "README.cascade.md").read_text("utf-8").replace("vilu_cascade", cascade["front"])
+        )
+
+
+def compare_rule(measured: Sequence[Measured], threshold: float) -> dict[str, Any]:
+    """How the exported stages route the sample's images, beside the eager models.
+
+    Returns:
+        "images"; "stages", the share that each stage answers; "routed_differently", the images that get the answer of
+        another stage; of these "not_near", those where no stage's eager P(failure) is within the head's budget of the
+        threshold; "argmax_agreement", the share of all images that get the same class.
+    """
+    # A stage in int8 calibrates on the first images; the others are the same ones, in the same order, for all stages.
+    common = min(len(one.eager.class_index) for one in measured)
+    eager = [one.eager.last(common) for one in measured]
+    exported = [next(iter(one.answers.values())).last(common) for one in measured]
+    stage, label = _route(eager, threshold)
+    stage_served, label_served = _route(exported, threshold)
+    doubt = np.stack([one.failure_probability for one in eager[:-1]])
+    budget = HEAD_BUDGET.error or 0.0
+    near = (np.abs(doubt.astype(np.float64) - threshold) <= budget).any(axis=0)
+    moved = stage != stage_served
+    return {
+        "images": len(stage),
+        "stages": [float((stage_served == number).mean()) for number in range(len(measured))],
+        "routed_differently": int(moved.sum()),
+        "not_near": int((moved & ~near).sum()),
+        "argmax_agreement": float((label == label_served).mean()),
+    }
+
+
+def _route(answers: Sequence[Answers], threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """The stage (N,), from 0, and the class (N,) that each image gets."""
+    stage = np.zeros(len(answers[0].class_index), np.int64)
+    on = np.ones(len(stage), bool)
+    for answer in answers[:-1]:
+        on &= answer.failure_probability.astype(np.float64) > threshold
+        stage += on
+    return stage, np.choose(stage, [answer.class_index for answer in answers])
+
+
+def rule_problems(rule: dict[str, Any], precisions: Sequence[str]) -> list[str]:
+    """One line where the rule routes more images otherwise than the precisions' budgets allow."""
+    allowed = sum(1 - BUDGETS[precision].agreement for precision in precisions)
+    share = rule["not_near"] / rule["images"]
+    if share <= allowed:
+        return []
+    return [
+        f"the cascade sends {share:.2%} of the images to another stage than eager models do, the limit is {allowed:.1%}"
+    ]

@@ -1,0 +1,353 @@
+"""This Triton Python model is the rule of a cascade: an image goes on to a larger CLIP where the answer is in doubt.
+
+The first stage's answer over a class set comes from the head beside this file, in the same step; for a request's own
+labels, and on a GPU, the ensemble has asked that stage's own head before. An image whose failure probability is above
+the cascade's threshold is asked of the next stage, by calls that wait in threads: the model answers all other images at
+once, and later requests do not wait for those that go on. The batcher of the next stage joins the images of many
+requests.
+
+Where a stage does not answer (it is overloaded, down, or out of time), the image gets the answer of the stage before,
+rejected and marked with ESCALATION_FAILED. The file needs no torch.
+"""
+
+import contextlib
+import json
+import queue
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import head  # the export copies it and sets.py beside this file
+import numpy as np
+import sets
+import triton_python_backend_utils as pb_utils
+
+COLUMNS = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT", "CLASS_SET")
+ASKED = [*COLUMNS, "CLASS_SET_VERSION"]
+WORKERS = 32  # calls to later stages at a time
+LOG_SECONDS = 1.0  # between two lines about failed calls
+
+
+class Question:
+    """One request, which is answered once every image of it has its answer.
+
+    Attributes:
+        columns: output name -> the best answers so far, (B, 1).
+        stage: (B, 1), the stage that gave each answer, from 1.
+        failed: (B, 1), whether the image was to go on and could not.
+        answered: (B, 2 + D): the stage, the class set's version and the stage's image embedding, for the details. D is
+            the largest stage's, and shorter embeddings end in zeros.
+        open: the images that are going on.
+        sender: of the response, for a request with such images.
+    """
+
+    def __init__(self, request: Any, columns: dict[str, Any], first: np.ndarray, dim: int, threshold: float) -> None:
+        self.wanted = list(request.requested_output_names())
+        self.columns = {name: columns[name] for name in COLUMNS}
+        rows = len(first)
+        self.stage = np.ones((rows, 1), np.int32)
+        self.failed = np.zeros((rows, 1), bool)
+        self.answered = np.zeros((rows, 2 + dim), np.float32)
+        self.answered[:, 0] = 1
+        self.answered[:, 1] = columns["CLASS_SET_VERSION"][:, 0]
+        self.answered[:, 2 : 2 + first.shape[1]] = first
+        doubt = self.columns["FAILURE_PROBABILITY"].reshape(-1).astype(np.float64)
+        self.open = set(np.flatnonzero(doubt > threshold).tolist())
+        self.sender = request.get_response_sender() if self.open else None
+        self.lock = threading.Lock()
+
+    def name(self, row: int) -> str:
+        """Return the name of the class set in the metrics."""
+        return self.columns["CLASS_SET"][row, 0].decode().rpartition("@")[0] or sets.OPEN
+
+    def put(self, row: int, stage: int, answer: dict[str, Any], *, final: bool) -> None:
+        """Take a later stage's answer for an image, unless the image was given up meanwhile."""
+        with self.lock:
+            if row not in self.open:
+                return
+            for name in COLUMNS:
+                self.columns[name][row] = answer[name]
+            found = answer["IMAGE_EMBEDDING"]
+            self.answered[row] = 0
+            self.answered[row, :2] = stage, answer["CLASS_SET_VERSION"][0]
+            self.answered[row, 2 : 2 + len(found)] = found
+            self.stage[row] = stage
+            if final:
+                self._close([row])
+
+    def give_up(self, rows: Any) -> int:
+        """Answer images with what the stages before said, rejected and marked. Return how many were still open."""
+        with self.lock:
+            given = [row for row in rows if row in self.open]
+            self.failed[given] = True
+            self.columns["ACCEPT"][given] = False
+            self._close(given)
+            return len(given)
+
+    def _close(self, rows: list[int]) -> None:
+        self.open.difference_update(rows)
+        if rows and not self.open:
+            _send(self.sender, self.response())
+
+    def response(self) -> Any:
+        own = {"STAGE": self.stage, "ESCALATION_FAILED": self.failed, "ANSWERED": self.answered}
+        found = self.columns | own
+        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, found[name]) for name in self.wanted])
+
+
+class Going:
+    """An image that goes on: its place in its question, and what later stages need of it."""
+
+    def __init__(self, question: Question, row: int, pixels: dict[str, np.ndarray], labels: Any) -> None:
+        self.question, self.row, self.pixels, self.labels = question, row, pixels, labels
+
+
+class Escalations:
+    """Counts images that went on, by class set and stage. It does nothing if the server keeps no metrics."""
+
+    FAMILIES = (
+        ("vilu_escalated_total", "Images that were to go on to this stage"),
+        ("vilu_escalation_failed_total", "Images that could not go on to this stage, by reason"),
+    )
+
+    def __init__(self, args: dict[str, str]) -> None:
+        self.labels = {"model": args["model_name"], "version": args["model_version"]}
+        self.lock = threading.Lock()
+        self.families: dict[str, Any] = {}
+        self.metrics: dict[tuple[str, ...], Any] = {}
+        with contextlib.suppress(pb_utils.TritonModelException):
+            for name, description in self.FAMILIES:
+                kind = pb_utils.MetricFamily.COUNTER
+                self.families[name] = pb_utils.MetricFamily(name=name, description=description, kind=kind)
+
+    def count(self, name: str, by: int, **labels: str) -> None:
+        if not by or name not in self.families:
+            return
+        with self.lock:
+            key = (name, *labels.values())
+            if key not in self.metrics:
+                if len(self.metrics) >= 4 * sets.COUNTED:
+                    del self.metrics[next(iter(self.metrics))]
+                self.metrics[key] = self.families[name].Metric(labels=self.labels | labels)
+            self.metrics[key].increment(by)
+
+
+class TritonPythonModel(head.Head):
+    def initialize(self, args: dict[str, str]) -> None:
+        super().initialize(args)
+        self.threshold = float(self.parameters["cascade_threshold"])
+        self.stages = json.loads(self.parameters["stages"])  # of each stage: prefix of its models, its pixels, its dim
+        self.dim = max(stage["dim"] for stage in self.stages)
+        self.most = int(self.parameters["max_waiting"])
+        self.seconds = float(self.parameters["escalation_seconds"])
+        self.batch = max(1, json.loads(args["model_config"])["max_batch_size"])
+        self.pool = ThreadPoolExecutor(WORKERS)
+        self.details_pool = ThreadPoolExecutor(4)  # a stage that hangs does not hold up the others' details
+        self.counters = Escalations(args)
+        self.lock = threading.Lock()
+        self.waiting = 0  # images that go on
+        self.logged = float("-inf")
+        self.deadlines: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Return the responses, with None for a request whose response a thread sends later."""
+        responses: list[Any] = [None] * len(requests)
+        groups: dict[Any, list[Going]] = {}
+        firsts: dict[int, dict[str, Any]] = {}
+        parts: list[Any] = []
+        for place, request in enumerate(requests):
+            try:
+                if pb_utils.get_input_tensor_by_name(request, "ANSWERED") is not None:
+                    self._detail(request)
+                elif pb_utils.get_input_tensor_by_name(request, "FAILURE_PROBABILITY") is not None:
+                    firsts[place] = {name: np.array(_input(request, name)) for name in ASKED}
+                else:
+                    rows = self.embeddings(request)
+                    parts.append(head.Part(place, set(COLUMNS), rows, [self.class_set(request)] * len(rows)))
+            except Exception as error:
+                responses[place] = sets.error_response(error)
+        if parts:
+            firsts |= {part.place: {} for part in parts}
+            self._answer(parts, firsts)
+            for part in parts:
+                firsts[part.place] |= _class_sets(part.candidates)
+        for place, columns in firsts.items():
+            try:
+                request = requests[place]
+                first = _input(request, "IMAGE_EMBEDDING")
+                question = Question(request, columns, first, self.dim, self.threshold)
+                if not question.open:
+                    responses[place] = question.response()
+                    continue
+                name = sets.requested_set(request)
+                for going in self._going(request, question):
+                    width = 0 if going.labels is None else len(going.labels)
+                    groups.setdefault((name, width), []).append(going)
+                self.deadlines.put((time.monotonic() + self.seconds, question))
+            except Exception as error:
+                responses[place] = sets.error_response(error)
+        for (name, _), images in groups.items():
+            for start in range(0, len(images), self.batch):
+                self._go_on(name, images[start : start + self.batch])
+        return responses
+
+    def _going(self, request: Any, question: Question) -> list[Going]:
+        pixels = {stage["pixels"]: _input(request, stage["pixels"]) for stage in self.stages[1:]}
+        labels = pb_utils.get_input_tensor_by_name(request, "LABELS")
+        own = None if labels is None else labels.as_numpy()
+        return [
+            # A request's memory is the server's again once `execute` has returned.
+            Going(question, row, {k: v[row].copy() for k, v in pixels.items()}, None if own is None else own[row])
+            for row in sorted(question.open)
+        ]
+
+    def _go_on(self, class_set: str, images: list[Going]) -> None:
+        self._count("vilu_escalated_total", images, stage="2")
+        with self.lock:
+            full = bool(self.most) and self.waiting + len(images) > self.most
+            self.waiting += 0 if full else len(images)
+        if full:
+            self._give_up(images, 2, "overloaded", f"{self.most} images wait already")
+        else:
+            self.pool.submit(self._ask, class_set, images)
+
+    def _ask(self, class_set: str, images: list[Going]) -> None:
+        """Ask the later stages, one after another, about images of one class set or with equally many labels."""
+        number = len(images)
+        try:
+            for stage in range(1, len(self.stages)):
+                images = [image for image in images if image.row in image.question.open]  # not given up meanwhile
+                if images:
+                    images = self._ask_stage(stage, class_set, images)
+        finally:
+            with self.lock:
+                self.waiting -= number
+
+    def _ask_stage(self, stage: int, class_set: str, images: list[Going]) -> list[Going]:
+        """Ask one stage, `stage` counted from 0. Return the images that go on."""
+        last = stage == len(self.stages) - 1
+        try:
+            found = self._answers(self.stages[stage], class_set, images)
+        except Exception as error:
+            self._give_up(images, stage + 1, "error", str(error) or type(error).__name__)
+            return []
+        on = []
+        for i, image in enumerate(images):
+            doubtful = not last and bool(found["FAILURE_PROBABILITY"][i, 0].astype(np.float64) > self.threshold)
+            answer = {name: column[i] for name, column in found.items()}
+            image.question.put(image.row, stage + 1, answer, final=not doubtful)
+            if doubtful:
+                on.append(image)
+        self._count("vilu_escalated_total", on, stage=str(stage + 2))
+        return on
+
+    def _count(self, metric: str, images: list[Going], **labels: str) -> None:
+        for name, number in Counter(image.question.name(image.row) for image in images).items():
+            self.counters.count(metric, number, class_set=name, **labels)
+
+    def _answers(self, stage: dict[str, Any], class_set: str, images: list[Going]) -> dict[str, np.ndarray]:
+        """Return a stage's answers and embeddings for these images."""
+        pixels = np.stack([image.pixels[stage["pixels"]] for image in images])
+        tower = stage["prefix"] + "clip_image"
+        embedding = self._call(tower, {"PIXELS": pixels}, ["IMAGE_EMBEDDING"])["IMAGE_EMBEDDING"]
+        inputs, head = {"IMAGE_EMBEDDING": embedding}, "vilu_head"
+        if images[0].labels is not None:
+            inputs["LABELS"], head = np.array([image.labels.tolist() for image in images], object), "vilu_embeddings"
+        answers = self._call(stage["prefix"] + head, inputs, ASKED, class_set)
+        return answers | {"IMAGE_EMBEDDING": embedding}
+
+    def _call(
+        self, model: str, inputs: dict[str, np.ndarray], outputs: list[str], class_set: str = ""
+    ) -> dict[str, np.ndarray]:
+        """Ask a model of this server. Raises RequestError with its message."""
+        response = pb_utils.InferenceRequest(
+            model_name=model,
+            inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
+            requested_output_names=outputs,
+            parameters={"class_set": class_set} if class_set else {},
+            timeout=round(1e6 * self.seconds),
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+        ).exec()
+        if response.has_error():
+            # A call does not pass on the error's code.
+            raise sets.RequestError(f"{model}: {response.error().message()}", pb_utils.TritonError.UNAVAILABLE)
+        return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy().copy() for name in outputs}
+
+    def _give_up(self, images: list[Going], stage: int, reason: str, message: str) -> None:
+        given = [image for image in images if image.question.give_up([image.row])]
+        self._count("vilu_escalation_failed_total", given, stage=str(stage), reason=reason)
+        self._log(f"stage {stage} gave no answer for {len(images)} images ({message})")
+
+    def _log(self, text: str) -> None:
+        if time.monotonic() - self.logged > LOG_SECONDS:
+            self.logged = time.monotonic()
+            pb_utils.Logger.log_warn(text)
+
+    def _watch(self) -> None:
+        """Give up the images whose time is over. All have the same time, so they come in the order of their ends."""
+        while (item := self.deadlines.get()) is not None:
+            end, question = item
+            time.sleep(max(0.0, end - time.monotonic()))
+            for row in sorted(question.open):
+                name, stage = question.name(row), int(question.stage[row, 0]) + 1
+                given = question.give_up([row])
+                self.counters.count(
+                    "vilu_escalation_failed_total", given, class_set=name, stage=str(stage), reason="timeout"
+                )
+                if given:
+                    self._log(f"stage {stage} gave no answer in {self.seconds:g} s")
+
+    def _detail(self, request: Any) -> None:
+        """Ask the stages that answered for the details of their answers, in a thread."""
+        name = sets.requested_set(request)
+        answered = np.array(_input(request, "ANSWERED"))
+        labels = pb_utils.get_input_tensor_by_name(request, "LABELS")
+        own = None if labels is None else labels.as_numpy()
+        wanted = list(request.requested_output_names())
+        self.details_pool.submit(self._send_details, request.get_response_sender(), name, answered, own, wanted)
+
+    def _send_details(self, sender: Any, class_set: str, answered: np.ndarray, own: Any, wanted: list[str]) -> None:
+        try:
+            columns: dict[str, np.ndarray] = {}
+            for number in sorted(set(answered[:, 0].astype(int).tolist())):
+                stage, mine = self.stages[number - 1], answered[:, 0] == number
+                inputs = {"IMAGE_EMBEDDING": np.ascontiguousarray(answered[mine, 2 : 2 + stage["dim"]])}
+                model = "vilu_details"
+                if own is None:
+                    inputs["CLASS_SET_VERSION"] = answered[mine, 1:2].astype(np.int32)
+                else:
+                    inputs["LABELS"], model = own[mine], "vilu_embeddings"
+                for name, rows in self._call(stage["prefix"] + model, inputs, wanted, class_set).items():
+                    whole = columns.setdefault(name, np.empty((len(answered), *rows.shape[1:]), rows.dtype))
+                    whole[mine] = rows
+            tensors = [pb_utils.Tensor(name, columns[name]) for name in wanted]
+            _send(sender, pb_utils.InferenceResponse(output_tensors=tensors))
+        except Exception as error:
+            _send(sender, sets.error_response(error))
+
+    def finalize(self) -> None:
+        self.deadlines.put(None)
+        for pool in (self.pool, self.details_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _class_sets(candidates: list[Any]) -> dict[str, np.ndarray]:
+    return {
+        "CLASS_SET": np.array([[one.qualified_name.encode()] for one in candidates], object),
+        "CLASS_SET_VERSION": np.array([[one.version] for one in candidates], np.int32),
+    }
+
+
+def _input(request: Any, name: str) -> np.ndarray:
+    values: np.ndarray = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+    return values
+
+
+def _send(sender: Any, response: Any) -> None:
+    try:
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    except Exception as error:  # one response that cannot be sent does not end the thread that sends all of them
+        pb_utils.Logger.log_error(f"a response was not sent: {error}")

@@ -1,0 +1,146 @@
+"""`vilu export --cascade`: one repository of several stages, each proven, or one line and nothing written."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from vilu import UserError, save_checkpoint
+from vilu.checkpoint import digest
+from vilu.cli.export import export_command
+from vilu.cli.info import info_command
+from vilu.export import export, versions
+from vilu.export.cascade import STAGE_MODELS, compare_rule, export_cascade, rule_problems
+from vilu.export.measure import Measured
+from vilu.export.model_config import load_config
+from vilu.export.parity import Answers
+from vilu.preprocess.image import Transform, decode, decode_sizes
+
+
+def test_every_stage_and_the_rule_are_proven(cascade, repository):
+    report = json.loads((cascade.root / "parity.json").read_text())
+    assert report == cascade.report
+    said = report["cascade"]
+    (second,) = said["stages"]
+    for one in (report, second):
+        assert one["answers"][one["provider"]]["failure_probability_error"]["max"] <= 1e-4
+        assert one["answers"][one["provider"]]["argmax_agreement"] == 1
+    assert second["clip"]["name"] != report["clip"]["name"]
+    assert (said["threshold"], said["front"], report["over_budget"]) == (cascade.threshold, "vilu_cascade", [])
+    rule = said["rule"]
+    assert (rule["images"], rule["not_near"], rule["argmax_agreement"]) == (256, 0, 1)
+    assert sum(rule["stages"]) == pytest.approx(1)
+    assert min(rule["stages"]) > 0.05, "each stage answers a share of the images"
+    text = (cascade.root / "parity.md").read_text()
+    assert "# Stage 2: Parity of this repository" in text
+    assert "vilu_cascade_open" in (cascade.root / "README.md").read_text()
+
+
+def test_the_repository_is_that_of_the_first_stage_and_more(cascade, repository):
+    later = {f"stage2_{name}" for name in STAGE_MODELS}
+    more = {"vilu_cascade", "vilu_cascade_open", "vilu_router"}
+    assert set(versions.models(cascade.root)) == {*versions.models(repository), *later, *more}
+    assert [path.name for path in cascade.root.iterdir() if path.name.startswith(".")] == []
+    config = load_config(cascade.root / "stage2_vilu_text" / "config.pbtxt")
+    assert [step.model_name for step in config.ensemble_scheduling.step] == ["stage2_tokenize", "stage2_clip_text"]
+    result = CliRunner().invoke(info_command, [str(cascade.root)], catch_exceptions=False)
+    assert f"P(failure) > {cascade.threshold:.6g}" in result.output
+
+
+def test_one_decoding_gives_every_size(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    path = tmp_path / "noise.jpg"
+    Image.fromarray(noise).save(path)
+    sizes = [Transform(32), Transform(48), Transform(24, "squash", "bilinear")]
+    found = decode_sizes(path.read_bytes(), sizes)
+    for pixels, transform in zip(found, sizes, strict=True):
+        assert np.array_equal(pixels, decode(path.read_bytes(), transform))
+
+
+def answers(failure, index):
+    return Answers(np.zeros((len(index), 1)), np.array(index), np.array(failure, np.float32))
+
+
+def test_a_rule_that_routes_otherwise_is_refused():
+    eager = answers([0.1, 0.4, 0.5, 0.9], [0, 0, 0, 0]), answers([0.1] * 4, [1, 1, 1, 1])
+    near = answers([0.1, 0.4, 0.50001, 0.9], [0, 0, 0, 0]), eager[1]
+    far = answers([0.1, 0.6, 0.5, 0.9], [0, 0, 0, 0]), eager[1]
+    for served, moved, not_near in ((eager, 0, 0), (near, 1, 0), (far, 1, 1)):
+        measured = [Measured({}, {"cpu": b}, a) for a, b in zip(eager, served, strict=True)]
+        rule = compare_rule(measured, 0.5)
+        assert (rule["routed_differently"], rule["not_near"]) == (moved, not_near)
+        assert rule["argmax_agreement"] == 1 - moved / 4
+        assert len(rule_problems(rule, ["float32", "float32"])) == not_near
+    assert rule["stages"] == [0.5, 0.5]
+    assert rule_problems(rule | {"images": 1000}, ["float16", "float32"]) == []
+
+
+def test_bad_input_is_one_line_and_writes_nothing(cascade, tmp_path, larger):
+    small, large = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
+    other, note = tmp_path / "other.safetensors", tmp_path / "cascade.json"
+    checkpoints = [replace(one, clip=replace(one.clip, pretrained=one.clip.pretrained)) for one in cascade.checkpoints]
+    for path, checkpoint in zip((small, large), checkpoints, strict=True):
+        save_checkpoint(checkpoint, path)
+    save_checkpoint(replace(checkpoints[1], class_set=larger.class_set(("cat", "dog"))), other)
+    stages = [{"head": digest(one), "accuracy": 0.8 + 0.1 * i} for i, one in enumerate(checkpoints)]
+    good: dict[str, Any] = {"format": "vilu-cascade", "version": 1, "threshold": 0.5, "stages": stages}
+    worse = good | {"stages": [stages[0], stages[1] | {"accuracy": 0.8}]}
+    before = sorted(tmp_path.iterdir())
+    cases: tuple[tuple[tuple[Any, ...], Any, str], ...] = (
+        ((small, large), None, "a cascade needs --cascade-threshold"),
+        ((small,), 0.5, "two or more checkpoints"),
+        ((small, other), 0.5, "stage 2 has other classes than stage 1"),
+        ((small, large), 1.5, r"must be in \[0, 1\]"),
+        ((small, large), "none.json", "cannot be read"),
+        ((small, large), {}, "not what `vilu calibrate --cascade --output` writes"),
+        ((small, large), worse, "no better than stage 1"),
+        ((large, small), good, "chosen for another checkpoint as stage 1"),
+        ((small, large, large), good, "a cascade of 2 stages, not of 3"),
+    )
+    for paths, threshold, message in cases:
+        given = [] if threshold is None else ["--cascade-threshold", str(threshold)]
+        if isinstance(threshold, dict):
+            note.write_text(json.dumps(threshold))
+            given = ["--cascade-threshold", str(note)]
+        arguments = ["--cascade", *map(str, paths), *given, "--output", str(tmp_path / "out")]
+        with pytest.raises(UserError, match=message):
+            CliRunner().invoke(export_command, arguments, catch_exceptions=False, standalone_mode=False)
+    note.unlink()
+    assert sorted(tmp_path.iterdir()) == before
+    for arguments, message in (
+        (["--cascade", str(small), str(large), "--threshold", "0.5"], "every stage of a cascade has"),
+        ([str(small)], "or give --cascade"),
+        (["--ckpt", str(small), "--cascade-default"], "--cascade-default is for --cascade"),
+        ([], "give --ckpt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CliRunner().invoke(export_command, arguments, catch_exceptions=False, standalone_mode=False)
+
+
+@pytest.mark.slow
+def test_a_stage_over_its_budget_leaves_the_old_repository(cascade, tmp_path, monkeypatch, tower_cache):
+    root = tmp_path / "repository"
+    options = {
+        "write": export,
+        "precision": "float32",
+        "max_batch_size": 8,
+        "cache": tower_cache,
+        "threshold": cascade.threshold,
+    }
+    export_cascade(cascade.checkpoints, cascade.clips, root, **options, as_default=True)
+    assert "vilu_cascade" not in versions.models(root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    real = compare_rule
+
+    def far(*given):
+        return real(*given) | {"not_near": 3}
+
+    monkeypatch.setattr("vilu.export.cascade.compare_rule", far)
+    with pytest.raises(UserError, match=r"sends 1\.17% of the images to another stage"):
+        export_cascade(cascade.checkpoints, cascade.clips, root, **options, as_default=True)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"]

@@ -1,0 +1,285 @@
+"""A cascade on the real server: the answers of the eager models and the rule, and what happens where stage 2 fails."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tests.serving.helpers import metrics, opened, options, send, stub_of, vilu, wait
+from tests.support.cascade import Cascade, failures, stage
+from vilu import CascadePredictor, Predictor, UserError
+from vilu.answers import RequestRefused
+from vilu.export import export, versions
+from vilu.export.cascade import export_cascade
+from vilu.export.model_config import load_config, save_config
+from vilu.serving import Client, Server
+from vilu.serving.access import Access
+from vilu.serving.classes import get_set, put_set
+from vilu.serving.door import Door, own_server
+from vilu.serving.record.recorder import RecordOptions
+from vilu.tiny import data
+
+pytestmark = pytest.mark.server
+CONTROL = "control-token-4567"
+NAMES = ("red circle", "blue star", "a cat", "smörgåsbord")
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    out = []
+    for i, image in enumerate(data.digits("test").images[:48]):
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(image)).resize((64 + i, 80)).save(buffer, ("JPEG", "PNG", "WEBP")[i % 3])
+        out.append(buffer.getvalue())
+    return out
+
+
+@contextlib.contextmanager
+def serving(root, folder, **more):
+    """The ports of a door over a cascade, and its tritonserver."""
+    (folder / "control").write_text(CONTROL)
+    server = own_server(root, log=folder / "tritonserver.log")
+    with opened(Door(options(access=lambda: Access(control_token=CONTROL), **more), server)) as ports:
+        yield ports, server
+
+
+@pytest.fixture(scope="module")
+def served(cascade, tmp_path_factory):
+    root = shutil.copytree(cascade.root, tmp_path_factory.mktemp("served") / "model_repository")
+    with serving(root, tmp_path_factory.mktemp("log")) as (ports, _):
+        yield ports
+
+
+def same(answers, images, cascade, names=None):
+    """Every answer is that of the eager models and the rule. Returns the stages."""
+    stages = []
+    for answer, image in zip(answers, images, strict=True):
+        number, label, confidence, failure, near = cascade.eager(image, names)
+        assert answer.error is None
+        assert not answer.escalation_failed
+        if near and answer.stage != number:
+            continue
+        assert (answer.stage, answer.label) == (number, label)
+        assert answer.confidence == pytest.approx(confidence, abs=TOLERANCE)
+        assert answer.failure_probability == pytest.approx(failure, abs=TOLERANCE)
+        threshold = np.float32(cascade.checkpoints[number - 1].threshold)
+        assert answer.accept == (np.float32(answer.failure_probability) < threshold)
+        stages.append(number)
+    return stages
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_answers_are_those_of_the_eager_models_and_the_rule(served, cascade, images, protocol):
+    url = served.grpc if protocol == "grpc" else f"http://{served.http}"
+    with Client(url, model="vilu_cascade", batch_size=5) as client:
+        answers = client.ask(images)
+    stages = same(answers, images, cascade)
+    assert len(images) - 1 <= len(stages)
+    assert {1, 2} == set(stages)
+    with Client(url, batch_size=5) as client:
+        first = client.ask(images)
+    for answer, alone in zip(answers, first, strict=True):  # the routing, bit for bit by what stage 1 says
+        assert answer.stage == (2 if alone.failure_probability > cascade.threshold else 1)
+        if answer.stage == 1:
+            assert (answer.label, answer.accept) == (alone.label, alone.accept)
+    assert first[0].stage is None
+
+
+def test_the_answers_without_a_server_are_the_same(cascade, images):
+    stages = [Predictor(one, clip=clip) for one, clip in zip(cascade.checkpoints, cascade.clips, strict=True)]
+    answers = CascadePredictor(stages, cascade.threshold)([images[0], b"no image", *images[1:]])
+    assert (answers[1].source, answers[1].stage) == ("image 1", None)
+    assert "not a JPEG" in str(answers[1].error)
+    assert answers[3].source == "image 3"
+    del answers[1]
+    assert set(same(answers, images, cascade)) == {1, 2}
+    with pytest.raises(UserError, match="at least two stages"):
+        CascadePredictor(stages[:1], 0.5)
+    with pytest.raises(UserError, match=r"must be in \[0, 1\]"):
+        CascadePredictor(stages, 1.5)
+    with pytest.raises(UserError, match="different classes"):
+        CascadePredictor([stages[0], Predictor(cascade.checkpoints[1], clip=cascade.clips[1], classes=["a", "b"])], 0.5)
+
+
+def test_requests_ride_together_in_every_stage(served, cascade, images):
+    """One image a request, from many clients: both stages answer batches."""
+    with Client(served.grpc, model="vilu_cascade", batch_size=1, in_flight=32) as client:
+        asked = images * 4
+        answers = client.ask(asked)
+    assert len(same(answers, asked, cascade)) >= len(asked) - 4
+    text = metrics(served).decode()
+
+    def count(name, model):
+        return float(re.search(rf'^{name}{{model="{model}",.*}} (\S+)', text, re.MULTILINE)[1])
+
+    for model in ("clip_image", "stage2_clip_image"):
+        assert count("nv_inference_exec_count", model) < count("nv_inference_count", model)
+
+
+def test_labels_of_ones_own_and_details(served, cascade, images):
+    with Client(served.grpc, model="vilu_cascade", batch_size=7) as client:
+        stages = same(client.ask(images[:16], NAMES), images[:16], cascade, NAMES)
+        answers = client.ask(images, details=True)
+    assert len(stages) >= 15
+    assert {answer.stage for answer in answers} == {1, 2}
+    for answer in answers:
+        assert answer.class_set == "default@1"
+        assert answer.top[0] == (answer.label, pytest.approx(answer.confidence, abs=1e-5))
+        assert len(answer.concepts) == 5
+        assert answer.entropy is not None
+        assert -1 <= answer.entropy <= 0
+    with Client(served.grpc, model="vilu_cascade") as client:
+        (answer,) = client.ask(images[:1], NAMES, details=True)
+        assert {name for name, _ in answer.top} == set(NAMES)
+        (refused,) = client.ask(images[:1], embedding=True)
+    assert "IMAGE_EMBEDDING" in str(refused.error)
+
+
+def test_a_class_set_put_live_is_answered_by_both_stages(served, cascade, images, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(NAMES) + "\n", "utf-8")
+    (tmp_path / "token").write_text(CONTROL)
+    put = ("classes", "put", "pets", names, "--url", served.grpc, "--control-token", f"@{tmp_path / 'token'}")
+    done = vilu(*put)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Client(served.grpc, model="vilu_cascade", batch_size=4) as client:
+        answers = client.ask(images, class_set="pets")
+        assert client.run(get_set, "pets").classes == 4
+        rows = np.eye(4, 128, dtype=np.float32)
+        with pytest.raises(Exception, match="cascade has 2 CLIPs"):
+            client.run(put_set, "pets", NAMES, text_embeddings=rows, control_token=CONTROL)
+    same(answers, images, cascade, NAMES)
+    assert {answer.class_set for answer in answers} == {"pets@1"}
+    text = metrics(served).decode()
+    for name in ("default", "open", "pets"):
+        found = re.search(rf'^vilu_escalated_total{{[^}}]*class_set="{name}"[^}}]*}} (\S+)', text, re.MULTILINE)
+        if name != "open":  # all of the few images may be answered by stage 1
+            assert found is not None
+    counted = re.search(r'^vilu_escalated_total{[^}]*class_set="pets"[^}]*} (\S+)', text, re.MULTILINE)
+    assert counted is not None
+    assert float(counted[1]) == sum(answer.stage == 2 for answer in answers)
+    with Client(served.grpc, model="vilu_cascade") as client, pytest.raises(RequestRefused, match="is not served"):
+        client.ask(images[:1], class_set="none")[0].raise_for_error()
+
+
+def test_ask_over_http_and_by_the_command(served, cascade, images, tmp_path):
+    by_stage = {cascade.eager(image)[0]: image for image in images if not cascade.eager(image)[4]}
+    for number, image in by_stage.items():
+        status, _, found = send(served, "/ask?cascade=true", image)
+        assert (status, found["stage"], found["escalation_failed"]) == (200, number, False)
+        path = tmp_path / f"{number}.img"
+        path.write_bytes(image)
+        asked = vilu("ask", path, "--model", "vilu_cascade", "--json", "--url", served.grpc)
+        (answer,) = json.loads(asked.stdout)
+        assert (answer["stage"], answer["label"]) == (number, found["label"])
+    status, _, found = send(served, "/ask", by_stage[2])
+    assert "stage" not in found
+    assert send(served, "/ask?cascade=2", by_stage[1])[0] == 400
+
+
+def test_a_damaged_image_costs_the_others_nothing(served, cascade, images):
+    with Client(served.grpc, model="vilu_cascade", batch_size=4) as client:
+        answers = client.ask([images[0], b"no image", images[1]])
+    assert "not a JPEG" in str(answers[1].error)
+    same([answers[0], answers[2]], images[:2], cascade)
+
+
+@pytest.mark.slow
+def test_three_stages_served_as_vilu_and_recorded(cascade, larger, images, tmp_path, tower_cache):
+    (first, _), digits = cascade.checkpoints, data.digits("test").images[:96]
+    checkpoints = first, *(stage(larger, first.class_set.names, seed, 0.5) for seed in (3, 4))
+    clips, root = (*cascade.clips, larger), tmp_path / "model_repository"
+    threshold = float(failures(first, clips[0], digits).quantile(0.4))
+    with torch.no_grad():  # half of stage 2's answers are above the threshold, too
+        median = failures(checkpoints[1], larger, digits).median()
+        checkpoints[1].head.output_layer.bias += torch.logit(torch.tensor(threshold)) - torch.logit(median)
+    options = {"write": export, "precision": "float32", "max_batch_size": 8, "cache": tower_cache, "as_default": True}
+    report = export_cascade(checkpoints, clips, root, threshold=threshold, **options, version=4)
+    three = Cascade(root, checkpoints, clips, threshold, report)
+    assert len(report["cascade"]["stages"]) == 2
+    assert (versions.versions(root), versions.served(root)) == ([4], 4)
+    with serving(root, tmp_path, record=RecordOptions(str(tmp_path / "record"))) as (ports, _):
+        with Client(ports.grpc, batch_size=4) as client:
+            answers = client.ask(images, stage=True, details=True)
+            stages = same(answers, images, three)
+            assert client.ask(images[:1])[0].stage is None
+        assert send(ports, "/ask", images[0])[2]["stage"] == answers[0].stage
+    assert set(stages) == {1, 2, 3}
+    assert {answer.class_set for answer in answers} == {"default@4"}
+    rows = [row for path in sorted((tmp_path / "record").rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    router = load_config(root / "vilu_router" / "config.pbtxt").parameters["checkpoint"].string_value
+    assert {row["checkpoint"] for row in rows if "checkpoint" in row} == {router}
+
+
+def test_a_stage_that_does_not_load_is_one_line(cascade, tmp_path):
+    root = shutil.copytree(cascade.root, tmp_path / "model_repository")
+    (root / "stage2_vilu_head" / "1" / "labels.txt").unlink()
+    message = r"ended at start with code 1: stage2_vilu_head did not load \(Internal: .*labels.txt'\); see .*log$"
+    with pytest.raises(UserError, match=message), Server(root, log=tmp_path / "log"):
+        pass
+    shutil.rmtree(root / "stage2_clip_image")
+    with pytest.raises(UserError, match="names the model 'stage2_clip_image', which the repository lacks"):
+        own_server(root)
+
+
+@pytest.fixture
+def weak(cascade, tmp_path):
+    """A door over the cascade whose stage 2 may be waited for three seconds, by eight images."""
+    root = shutil.copytree(cascade.root, tmp_path / "model_repository")
+    config = load_config(root / "vilu_router" / "config.pbtxt")
+    config.parameters["escalation_seconds"].string_value = "3"
+    config.parameters["max_waiting"].string_value = "8"
+    save_config(root / "vilu_router", config)
+    with serving(root, tmp_path) as (ports, server):
+        yield ports, server
+
+
+@pytest.mark.slow
+def test_where_stage_2_is_slow_overloaded_or_dead_stage_1_answers_rejected(weak, cascade, images):
+    ports, server = weak
+    good = [image for image in images if cascade.eager(image)[0] == 1 and not cascade.eager(image)[4]]
+    doubtful = [image for image in images if cascade.eager(image)[0] == 2 and not cascade.eager(image)[4]][:8]
+    stub = stub_of(server.process.pid, "stage2_clip_image")
+
+    def failed(answers):
+        for answer in answers:
+            assert (answer.stage, answer.escalation_failed, answer.accept) == (1, True, False)
+
+    def total(reason):
+        found = re.findall(
+            rf'^vilu_escalation_failed_total{{.*reason="{reason}".*}} (\S+)', metrics(ports).decode(), re.M
+        )
+        return sum(map(float, found))
+
+    with Client(ports.grpc, model="vilu_cascade", batch_size=1, in_flight=8) as client:
+        same(client.ask(doubtful), doubtful, cascade)
+        os.kill(stub, signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(client.ask, doubtful)
+                time.sleep(0.3)
+                fast = client.ask(good[:8])  # these do not wait for those
+                failed(client.ask(doubtful[:2]))  # nor do these: eight wait already
+                assert not waiting.done()
+                failed(waiting.result())
+            same(fast, good[:8], cascade)
+            # tritonserver may find the process ill before the time is over
+            wait(lambda: total("timeout") + total("error") == 8)
+            wait(lambda: total("overloaded") == 2)
+        finally:
+            os.kill(stub, signal.SIGKILL)
+        failed(client.ask(doubtful))
+        same(client.ask(good[:8]), good[:8], cascade)
+        wait(lambda: total("timeout") + total("error") == 16)
