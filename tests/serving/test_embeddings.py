@@ -224,6 +224,18 @@ def test_the_command_asks_about_a_file(served, black_box, asked, tmp_path):
         np.testing.assert_allclose([row["outlier_score"] for row in rows], black_box.outlier.score(v), atol=1e-5)
 
 
+def test_what_would_be_refused_for_every_row_is_one_line(served, asked, tmp_path):
+    np.savez(tmp_path / "wide.npz", image_embedding=np.ones((9, DIM + 1)))
+    code, said = vilu("ask", "--embeddings", tmp_path / "wide.npz", "--url", served.grpc)
+    assert code == 1
+    assert said.count("shape") == 1
+    rows = asked[:3].copy()
+    rows[0] = np.nan
+    np.savez(tmp_path / "nan.npz", image_embedding=rows)
+    code, said = vilu("ask", "--embeddings", tmp_path / "nan.npz", "--url", served.grpc)
+    assert (code, said.count("accept") + said.count("reject"), said.count("not finite")) == (1, 2, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [("a.txt", "are read from .npz"), ("absent.npz", "no such file"), ("bad.npz", "cannot be read"),

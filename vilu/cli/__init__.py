@@ -80,6 +80,7 @@ def run(command: click.Command, name: str) -> None:
     """
     from vilu.cli import output
 
+    _open_closed()
     output.set_up()
     _print_anything()
     try:
@@ -111,6 +112,20 @@ def run(command: click.Command, name: str) -> None:
             output.failed(f"{name}: its output cannot be written ({error.strerror})")
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_closed() -> None:
+    """Open what a caller has closed of standard input, output and error, as "vilu ... >&-" does: it holds nothing.
+
+    Without this the next file that is opened would take its number, and what is printed would go there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, open(number, "w" if number else "r"))
 
 
 def _print_anything() -> None:

@@ -175,11 +175,23 @@ def unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
 
 
 def _about_rows(client: Client, rows: Any, chosen: dict[str, Any]) -> Iterator[Answer]:
-    """Yield the answers for image embeddings (N, D), some requests at a time."""
+    """Yield the answers for image embeddings (N, D), some requests at a time.
+
+    Raises:
+        RequestRefused: the first row is refused though it is good, and so would be all others, such as for their width.
+    """
     from dataclasses import replace
 
+    import numpy as np
+
+    from vilu.answers import RequestRefused
+
+    (first,) = client.ask_embeddings(rows[:1], **chosen)
+    if first.error is not None and np.isfinite(rows[0]).all() and rows[0].any():
+        raise RequestRefused(f"{first.source}: {first.error}")
+    yield first
     step = 1024
-    for start in range(0, len(rows), step):
+    for start in range(1, len(rows), step):
         for index, answer in enumerate(client.ask_embeddings(rows[start : start + step], **chosen), start):
             yield replace(answer, source=f"row {index}")
 

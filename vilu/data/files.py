@@ -11,6 +11,7 @@ import numpy as np
 from vilu.data.image_files import CONVERT, OTHERS, SUFFIXES, ignored, walk
 from vilu.data.source import FileSource
 from vilu.data.splits import no_split, split_named
+from vilu.data.tables import TABLES
 from vilu.errors import UserError
 
 
@@ -44,10 +45,13 @@ def open_folder(folder: Path, split: str) -> FileSource:
     else:
         _refuse_unnamed_splits(folder, names)
     others = _others(folder, names)
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES)
+    hint = f"; for captions name the table, such as {tables[0]}" if tables else ""
     if not names:
-        raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} files in class directories")
+        raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} files in class directories{hint}")
     if len(names) < 2:
-        hint = f"; is the data in {folder / names[0]}?" if len(_with_images(folder / names[0])) > 1 else ""
+        if len(_with_images(folder / names[0])) > 1:
+            hint = f"; is the data in {folder / names[0]}?"
         raise UserError(f"{folder}: needs at least two class directories with images, found 1{hint}")
     paths, labels, found = read_classes(folder, names)
     number = np.array([names.index(one) for one in found], np.int64)

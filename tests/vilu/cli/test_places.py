@@ -27,6 +27,14 @@ def test_a_full_output_is_one_line(arguments):
     assert run.stderr == "vilu: its output cannot be written (No space left on device)\n"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_traceback(closed, tmp_path):
+    command = f"'{sys.executable}' -m vilu --log-file '{tmp_path}/log' classes --help {closed}"
+    run = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (tmp_path / "log").read_text() == ""  # the file has not taken the number of a stream
+
+
 @pytest.fixture(autouse=True)
 def no_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["odd"])

@@ -262,6 +262,14 @@ def test_columns_of_other_names_and_absolute_paths(tmp_path):
         open_source(str(table))
 
 
+@pytest.mark.parametrize("image", ["images/0.jpg", "0.jpg"])
+def test_a_folder_with_a_table_names_it(tmp_path, image):
+    put(tmp_path / image)
+    put(tmp_path / "captions.tsv", b"")
+    with pytest.raises(UserError, match=r"for captions name the table, such as .*captions\.tsv$"):
+        open_source(str(tmp_path))
+
+
 def test_parquet_in_capitals(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
