@@ -122,7 +122,8 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
         The models that were loaded.
 
     Raises:
-        UserError: as `use` does; versions of different CLIPs, between which only a restart keeps answers whole.
+        UserError: as `use` does; versions of different CLIPs, or a version that lacks an output (the outlier score),
+            where only a restart keeps answers whole.
         RequestRefused: a model that did not load.
         AccessDenied, ServerUnavailable: as `AsyncClient` does.
     """
@@ -133,7 +134,6 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
     before = served(repository)
     names = [model for model in models(repository) if not EMBEDDING.fullmatch(model)]
     ensembles = {model for model in names if load_config(repository / model / CONFIG).platform == "ensemble"}
-    fewer = False
     if version in present:
         embedding = [model for model in models(repository) if EMBEDDING.fullmatch(model)]
         different = [model for model in embedding if _differ(repository / model, running, version)]
@@ -142,11 +142,18 @@ async def switch(client: AsyncClient, repository: Path, version: int, *, control
                 f"versions {running} and {version} differ in {', '.join(different)}: during the change an answer could "
                 f"come from both; `vilu versions {repository} --use {version}` without --live, and restart the server"
             )
-        # The server takes an ensemble away whose step no longer gives what the ensemble names. So ensembles come after
-        # their steps, unless they give fewer outputs than before (no outlier score).
-        fewer = any(_outputs(repository, m, running) - _outputs(repository, m, version) for m in ensembles)
+        # A request under way asks its ensemble's steps for every output that the ensemble has.
+        lacking = {
+            name for m in ensembles for name in _outputs(repository, m, running) - _outputs(repository, m, version)
+        }
+        if lacking:
+            raise UserError(
+                f"version {version} does not give {', '.join(sorted(lacking))} as version {running} does: during the "
+                f"change an answer could be lost; `vilu versions {repository} --use {version}` without --live, and "
+                "restart the server"
+            )
     use(repository, version)
-    names.sort(key=lambda model: (model in ensembles) != fewer)
+    names.sort(key=lambda model: model in ensembles)  # after their steps
     tried: list[str] = []
     try:
         for model in names:

@@ -1,5 +1,6 @@
 """Versions beside each other, one served, and the way back; with the real server."""
 
+import asyncio
 import json
 import shutil
 import threading
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from vilu import UserError, save_checkpoint
 from vilu.cli import group
 from vilu.export import export, versions
+from vilu.export.model_config import load_config, save_config
 from vilu.export.threshold import add_threshold
 from vilu.serving import AccessDenied, AsyncClient, Client, RequestRefused, Server
 from vilu.serving.access import Access
@@ -24,13 +26,12 @@ PUT = "class_sets/sets/pets@1"  # a class set that was put while a server ran
 
 @pytest.fixture(scope="module")
 def two(repository, clip, checkpoint, tmp_path_factory):
-    """The shared export, whose checkpoint has an outlier score, with a second version of another threshold and without
-    that score beside its first."""
+    """The shared export with a second version, of another threshold, beside its first."""
     root = tmp_path_factory.mktemp("versions") / "model_repository"
     shutil.copytree(repository, root, ignore=shutil.ignore_patterns("sets"))  # that other tests put there
     (root / PUT).parent.mkdir()
     (root / PUT).write_bytes(b"{}")
-    export(replace(checkpoint, threshold=1.0, outlier=None), root, clip=clip, max_batch_size=8, version=2)
+    export(replace(checkpoint, threshold=1.0), root, clip=clip, max_batch_size=8, version=2)
     return root
 
 
@@ -122,8 +123,6 @@ def test_a_running_server_changes_version_there_and_back_again(copy, photos, tmp
                 for labels in (None, ["red circle", "blue star"]):
                     for answer in client.ask(photos[:4], labels, details=True):
                         assert answer.raise_for_error().accept == (answer.failure_probability < threshold[version])
-                    (scored,) = client.ask(photos[:1], labels, outlier_score=True)
-                    assert (scored.outlier_score is None) == (version == 2) == ("OUTLIER_SCORE" in (scored.error or ""))
                 time.sleep(0.3)
         for one in asking:
             assert not one.errors
@@ -177,6 +176,28 @@ def test_a_version_that_cannot_be_added(two, clip, checkpoint, version):
     with pytest.raises(UserError, match=r"has a version|at least 1"):
         export(checkpoint, two, clip=clip, version=version)
     assert files(two) == before
+
+
+def test_a_live_change_to_a_version_with_fewer_outputs_is_refused(copy):
+    """A request under way would ask the new step for an output that only the old one has."""
+
+    class Running:
+        url = "server"
+
+        async def versions(self, model):
+            return [2]
+
+    path = copy / "vilu" / "1" / "config.pbtxt"
+    config = load_config(path)
+    kept = [output for output in config.output if output.name != "OUTLIER_SCORE"]
+    assert len(kept) == len(config.output) - 1
+    del config.output[:]
+    config.output.extend(kept)
+    save_config(path.parent, config)
+    before = files(copy)
+    with pytest.raises(UserError, match=r"version 1 does not give OUTLIER_SCORE as version 2 does: .* restart"):
+        asyncio.run(versions.switch(Running(), copy, 1))
+    assert files(copy) == before
 
 
 def test_another_set_of_models_is_refused(copy, repository, tmp_path):
