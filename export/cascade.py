@@ -38,6 +38,9 @@ ROUTER = "vilu_router"
 # What a later stage brings into the repository; the first stage decodes images and keeps class sets for all.
 STAGE_MODELS = ("clip_image", "clip_text", "tokenize", "vilu_text", "vilu_head", "vilu_embeddings", "vilu_details")
 ESCALATION_SECONDS = 10.0
+# Requests that wait for later stages. The front door has 64 under way at a time: where a stage hangs, a quarter is left
+# for the images that do not go on.
+WAITING = 48
 DETAILS = models.DETAIL_TENSORS  # without embeddings and outlier scores: those of two CLIPs cannot be compared
 STAGE: Tensors = {"STAGE": ("TYPE_INT32", [1]), "ESCALATION_FAILED": ("TYPE_BOOL", [1])}
 
@@ -257,7 +260,7 @@ def _write_router(
             "intra_op_thread_count": "1",
             "cascade_threshold": repr(threshold),
             "stages": json.dumps(list(about)),
-            "max_waiting": str(stages[0].limits.max_queue),
+            "max_waiting": str(min(stages[0].limits.max_queue or WAITING, WAITING)),
             "escalation_seconds": repr(float(seconds)),
             "checkpoint": hashlib.sha256(repr((threshold, [one.checkpoint for one in stages])).encode()).hexdigest(),
         },

@@ -273,17 +273,18 @@ def test_a_stage_that_hangs_costs_its_own_images_alone(make):
     towers = Towers(failure)
     towers.hold.clear()
     router, counted = make(towers, max_waiting="2", escalation_seconds="1.5")
-    slow, calm, full = Request([1, 2], failure), Request([0], failure), Request([0, 3], failure)
-    Request.run(router, [slow])
+    slow, other = Request([1, 2], failure), Request([2], failure)
+    calm, full = Request([0], failure), Request([0, 3], failure)
+    Request.run(router, [slow, other])
     Request.run(router, [calm, full])
     assert calm.answered()["STAGE"].tolist() == [[1]]
-    found = full.answered()  # two wait already
+    found = full.answered()  # two requests wait already
     assert found["ESCALATION_FAILED"].tolist() == [[False], [True]]
     assert not slow.done.is_set()
     found = slow.answered()
     assert found["STAGE"].tolist() == [[1], [1]]
     assert found["ACCEPT"].tolist() == [[False], [False]]
-    for reason, images in (("timeout", 2), ("overloaded", 1)):
+    for reason, images in (("timeout", 3), ("overloaded", 1)):
         wait(lambda: counted.get(("vilu_escalation_failed_total", "2", reason, "pets")) == images)  # noqa: B023
     towers.hold.set()  # the stage answers again; its late answers change nothing
     wait(lambda: not router.waiting)

@@ -40,6 +40,7 @@ class Question:
         answered: (B, 2 + D): the stage, the class set's version and the stage's image embedding, for the details. D is
             the largest stage's, and shorter embeddings end in zeros.
         open: the images that are going on.
+        going: how many images the calls to later stages are about.
         sender: of the response, for a request with such images.
     """
 
@@ -55,6 +56,7 @@ class Question:
         self.answered[:, 2 : 2 + first.shape[1]] = first
         doubt = self.columns["FAILURE_PROBABILITY"].reshape(-1).astype(np.float64)
         self.open = set(np.flatnonzero(doubt > threshold).tolist())
+        self.going = 0
         self.sender = request.get_response_sender() if self.open else None
         self.lock = threading.Lock()
 
@@ -147,7 +149,7 @@ class TritonPythonModel(head.Head):
         self.details_pool = ThreadPoolExecutor(4)  # a stage that hangs does not hold up the others' details
         self.counters = Escalations(args)
         self.lock = threading.Lock()
-        self.waiting = 0  # images that go on
+        self.waiting = 0  # requests that wait for later stages
         self.logged = float("-inf")
         self.deadlines: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -182,6 +184,11 @@ class TritonPythonModel(head.Head):
                 if not question.open:
                     responses[place] = question.response()
                     continue
+                if not self._enter(question):
+                    going = [Going(question, row, {}, None) for row in sorted(question.open)]
+                    self._count("vilu_escalated_total", going, stage="2")
+                    self._give_up(going, 2, "overloaded", f"{self.most} requests wait already")
+                    continue
                 name = sets.requested_set(request)
                 for going in self._going(request, question):
                     width = 0 if going.labels is None else len(going.labels)
@@ -206,25 +213,30 @@ class TritonPythonModel(head.Head):
 
     def _go_on(self, class_set: str, images: list[Going]) -> None:
         self._count("vilu_escalated_total", images, stage="2")
+        self.pool.submit(self._ask, class_set, images)
+
+    def _enter(self, question: Question) -> bool:
+        """Count a request among those that wait for later stages, unless these are too many."""
+        question.going = len(question.open)
         with self.lock:
-            full = bool(self.most) and self.waiting + len(images) > self.most
-            self.waiting += 0 if full else len(images)
-        if full:
-            self._give_up(images, 2, "overloaded", f"{self.most} images wait already")
-        else:
-            self.pool.submit(self._ask, class_set, images)
+            if self.most and self.waiting >= self.most:
+                return False
+            self.waiting += 1
+            return True
 
     def _ask(self, class_set: str, images: list[Going]) -> None:
         """Ask the later stages, one after another, about images of one class set or with equally many labels."""
-        number = len(images)
+        every = images
         try:
             for stage in range(1, len(self.stages)):
                 images = [image for image in images if image.row in image.question.open]  # not given up meanwhile
                 if images:
                     images = self._ask_stage(stage, class_set, images)
         finally:
-            with self.lock:
-                self.waiting -= number
+            with self.lock:  # a request whose time is over waits on until the calls about it have ended
+                for image in every:
+                    image.question.going -= 1
+                    self.waiting -= image.question.going == 0
 
     def _ask_stage(self, stage: int, class_set: str, images: list[Going]) -> list[Going]:
         """Ask one stage, `stage` counted from 0. Return the images that go on."""
