@@ -181,11 +181,13 @@ def test_a_version_that_cannot_be_added(two, clip, checkpoint, version):
 def test_a_live_change_to_a_version_with_fewer_outputs_is_refused(copy):
     """A request under way would ask the new step for an output that only the old one has."""
 
-    class Running:
-        url = "server"
-
+    class Running(AsyncClient):
         async def versions(self, model):
             return [2]
+
+    async def change():
+        async with Running() as client:
+            await versions.switch(client, copy, 1)
 
     path = copy / "vilu" / "1" / "config.pbtxt"
     config = load_config(path)
@@ -196,7 +198,7 @@ def test_a_live_change_to_a_version_with_fewer_outputs_is_refused(copy):
     save_config(path.parent, config)
     before = files(copy)
     with pytest.raises(UserError, match=r"version 1 does not give OUTLIER_SCORE as version 2 does: .* restart"):
-        asyncio.run(versions.switch(Running(), copy, 1))
+        asyncio.run(change())
     assert files(copy) == before
 
 
