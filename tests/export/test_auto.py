@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,5 +113,6 @@ def test_a_large_tower_is_timed_on_smaller_batches(monkeypatch):
         def run(self, names, feed):
             assert len(feed["PIXELS"]) == 1
 
+    tower: Any = Tower()
     pixels = np.zeros((16, 2, 2, 3), np.uint8)
-    assert [auto._fitting(Tower(), pixels, 8.0) for _ in range(3)] == [4, 1, 16]
+    assert [auto._fitting(tower, pixels, 8.0) for _ in range(3)] == [4, 1, 16]
