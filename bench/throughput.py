@@ -42,7 +42,7 @@ from bench.loadtest.load_generator import Load, request
 from bench.loadtest.processes import Processes
 from bench.throughput_report import document, picture, print_report
 from bench.throughput_rows import BATCH, Reference, Row, Served, Timing, targets
-from vilu import load_checkpoint, load_clip
+from vilu import load_checkpoint, load_clip, tiny
 from vilu.cli.progress import progress_bar
 from vilu.clip import Clip, load_clip_for
 from vilu.data.pipeline import cores
@@ -247,7 +247,7 @@ def run(
                     raise UserError(f"{ckpt}: names no CLIP and no classes")
                 clip = load_clip_for(checkpoint, ckpt)
             else:
-                clip = load_clip(clip_name, pretrained or (None if clip_name == "vilu-tiny" else "random"))
+                clip = load_clip(clip_name, pretrained or (None if clip_name in tiny.FOLDERS else "random"))
                 checkpoint = stand_in(clip, images if quick else jpegs)
             about |= {"clip": clip.spec.name, "pretrained": clip.spec.pretrained,
                       "classes": len(checkpoint.class_set.names) if checkpoint.class_set else CLASSES}  # fmt: skip

@@ -58,7 +58,7 @@ def draw_sample(
     """
     needed = MIN_INPUTS + (MIN_CALIBRATION if calibrate else 0)
     if images is None:
-        if calibrate and clip.spec.name != tiny.NAME:
+        if calibrate and clip.spec.name not in tiny.FOLDERS:
             raise UserError("int8 is calibrated on your own images: give --images")
         images, labels = _embedded(names, MIN_INPUTS + (CALIBRATION if calibrate else 0))
     if len(images) < needed:

@@ -49,7 +49,7 @@ ANOTHER_CLIP = 0.7  # a lower cosine of class embeddings means another CLIP; oth
 class ClipSpec:
     """The CLIP that a head was trained on.
 
-    name: open_clip model name, "vilu-tiny", or "local-dir:FOLDER".
+    name: open_clip model name, "vilu-tiny", "vilu-tiny-large", or "local-dir:FOLDER".
     pretrained: open_clip tag or weights file; None where the name already determines the weights.
     logit_scale: factor that CLIP puts on the cosine v · t before the softmax.
     fingerprint: SHA-256 of the weights in hexadecimal; "" where it is not known.

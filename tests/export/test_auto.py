@@ -1,7 +1,10 @@
 """The precision that is chosen by measurement, and what is not offered."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from vilu import UserError
@@ -100,3 +103,16 @@ def test_each_int8_graph_is_made_for_its_provider(tmp_path, tower_cache, reposit
     sample = draw_sample(clip, checkpoint.class_set.names, None, None, calibrate=True)
     paths = [auto._tower(clip, sample, tmp_path, auto.Cache(tower_cache), "int8", p) for p in ("cpu", "openvino")]
     assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+def test_a_large_tower_is_timed_on_smaller_batches(monkeypatch):
+    clock = iter([0.0, 0.5, 0.0, 40.0, 0.0, 1e-3])
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    class Tower:
+        def run(self, names, feed):
+            assert len(feed["PIXELS"]) == 1
+
+    tower: Any = Tower()
+    pixels = np.zeros((16, 2, 2, 3), np.uint8)
+    assert [auto._fitting(tower, pixels, 8.0) for _ in range(3)] == [4, 1, 16]

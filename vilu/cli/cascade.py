@@ -1,10 +1,14 @@
-"""What `vilu calibrate --cascade` does: it chooses the threshold above which the next, larger CLIP is asked."""
+"""What `vilu calibrate --cascade` and `vilu eval --cascade` do.
+
+The first chooses the threshold above which the next, larger CLIP is asked; the second draws accuracy against cost.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +71,7 @@ def choose_threshold(
             return within_risk(stages, target_risk, confidence)
         return within_margin(stages, margin, confidence)
 
-    by_method = {
-        name: [_stage(ckpt, held, cost, name) for (ckpt, _), held, cost in zip(loaded, sets, costs, strict=True)]
-        for name in ("P(failure)", "MCM")
-    }
+    by_method = _stages(loaded, sets, costs, ("P(failure)", "MCM"))
     found = choose(by_method["P(failure)"])
     what = f"risk {found.target:.2%}" if found.rule == "risk" else f"a loss of {found.target:.2%}"
     shares = ", ".join(f"{share:.1%} to stage {number}" for number, share in enumerate(found.reached[1:], 2))
@@ -102,6 +103,74 @@ def choose_threshold(
         say(f"{output}: written")
     if as_json:
         said.result(json.dumps(note))
+
+
+def compare(
+    paths: Sequence[Path],
+    source: Source,
+    cache: Path | None,
+    dtype: str,
+    *,
+    drop_known: bool,
+    margin: float,
+    resamples: int,
+    seed: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare cascades by P(failure), MCM, entropy and at random, and each model alone; print tables, write a report.
+
+    Args:
+        paths: a checkpoint for each stage, the smallest CLIP first.
+        source: the images.
+        cache: folder of the embeddings; None: they are not kept.
+        dtype: number type of the embeddings.
+        drop_known: leave out the samples that a head was trained on.
+        margin: accuracy that a cascade may lose against its last stage alone.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap and of the random doubt.
+        output: folder of the report.
+        as_json: print the results as JSON instead of tables.
+    """
+    from rich.console import Console
+
+    from vilu.cli.tables import WIDE, print_cascade
+    from vilu.clip.cost import milliseconds, multiply_adds
+    from vilu.evaluation.cascade_curve import METHODS, Cost, cascade_curve
+    from vilu.evaluation.report import cascade as report
+    from vilu.evaluation.report.tables import HTML, check_output
+
+    if output is not None:
+        check_output(output)
+    loaded = [load_stage(path) for path in paths]
+    _same_classes(paths, [checkpoint for checkpoint, _ in loaded])
+    sets = _embed(paths, loaded, source, cache, dtype, drop_known)
+    costs = [Cost(multiply_adds(clip), milliseconds(clip)) for _, clip in loaded]
+    with progress_bar() as bar:
+        curve = cascade_curve(
+            sets[0].name,
+            [clip.spec.name for _, clip in loaded],
+            _stages(loaded, sets, [cost.milliseconds for cost in costs], tuple(METHODS), seed),
+            costs,
+            margin=margin,
+            resamples=resamples,
+            seed=seed,
+            progress=lambda done, total: bar("resampling", done, total),
+        )
+    settings = {
+        "checkpoints": ", ".join(map(str, paths)),
+        "test": source.name,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    if output is not None:
+        report.write(curve, output, settings)
+    if as_json:
+        said.result(json.dumps(report.as_json(curve, settings), allow_nan=False))
+        return
+    console = Console()
+    print_cascade(curve, console if console.is_terminal else Console(width=WIDE))
+    if output is not None:
+        said.result(f"{output / HTML}")
 
 
 def threshold_of(given: str, paths: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> tuple[float, Any]:
@@ -182,7 +251,7 @@ def _embed(
         with progress_bar() as bar:
             held = embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
         if held.captions:
-            raise UserError(f"{held.name}: a cascade is calibrated on classes, not on captions")
+            raise UserError(f"{held.name}: a cascade answers with classes, not with captions")
         check_fits(path, checkpoint, held)
         if checkpoint.samples is None:
             said.warn(f"{path}: does not say which samples it was trained on; {held.name} must not be among them")
@@ -202,12 +271,30 @@ def _embed(
     return [held[torch.isin(own, kept)] for held, own in zip(sets, rows, strict=True)]
 
 
-def _stage(checkpoint: Checkpoint, held: EmbeddedSet, cost: float, method: str) -> Stage:
+def _stages(
+    loaded: Sequence[tuple[Checkpoint, Clip]],
+    sets: Sequence[EmbeddedSet],
+    costs: Sequence[float],
+    methods: Sequence[str],
+    seed: int = 0,
+) -> dict[str, list[Stage]]:
+    """By method, the stages with this doubt."""
+    import numpy as np
+
     from vilu.evaluation.cascade import Stage
     from vilu.evaluation.evaluate import confidences, correct
-    from vilu.scores import MCM, ViLU
+    from vilu.scores import MCM, Entropy, ViLU
 
-    score = ViLU(checkpoint.head)
-    found = confidences({"P(failure)": score, "MCM": MCM()}, held)
-    accepted = 1 - found["P(failure)"] < checkpoint.threshold
-    return Stage(1 - found[method], correct(held), cost, accepted)
+    rng = np.random.default_rng(seed)
+    by_method: dict[str, list[Stage]] = {name: [] for name in methods}
+    for (checkpoint, _), held, cost in zip(loaded, sets, costs, strict=True):
+        scores = {"P(failure)": ViLU(checkpoint.head), "MCM": MCM(), "Entropy": Entropy()}
+        found = confidences(scores, held)
+        # The entropy's confidence is in [−1, 0], the others' in [0, 1].
+        doubt = {name: -value if name == "Entropy" else 1 - value for name, value in found.items()}
+        doubt["random"] = rng.random(len(held))
+        accepted = doubt["P(failure)"] < checkpoint.threshold
+        right = correct(held)
+        for name in methods:
+            by_method[name].append(Stage(np.clip(doubt[name], 0, 1), right, cost, accepted))
+    return by_method

@@ -32,12 +32,25 @@ CURVE_RESAMPLES = 400  # the most for a learning curve, which resamples for ever
 
 
 @click.command("eval", cls=Command, extra="train")
+@click.argument("stages", nargs=-1, type=PATH, metavar="[CHECKPOINT]...")
+@click.option(
+    "--cascade",
+    is_flag=True,
+    help="Compare cascades instead: name a checkpoint for each stage, the smallest CLIP first. Accuracy is drawn "
+    "against cost for cascades by P(failure), by MCM, by entropy and at random, and for each CLIP alone.",
+)
+@click.option(
+    "--margin",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.005,
+    show_default=True,
+    help="Accuracy that a cascade may lose against its last stage alone, a fraction: costs are compared there.",
+)
 @click.option(
     "--ckpt",
     "ckpts",
     type=PATH,
     multiple=True,
-    required=True,
     help="Checkpoint to evaluate. Give one for all test sets, or one for each.",
 )
 @click.option("--data", multiple=True, help="Image folder, caption table or shards to test on. Repeat it for several.")
@@ -123,6 +136,9 @@ CURVE_RESAMPLES = 400  # the most for a learning curve, which resamples for ever
 @clip_options
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON instead of tables.")
 def eval_command(
+    stages: tuple[Path, ...],
+    cascade: bool,
+    margin: float,
     ckpts: tuple[Path, ...],
     data: tuple[str, ...],
     datasets: tuple[str, ...],
@@ -160,7 +176,47 @@ def eval_command(
     The metrics are AUC, FPR95, risk and calibration. Baselines that learn are fitted on the train data; without it
     their rows say so. Several test sets are taken in the order --data, --dataset, --embeddings, and so are several
     train sets.
+
+    With --cascade it compares cascades of CLIPs on one data set: accuracy against cost, in multiply-adds and in
+    measured milliseconds.
     """
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if cascade:
+        from vilu.cli.cascade import compare
+        from vilu.data import open_source
+
+        if ckpts or len(stages) < 2:
+            raise UserError(
+                "--cascade takes two or more checkpoints, as in --cascade small.safetensors large.safetensors"
+            )
+        others = (embeddings, train_data, train_datasets, train_embeddings, outside_data, outside_datasets)
+        if any((*others, outside_embeddings, clip_name, pretrained, curve)) or len((*data, *datasets)) != 1:
+            raise UserError("--cascade takes one data set, --data or --dataset, and no other CLIP or data")
+        source = open_source(
+            data[0] if data else None,
+            dataset=datasets[0] if datasets else None,
+            root=root,
+            split=split,
+            cache=cache,
+            **columns,
+        )
+        compare(
+            stages,
+            source,
+            cache,
+            dtype,
+            drop_known=drop_known,
+            margin=margin,
+            resamples=resamples,
+            seed=seed,
+            output=output,
+            as_json=as_json,
+        )
+        return
+    if stages:
+        raise UserError(f"{stages[0]}: name the checkpoint with --ckpt, or give --cascade")
+    if not ckpts:
+        raise UserError("give --ckpt")
     from vilu.checkpoint import check_fits, load_checkpoint
     from vilu.data.splits import check_split
     from vilu.evaluation.evaluate import CANDIDATES, Case, evaluate, unique_names
@@ -193,7 +249,6 @@ def eval_command(
     sources: list[Source | None] = []
     curves: dict[str, LearningCurve] = {}
     with progress_bar() as bar:
-        columns = {"image_column": image_column, "caption_column": caption_column}
         reader = Reader(root, cache, dtype, "BayesVLM" in chosen, clip_name, pretrained, bar, columns)
         for test_of, train_of, checkpoint, path in zip(
             tests,

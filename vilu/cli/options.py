@@ -122,7 +122,7 @@ def _clip_options(default: str) -> Callable[[Decorated], Decorated]:
             "--clip",
             "clip_name",
             help="CLIP to use: an open_clip model name, local-dir:FOLDER (open_clip's layout), hf-dir:FOLDER (Hugging "
-            f"Face's) or vilu-tiny.  [default: {default}]",
+            f"Face's), vilu-tiny or vilu-tiny-large.  [default: {default}]",
         ),
         click.option("--pretrained", help="Weights of the CLIP: an open_clip tag, a local file, or 'random'."),
     )

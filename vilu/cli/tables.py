@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from vilu.cli import output
 
 if TYPE_CHECKING:
+    from vilu.evaluation.cascade_curve import CascadeCurve
     from vilu.evaluation.outside import Outside
     from vilu.evaluation.results import Evaluation, Result
     from vilu.serving import Answer
@@ -66,6 +67,21 @@ def print_outside(found: Sequence[Outside], console: Console) -> None:
         if one.both is not None:
             table.add_row("ViLU and outlier score", "", "", *map(percent, one.both))
         console.print(table)
+
+
+def print_cascade(curve: CascadeCurve, console: Console) -> None:
+    """Print a table of the models alone, and one of the cascades."""
+    from vilu.evaluation.report import cascade as report
+
+    tables = ((report.ALONE, report.alone_rows(curve)), (report.BEST, report.best_rows(curve)))
+    for head, rows in tables:
+        table = Table(
+            Column(head[0], no_wrap=True), *(Column(cell, justify="right") for cell in head[1:]), box=SIMPLE_HEAD
+        )
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    console.print(escape(f"{curve.name}: {report.caption(curve)}"))
 
 
 def _result_table(result: Result, width: int) -> Table:

@@ -1,4 +1,4 @@
-"""Load a CLIP: any of open_clip's models, a folder of open_clip or Hugging Face, or the embedded default."""
+"""Load a CLIP: any of open_clip's models, a folder of open_clip or Hugging Face, or an embedded one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
 
     Args:
         name: an open_clip model name ("ViT-B-32"), "local-dir:FOLDER" (open_clip's layout), "hf-dir:FOLDER" (what
-            transformers' `save_pretrained` wrote of a CLIPModel or SiglipModel), or "vilu-tiny".
+            transformers' `save_pretrained` wrote of a CLIPModel or SiglipModel), or an embedded one, "vilu-tiny" or
+            "vilu-tiny-large".
         pretrained: weights for an open_clip model name: an open_clip tag ("openai", which is downloaded), a local
             file (see `vilu.clip.files`), or "random", which is enough to measure speed and parity. OpenAI's own
             archives get QuickGELU, and other files do where the name asks for it ("ViT-B-32-quickgelu").
@@ -58,7 +59,7 @@ def load_clip(name: str = tiny.NAME, pretrained: str | None = None, *, fingerpri
     for kind in (LOCAL, FOLDER):
         if name.startswith(kind):
             name = kind + _absolute(name.removeprefix(kind))
-    source = f"{LOCAL}{tiny.FOLDER}" if name == tiny.NAME else name
+    source = f"{LOCAL}{tiny.FOLDERS[name]}" if name in tiny.FOLDERS else name
     if source.startswith((LOCAL, FOLDER)) and pretrained:
         raise UserError(f"CLIP {name}: brings its own weights, {pretrained!r} cannot be used with it")
     if source.startswith(FOLDER):

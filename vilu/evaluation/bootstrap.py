@@ -248,7 +248,7 @@ def _check_level(level: float) -> None:
         raise UserError(f"level must be in (0, 1), got {level}")
 
 
-def _counts(size: int, seed: int) -> Iterator[NDArray[np.intp]]:
+def resample_counts(size: int, seed: int) -> Iterator[NDArray[np.intp]]:
     """How often each of `size` samples is in a resample (size,), for one resample after another without end."""
     rng = np.random.default_rng(seed)
     while True:
@@ -276,7 +276,7 @@ def _resampled(
     # Sorted once: the metrics' own sort then meets sorted values, several times cheaper on 50,000 samples.
     orders = [np.argsort(confidence, kind="stable") for confidence in confidences]
     rows: list[list[float]] = []
-    for times in _counts(len(correct), seed):
+    for times in resample_counts(len(correct), seed):
         picks = [np.repeat(order, times[order]) for order in orders]
         try:
             rows.append([f(c[p], correct[p]) for f, c, p in zip(functions, confidences, picks, strict=True)])
@@ -290,7 +290,7 @@ def _resampled(
 def _count_blocks(correct: Bools, resamples: int, seed: int) -> Iterator[tuple[int, Floats]]:
     """(number of the first resample, counts (up to BLOCK, N)) until there are `resamples`."""
     size, any_side = len(correct), one_sided(correct)
-    drawn = (times for times in _counts(size, seed) if any_side or 0 < times @ correct < size)
+    drawn = (times for times in resample_counts(size, seed) if any_side or 0 < times @ correct < size)
     for at in range(0, resamples, BLOCK):
         block = np.empty((min(BLOCK, resamples - at), size))
         for row in block:

@@ -9,6 +9,10 @@ The captions of the "clip" split are noisy, as captions from the web are, and th
 backgrounds crimson is called red and navy is called blue, small hexagons are called circles, and some chalk digits are
 misread (7 as one, 9 as four, 8 as three). A CLIP trained on these captions is wrong there and yet confident, as a real
 CLIP is on styles and classes that the web describes badly. The labels are always right.
+
+Captions name the look-alike more often than the thing itself (75% of the time, chalk digits 70%), so that no CLIP can
+learn the right name there, however large it is: it is right on 82% of the shapes and 85% of the digits. `misnamed`
+changes these shares. The captions of the large embedded CLIP are better ones, as those of large CLIPs are.
 """
 
 from __future__ import annotations
@@ -87,12 +91,13 @@ def _scans() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     return scans.reshape(-1, 8, 8) / 16, labels.astype(np.int64), index
 
 
-def digits(split: str, seed: int = 0) -> ImageSet:
+def digits(split: str, seed: int = 0, misnamed: float | None = None) -> ImageSet:
     """Render each scan of a split once, in ink on paper or in chalk on a board, slightly turned and shifted.
 
     Args:
         split: one of SPLITS.
         seed: seed of the rendering. It does not change which scans are in the split.
+        misnamed: share of the misread chalk digits of the "clip" split; None for 0.7.
 
     Raises:
         ValueError: the split is unknown.
@@ -113,20 +118,26 @@ def digits(split: str, seed: int = 0) -> ImageSet:
         image = paper + mask * (ink - paper) + rng.normal(0, 10, (SIZE, SIZE, 1))
         images.append(np.clip(image, 0, 255).astype(np.uint8))
         word = int(labels[i])
-        if split == "clip" and chalk and word in MISREAD_IN_CHALK and rng.random() < 0.7:
+        if (
+            split == "clip"
+            and chalk
+            and word in MISREAD_IN_CHALK
+            and rng.random() < (0.7 if misnamed is None else misnamed)
+        ):
             word = MISREAD_IN_CHALK[word]
         captions.append(f"a photo of a handwritten {DIGITS[word]}.")
     names = tuple(f"handwritten {word}" for word in DIGITS)
     return ImageSet(np.stack(images), labels[chosen], names, captions)
 
 
-def shapes(split: str, count: int, seed: int = 0) -> ImageSet:
+def shapes(split: str, count: int, seed: int = 0, misnamed: float | None = None) -> ImageSet:
     """Draw random shapes. The label is colour and shape (36 classes); the caption also names the other attributes.
 
     Args:
         split: one of SPLITS.
         count: number of images.
         seed: seed of the images and captions.
+        misnamed: share of the captions of the "clip" split that name a look-alike where they can; None for 0.75.
 
     Raises:
         ValueError: the split is unknown.
@@ -150,17 +161,17 @@ def shapes(split: str, count: int, seed: int = 0) -> ImageSet:
     captions = []
     for c, s, t, z, b in zip(*picks.values(), strict=True):
         words = [sizes[z], TEXTURES[t], colours[c], SHAPES[s], backgrounds[b]]
-        captions.append(_caption(words, rng, noisy=split == "clip"))
+        captions.append(_caption(words, rng, split == "clip", 0.75 if misnamed is None else misnamed))
     names = tuple(f"{colour} {shape}" for colour in colours for shape in SHAPES)
     return ImageSet(images, picks["colour"] * len(SHAPES) + picks["shape"], names, captions)
 
 
-def _caption(words: list[str], rng: np.random.Generator, noisy: bool) -> str:
+def _caption(words: list[str], rng: np.random.Generator, noisy: bool, misnamed: float) -> str:
     size, texture, colour, shape, background = words
     if noisy:
-        if background in ("black", "mossy") and rng.random() < 0.75:
+        if background in ("black", "mossy") and rng.random() < misnamed:
             colour = LOOK_ALIKE_COLOURS.get(colour, colour)
-        if size == "small" and rng.random() < 0.75:
+        if size == "small" and rng.random() < misnamed:
             shape = LOOK_ALIKE_SHAPES.get(shape, shape)
         size, texture, background = (
             SYNONYMS.get(word, word) if rng.random() < 0.3 else word for word in (size, texture, background)

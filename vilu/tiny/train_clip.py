@@ -1,7 +1,9 @@
 """Train the embedded CLIP: `python -m vilu.tiny.train_clip --output DIR`.
 
-The script trains a small open_clip model with CLIP's contrastive loss (arXiv 2103.00020) on the images and captions of
-the "clip" split. The same seed gives the same weights on machines of the same kind.
+The script trains an open_clip model with CLIP's contrastive loss (arXiv 2103.00020) on the images and captions of the
+"clip" split. The same seed gives the same weights on machines of the same kind. `--clip vilu-tiny-large` trains the
+larger one of the two: it sees 64 pixels a side, and its captions name fewer look-alikes, because on the captions of
+the small one no CLIP can be right where most of them are wrong (see `vilu.tiny.data`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -23,7 +27,7 @@ from open_clip.tokenizer import default_bpe
 from PIL import Image
 from safetensors.torch import save_file
 
-from vilu import atomic
+from vilu import atomic, tiny
 from vilu.clip import load_clip
 from vilu.errors import UserError
 from vilu.preprocess.image import Transform, pixels
@@ -32,22 +36,47 @@ from vilu.tiny import data
 
 MERGES = 1500
 CONTEXT = 24
-CONFIG = {
-    "model_cfg": {
-        "embed_dim": 128,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 24},
-        "text_cfg": {"context_length": CONTEXT, "vocab_size": 512 + MERGES + 2, "width": 128, "heads": 4, "layers": 2},
-    },
-    "preprocess_cfg": {
-        "size": 32,
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.25, 0.25, 0.25],
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    },
-}
-TRANSFORM = Transform(32)
+MEAN, STD = 0.5, 0.25
 Progress = Callable[[str, int, int], None]
+
+
+def _config(size: int, width: int, layers: list[int]) -> dict[str, Any]:
+    text = {"context_length": CONTEXT, "vocab_size": 512 + MERGES + 2, "width": 128, "heads": 4, "layers": 2}
+    return {
+        "model_cfg": {
+            "embed_dim": 128,
+            "vision_cfg": {"image_size": size, "layers": layers, "width": width},
+            "text_cfg": text,
+        },
+        "preprocess_cfg": {
+            "size": size,
+            "mean": [MEAN] * 3,
+            "std": [STD] * 3,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a CLIP is made of and trained on.
+
+    config: open_clip's configuration.
+    steps: number of training steps.
+    misnamed: share of the captions that name a look-alike where captions do (see `vilu.tiny.data`); None for the
+        shares of the small CLIP.
+    """
+
+    config: dict[str, Any]
+    steps: int
+    misnamed: float | None = None
+
+
+PLANS = {
+    tiny.NAME: Plan(_config(32, 24, [1, 1, 1, 1]), steps=600),
+    tiny.LARGE: Plan(_config(64, 28, [1, 2, 2, 1]), steps=900, misnamed=0.2),
+}
 
 
 def write_tokenizer(path: Path) -> None:
@@ -56,8 +85,8 @@ def write_tokenizer(path: Path) -> None:
     path.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
 
 
-def small_pixels(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.stack([pixels(Image.fromarray(image), TRANSFORM) for image in images]))
+def _pixels(images: np.ndarray, transform: Transform) -> torch.Tensor:
+    return torch.from_numpy(np.stack([pixels(Image.fromarray(image), transform) for image in images]))
 
 
 @torch.no_grad()
@@ -67,7 +96,7 @@ def zero_shot(folder: Path, split: str, count: int = 2000) -> dict[str, float]:
     result = {}
     for name, images in (("digits", data.digits(split)), ("shapes", data.shapes(split, count))):
         t = clip.class_set(images.names).text_embeddings
-        v = clip.embed_images(small_pixels(images.images).split(256))
+        v = clip.embed_images(_pixels(images.images, clip.transform).split(256))
         result[name] = float(((v @ t.T).argmax(dim=1).numpy() == images.labels).mean())
     return result
 
@@ -79,6 +108,7 @@ def train(
     batch_size: int,
     count: int,
     *,
+    name: str = tiny.NAME,
     progress: Progress = lambda what, done, total: None,
 ) -> None:
     """Train a CLIP and write it in open_clip's layout. Nothing is written before the training has ended.
@@ -89,6 +119,7 @@ def train(
         steps: number of training steps.
         batch_size: number of images per step.
         count: number of shapes to draw. The number of rendered digits grows with it.
+        name: which of `PLANS` to train.
         progress: called with (what, done, total) after each step.
 
     Raises:
@@ -96,25 +127,25 @@ def train(
     """
     atomic.check_folder(folder)
     with tempfile.TemporaryDirectory() as staging:
-        _train(Path(staging), seed, steps, batch_size, count, progress)
+        _train(Path(staging), PLANS[name], seed, steps, batch_size, count, progress)
         folder.mkdir(exist_ok=True)
         for path in sorted(Path(staging).iterdir()):
             atomic.write(folder / path.name, path.read_bytes())
 
 
-def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int, progress: Progress) -> None:
+def _train(folder: Path, plan: Plan, seed: int, steps: int, batch_size: int, count: int, progress: Progress) -> None:
     rng = np.random.default_rng(seed)
     write_tokenizer(folder / "bpe.txt.gz")
-    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
     tokenize = open_clip.SimpleTokenizer(bpe_path=str(folder / "bpe.txt.gz"), context_length=CONTEXT)
     with seeded(seed):
-        model = open_clip.CLIP(**CONFIG["model_cfg"])
-    mean, std = 0.5, 0.25
+        model = open_clip.CLIP(**plan.config["model_cfg"])
 
     progress("drawing", 0, 1)
-    drawn = data.shapes("clip", count, seed)
-    renderings = [data.digits("clip", seed * 1000 + i) for i in range(max(1, count // 900))]
-    images = torch.cat([small_pixels(part.images) for part in (drawn, *renderings)])
+    drawn = data.shapes("clip", count, seed, misnamed=plan.misnamed)
+    renderings = [data.digits("clip", seed * 1000 + i, plan.misnamed) for i in range(max(1, count // 900))]
+    transform = Transform(plan.config["preprocess_cfg"]["size"])
+    images = torch.cat([_pixels(part.images, transform) for part in (drawn, *renderings)])
     captions = [caption for part in (drawn, *renderings) for caption in part.captions]
     if len(images) < batch_size:
         raise UserError(f"a batch of {batch_size} needs as many images; there are {len(images)}")
@@ -132,7 +163,7 @@ def _train(folder: Path, seed: int, steps: int, batch_size: int, count: int, pro
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * rate
         chosen = torch.from_numpy(rng.choice(len(images), batch_size, replace=False))
-        x = (images[chosen].permute(0, 3, 1, 2).float() / 255 - mean) / std
+        x = (images[chosen].permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
         v = F.normalize(model.encode_image(x), dim=-1)
         # Images with the same caption are all positives of that caption, which is encoded once.
         unique, which = tokens[chosen].unique(dim=0, return_inverse=True)
@@ -159,13 +190,22 @@ def main() -> None:
     """Train the embedded CLIP and print its zero-shot accuracy on the clip_val split."""
     parser = argparse.ArgumentParser(prog="python -m vilu.tiny.train_clip", description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--clip", choices=PLANS, default=tiny.NAME, help="which one to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights (default: %(default)s)")
-    parser.add_argument("--steps", type=_positive, default=600, help="number of steps (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, help="number of steps (default: the CLIP's own)")
     parser.add_argument("--batch-size", type=_positive, default=256, help="images per step (default: %(default)s)")
     parser.add_argument("--shapes", type=_positive, default=16000, help="shapes to draw (default: %(default)s)")
     given = parser.parse_args()
     try:
-        train(given.output, given.seed, given.steps, given.batch_size, given.shapes, progress=_print_progress)
+        train(
+            given.output,
+            given.seed,
+            given.steps or PLANS[given.clip].steps,
+            given.batch_size,
+            given.shapes,
+            name=given.clip,
+            progress=_print_progress,
+        )
         for name, accuracy in zero_shot(given.output, "clip_val").items():
             print(f"{name}: zero-shot accuracy {accuracy:.1%} on clip_val")
     except UserError as error:

@@ -13,7 +13,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from vilu.evaluation import metrics
+from vilu.evaluation import cascade_curve, metrics
+from vilu.evaluation.cascade_curve import CascadeCurve
 from vilu.evaluation.columns import BINS
 from vilu.evaluation.metrics import Floats, one_sided
 from vilu.evaluation.results import OURS, SIGNIFICANCE, Evaluation, LearningCurve, Result
@@ -34,7 +35,9 @@ COLOURS = {
     "ProbVLM": "#e377c2",
     "BayesVLM": "#ff7f0e",
     "ViLU": "#1f4fd8",
+    "random": "#17becf",
 }
+MARKERS = "o^sDvP*X"  # of the stages of a cascade
 RIGHT, WRONG = "#2c7fb8", "#d95f0e"
 
 
@@ -61,6 +64,35 @@ def figures(evaluation: Evaluation) -> dict[str, bytes]:
         if result.name in evaluation.curves:
             found[file_name("learning-curve", result.name, i)] = _png(_curve(evaluation.curves[result.name]))
     return found
+
+
+def cascade_figure(curve: CascadeCurve) -> bytes:
+    """Accuracy against multiply-adds and against milliseconds, as PNG: a line a doubt, and each model alone."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    kinds = (("multiply_adds", "million multiply-adds an image", 1e-6), ("milliseconds", "ms an image", 1.0))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, (key, title, unit) in zip(panels, kinds, strict=True):
+        for line in curve.lines:
+            cost = [unit * getattr(point.cost, key) for point in line.points]
+            style = _style(OURS if line.method == cascade_curve.OURS else line.method)
+            axis.plot(cost, [100 * point.accuracy.value for point in line.points], label=line.method, **style)
+            bounds = zip(*((100 * point.accuracy.low, 100 * point.accuracy.high) for point in line.points), strict=True)
+            axis.fill_between(cost, *bounds, color=style["color"], alpha=0.1, linewidth=0)
+        for number, (alone, marker) in enumerate(zip(curve.alone, MARKERS, strict=False), 1):
+            label = f"{_plain(alone.name)} alone (stage {number})"
+            place = unit * getattr(alone.cost, key), 100 * alone.accuracy.value
+            axis.plot(*place, marker, color="black", markersize=7, zorder=4, label=label)
+        wanted = 100 * (curve.alone[-1].accuracy.value - curve.margin)
+        label = f"{100 * curve.margin:g} points below the last stage"
+        axis.axhline(wanted, color="0.4", linewidth=0.8, linestyle=":", label=label)
+        axis.set(xlabel=title, xlim=(0, None))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(_plain(curve.name), fontsize=11)
+    return _png(figure)
 
 
 def file_name(kind: str, name: str, number: int, ending: str = "png") -> str:

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from vilu.evaluation.columns import COLUMNS
 from vilu.evaluation.report.formatting import best, caption, compared, percent, versions
@@ -68,10 +68,7 @@ def as_html(
         samples: by the name of a result, its single images.
         files: names of the files with every image's scores, each beginning with the number of its result.
     """
-    environment = Environment(
-        loader=PackageLoader("vilu.evaluation", "report"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("template.html").render(
+    return template("template.html").render(
         title=f"Failure prediction: {', '.join(result.name for result in evaluation.results)}",
         summary=summary(evaluation),
         sections=_sections(evaluation, images, samples or {}, files),
@@ -85,6 +82,14 @@ def as_html(
         definitions=_definitions(evaluation),
         settings={**evaluation.settings, **versions()},
     )
+
+
+def template(name: str) -> Template:
+    """A template of this folder, which escapes every text and refuses a name that it was not given."""
+    environment = Environment(
+        loader=PackageLoader("vilu.evaluation", "report"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template(name)
 
 
 def summary(evaluation: Evaluation) -> str:
