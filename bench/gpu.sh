@@ -50,7 +50,7 @@ for what in "$@"; do
         ;;
     tune)
         export -f bench && export python results
-        for kernel in attend_image attend_few attend_tile combine,combine_few,mlp_layer,mlp_layer_few,mlp_output; do
+        for kernel in attend_image attend_few attend_tile tail,tail_few; do
             step "tune-${kernel%%,*}" bash -c "bench --tune --kernels $kernel --dims 512 --shapes none"
         done
         cp kernels/tuning.json "$output/"

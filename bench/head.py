@@ -16,7 +16,7 @@ cut off. Rows are added to the output, in the place of older ones of the same sh
     python bench/head.py --tune --kernels attend_tile --dtypes bfloat16 --shapes none
     python bench/head.py --tune --kernels attend_tile --dtypes float32 --shapes none
     python bench/head.py --tune --kernels attend_few --dtypes bfloat16 --shapes none
-    python bench/head.py --tune --kernels combine,combine_few,mlp_layer,mlp_layer_few,mlp_output --shapes none
+    python bench/head.py --tune --kernels tail,tail_few --shapes none
     pytest -q -m gpu tests/kernels                                            # again, as tuned
     for d in 512 768; do for t in float32 float16 bfloat16; do for k in 10,1000 65536 1048576; do
         python bench/head.py --dims $d --dtypes $t --classes $k

@@ -7,10 +7,13 @@ For every launch of a plan the estimate is
     gap + max(round trips · trip + barriers · barrier + max(instructions / issue rate, products / matrix rate),
               bytes / bandwidth)
 
-(with the bytes' time added instead, where a loop is too short to overlap it). Instructions and barriers are counted in
-the SASS, loops times their iterations. The constants are below: data-sheet numbers and assumptions, none fitted to a
-run. Where bench/results/head-cuda.json has the measured time of a shape (`python bench/head.py` on a GPU), it stands
-beside the estimate.
+(with the bytes' time added instead, where a loop is too short to overlap it, and the partial sums' bytes in either
+case). Instructions and barriers are counted in
+the SASS, loops times their iterations. `tail` is the sum of its stages, each compiled alone, with a hand-over between:
+a fence that waits for stores (a round trip), the count's way to L2 (half), and the look that meets it (half a round
+trip late on average, and half a round trip back). The constants are below: data-sheet numbers and assumptions, none
+fitted to a run. Where bench/results/head-cuda.json has the measured time of a shape (`python bench/head.py` on a GPU),
+it stands beside the estimate.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,9 +40,11 @@ MEMORY, L2, L2_BYTES = 4.3e12, 5.5e12, 30 << 20  # bytes/s and the part of L2 th
 MMA, WGMMA = 600e12, 660e12  # operations/s that 16-bit mma.sync and wgmma are taken to reach, of a peak of 989e12
 TRIP = 0.24e-6  # a load's way to L2 and back when nothing overlaps it
 BARRIER = 40 / CLOCK
+HANDOVER = 2.5 * TRIP
+REGISTERS, SHARED, L2_TO_SM = 1 << 16, 227 << 10, 64 * CLOCK  # of a multiprocessor; bytes/s
 FIRST, GAP = 2.0e-6, 0.7e-6  # from a graph's start to the first kernel; between kernels, with dependent launch
 # Loads that wait for each other: its inputs, and what their values point to.
-ROUND_TRIPS = {"project": 1, "attend_image": 2, "attend_tile": 2, "combine": 2, "mlp_layer": 1, "mlp_output": 1}
+ROUND_TRIPS = {"project": 1, "attend_image": 2, "attend_tile": 2}
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,6 @@ def iterations(kernel: Kernel, plan: Plan, classes: int) -> tuple[int, int]:
             constants["TILE"] // max(_power(constants["D"]), _power(constants["W"])), 1
         )
         return -(-classes // (plan.splits * block)), -(-constants["D"] // constants.get("BLOCK_D", constants["D"]))
-    if kernel.function == "combine":
-        return -(-plan.splits // constants["BLOCK_S"]), 1
     width = constants.get("N_IN", constants.get("D", 0))
     return -(-width // constants["BLOCK_D"]), -(-width // constants["BLOCK_D"])
 
@@ -130,9 +133,44 @@ def seconds(kernel: Kernel, plan: Plan, folded: FoldedHead, shape: Shape) -> flo
         products = 2 * rows * shape.classes * (2 * constants["D"] + constants["W"])
         products *= 5 / 3 if constants.get("LOW") else 1
         products /= WGMMA if "wgmma" in done.ptx else MMA
-    if outer <= 2:  # nothing to overlap: the rows arrive, then they are used
-        return chain + memory + max(issue, products)
-    return max(chain + max(issue, products), memory)
+    sums = shape.images * plan.splits * constants["W"] * 4 / L2  # written here, read by `tail`
+    if outer > 2:
+        return max(chain + max(issue, products), memory) + sums
+    # Nothing but the loops inside overlaps the rows' way: they ask for the next chunk of a product while they use one.
+    late = memory
+    if inner > 2 and not constants.get("RESIDENT"):
+        late *= constants["W"] / columns if constants["FOLDED"] else 0.0
+    return chain + sums + late + max(issue, products, memory - late)
+
+
+def tail_seconds(kernel: Kernel, beside: Kernel, plan: Plan, folded: FoldedHead, shape: Shape) -> float:
+    """The estimate for `tail`, after the attention `beside`, where its first programs wait if both fit."""
+    variant, dtype = folded.variant, folded.text_embeddings.dtype
+    constants = dict(kernel.constants)
+    starts, few = constants["STARTS"], constants["BLOCK_M"] == 1
+    shared, registers, took = 0, 0, 0.0
+    for stage in range(len(starts) - 1):
+        programs = starts[stage + 1] - starts[stage]
+        alone = tuple(programs if i > stage else 0 for i in range(len(starts)))
+        made = replace(kernel, constants=tuple((constants | {"STARTS": alone}).items()))
+        done = aot.compile_kernel(made, variant, ARCH, stored=dtype, image=dtype)
+        code = disassemble(done.cubin)
+        shared, registers = max(shared, done.shared), max(registers, done.registers)
+        layer = stage + variant.first_layer_in_combine
+        outer = -(-plan.splits // constants["BLOCK_S"]) if stage == 0 else 1
+        if stage and not few and dtype != torch.float32:  # else its only loop looks at the counter
+            width = constants["D"] if layer == 1 else constants["WIDTHS"][layer - 2]
+            outer = -(-width // constants["BLOCK_D"])
+        busiest = -(-programs * kernel.grid[0] // MULTIPROCESSORS)
+        schedulers = min(4, done.num_warps * busiest)
+        took += executed(code, outer, 1, "BAR") * BARRIER + (TRIP if stage else 2 * TRIP)
+        took += executed(code, outer, 1) * done.num_warps * busiest / schedulers / CLOCK
+        took += HANDOVER if stage else shape.images * plan.splits * variant.value_dim * 4 / L2
+    first = aot.compile_kernel(beside, variant, ARCH, stored=dtype, image=dtype)
+    together = 32 * (first.registers * first.num_warps + registers * kernel.num_warps)
+    if few and (together > REGISTERS or first.shared + shared > SHARED):  # then it loads its weights now
+        took += TRIP + constants["CHUNK"] * constants["D"] * dtype.itemsize / L2_TO_SM
+    return took
 
 
 def _power(n: int) -> int:
@@ -151,8 +189,11 @@ def estimate(shape: Shape, dim: int = 512) -> list[tuple[str, float]]:
     )  # fmt: skip
     found = []
     for place, kernel in enumerate(plan.kernels):
-        took = seconds(kernel, plan, folded, shape)
-        if place == 0 and shape.layout == "folded":
+        if kernel.function == "tail":
+            took = tail_seconds(kernel, plan.kernels[place - 1], plan, folded, shape)
+        else:
+            took = seconds(kernel, plan, folded, shape)
+        if kernel.function == "project" and shape.layout == "folded":
             took = 0.0  # `attend_*` does not read it, and runs beside it
         found.append((kernel.name, 1e6 * (took + (GAP if place else FIRST))))
     return found

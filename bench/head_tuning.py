@@ -36,16 +36,13 @@ CANDIDATES: dict[str, dict[str, list[int]]] = {
         "BLOCK_M": [32, 64], "BLOCK_N": [16, 32, 64], "BLOCK_D": [32, 64, 128], "BLOCK_W": [64, 128],
         "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
     },
-    "combine": {"CHUNK": [16, 32, 64], "BLOCK_S": [16, 32, 64], "STAGES": [2, 4], "num_warps": [1, 2, 4]},
-    "combine_few": {"CHUNK": [8, 16, 32], "BLOCK_S": [16, 32, 64], "STAGES": [2, 4], "num_warps": [1, 2, 4]},
-    "mlp_layer": {"BLOCK_M": [16, 32], "BLOCK_N": [16, 32, 64], "BLOCK_D": [32, 64], "STAGES": [2, 3]},
-    "mlp_layer_few": {"BLOCK_N": [1, 2, 4], "num_warps": [1, 2, 4]},
-    "mlp_output": {"BLOCK_M": [16, 32], "BLOCK_D": [32, 64], "STAGES": [2, 3], "num_warps": [4, 8]},
+    "tail": {
+        "BLOCK_N": [16, 32, 64], "CHUNK": [32, 64, 128], "BLOCK_S": [16, 32, 64], "BLOCK_D": [32, 64], "STAGES": [2, 3],
+        "num_warps": [4, 8],
+    },
+    "tail_few": {"BLOCK_N": [4, 8, 16], "CHUNK": [4, 8, 16], "num_warps": [4, 8]},
 }  # fmt: skip
-TUNED_IMAGES = {
-    "attend_image": 1, "attend_few": 1, "attend_tile": 512, "combine": 64, "combine_few": 1, "mlp_layer": 64,
-    "mlp_layer_few": 1, "mlp_output": 64,
-}  # fmt: skip
+TUNED_IMAGES = {"attend_image": 1, "attend_few": 1, "attend_tile": 512, "tail": 64, "tail_few": 1}
 TUNED_CLASSES = {"folded": 1000, "plain": 65536}
 
 

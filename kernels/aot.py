@@ -103,8 +103,7 @@ def compile_kernel(kernel: Kernel, variant: Variant, arch: int, *, stored: torch
         )
     assert made.metadata.global_scratch_size == made.metadata.profile_scratch_size == 0
     registers, spilled = _usage(made.asm["cubin"])
-    values = dict(kernel.values)
-    arguments = tuple((values.get(name, name), kind) for name, kind in signature.items() if kind != "constexpr")
+    arguments = tuple((name, kind) for name, kind in signature.items() if kind != "constexpr")
     return Compiled(
         cubin=made.asm["cubin"],
         ptx=made.asm["ptx"],

@@ -23,8 +23,11 @@ import triton.language as tl
 from vilu.kernels.softmax_state import (
     FAR,
     LOWEST,
+    clear_counters,
     dot,
     merge,
+    row_sum,
+    row_tile,
     start_dependents,
     store_state,
     tile_dot,
@@ -85,7 +88,8 @@ def project(
 @triton.jit(do_not_specialize=["K"])
 def attend_image(
     v: tl.tensor, t: tl.tensor, query: tl.tensor, attended: tl.tensor, offsets: tl.tensor, u: tl.tensor,
-    state: tl.tensor, sums: tl.tensor, K: tl.tensor, logit_scale: tl.tensor, attention_scale: tl.tensor,
+    state: tl.tensor, sums: tl.tensor, counters: tl.tensor, K: tl.tensor,
+    logit_scale: tl.tensor, attention_scale: tl.tensor,
     D: tl.constexpr, W: tl.constexpr,
     ATTENDED: tl.constexpr, PROJECTED: tl.constexpr, FOLDED: tl.constexpr, RAGGED: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -94,7 +98,8 @@ def attend_image(
 
     v (B, D); t (K, D); query: keys (K, D) when FOLDED; attended (K, W) when FOLDED; offsets (B + 1,) when RAGGED;
     u (B, D) float32; out state (slots, B, splits) and sums (B, splits, W) float32, rows at multiples of 16.
-    Every row slot of a tile keeps a state of its own, and they merge once at the end.
+    Every row slot of a tile keeps a state of its own, and they merge once at the end. Tiles are [BLOCK, chunks, L] (see
+    `row_tile`). The counters (B, COUNTERS) are zeroed for `tail`.
     """
     start_dependents(PDL)
     i_b = tl.program_id(0).to(tl.int64)
@@ -105,9 +110,10 @@ def attend_image(
     DP: tl.constexpr = triton.next_power_of_2(D)
     WP: tl.constexpr = triton.next_power_of_2(W)
     BLOCK: tl.constexpr = max(TILE // max(DP, WP), 1)
-    d = tl.arange(0, DP)
-    c_w = tl.arange(0, WP)
-    m_d = d < D
+    LANES: tl.constexpr = 512 // (t.dtype.element_ty.primitive_bitwidth // 8)  # a warp's numbers, at 16 bytes a lane
+    L: tl.constexpr = min(DP, LANES)
+    LW: tl.constexpr = min(WP, LANES)
+    slot = tl.arange(0, BLOCK)
 
     begin = tl.zeros((), tl.int64)
     end = begin + K
@@ -118,13 +124,18 @@ def attend_image(
     lo = begin + i_s * share
     hi = tl.minimum(lo + share, end)
 
-    b_v = tl.load(v + i_b * D + d, m_d, 0.0).to(t.dtype.element_ty).to(tl.float32)  # [DP]
-    wait_for_inputs(PDL)
+    # Every slot has the image's numbers beside its own, so that no warp asks another: [BLOCK, DP / L, L].
+    b_v = row_tile(v + i_b * D + 0 * slot, slot >= 0, D, L).to(t.dtype.element_ty).to(tl.float32)
+    # `tail` waits for this kernel alone, so this one waits for `project`: first where it reads u, else last.
+    QUERY: tl.constexpr = ATTENDED and PROJECTED and not FOLDED
+    if QUERY:
+        wait_for_inputs(PDL)
+    if i_s == 0:
+        clear_counters(counters, i_b + tl.arange(0, 1), tl.arange(0, 1) == 0)
     b_u = b_v
-    if ATTENDED and PROJECTED and not FOLDED:
-        b_u = tl.load(u + i_b * ((D + 15) // 16 * 16) + d, m_d, 0.0)
+    if QUERY:
+        b_u = row_tile(u + i_b * ((D + 15) // 16 * 16) + 0 * slot, slot >= 0, D, L)
 
-    slot = tl.arange(0, BLOCK)
     b_m = tl.full((BLOCK,), LOWEST, tl.float32)
     b_r = tl.zeros((BLOCK,), tl.float32)
     b_l2 = tl.zeros((BLOCK,), tl.float32)
@@ -133,13 +144,12 @@ def attend_image(
     b_index = tl.full((BLOCK,), FAR, tl.int32)
     b_ma = tl.full((BLOCK,), LOWEST, tl.float32)
     b_la = tl.zeros((BLOCK,), tl.float32)
-    b_sum = tl.zeros((BLOCK, WP), tl.float32)
+    b_sum = tl.zeros((BLOCK, WP // LW, LW), tl.float32)
     for k in tl.range(lo, hi, BLOCK, num_stages=STAGES):
         row = k + slot
         live = row < hi
-        # [BLOCK, DP]
-        b_t = tl.load(t + row[:, None] * D + d[None, :], live[:, None] & m_d[None, :], 0.0).to(tl.float32)
-        b_s = tl.sum(b_t * b_v[None, :], 1)
+        b_t = row_tile(t + row * D, live, D, L).to(tl.float32)
+        b_s = row_sum(b_t * b_v)
         better = live & (b_s > b_best)
         b_best = tl.where(better, b_s, b_best)
         b_index = tl.where(better, (row - begin).to(tl.int32), b_index)
@@ -147,29 +157,28 @@ def attend_image(
         if ATTENDED:
             b_a = b_s * attention_scale
             if PROJECTED and FOLDED:
-                b_k = tl.load(query + row[:, None] * D + d[None, :], live[:, None] & m_d[None, :], 0.0)
-                b_a = tl.sum(b_k.to(tl.float32) * b_v[None, :], 1)
+                b_a = row_sum(row_tile(query + row * D, live, D, L).to(tl.float32) * b_v)
             elif PROJECTED:
-                b_a = tl.sum(b_t * b_u[None, :], 1)
+                b_a = row_sum(b_t * b_u)
             b_x = b_t
             if FOLDED:
-                m_a = live[:, None] & (c_w < W)[None, :]
-                b_x = tl.load(attended + row[:, None] * W + c_w[None, :], m_a, 0.0).to(tl.float32)
+                b_x = row_tile(attended + row * W, live, W, LW).to(tl.float32)
             top = tl.maximum(b_ma, tl.where(live, b_a, LOWEST))
             rise = tl.exp(b_ma - top)
             e = tl.where(live, tl.exp(tl.where(live, b_a - top, 0.0)), 0.0)
             b_la = b_la * rise + e
-            b_sum = b_sum * rise[:, None] + e[:, None] * b_x
+            b_sum = b_sum * rise[:, None, None] + e[:, None, None] * b_x
             b_ma = top
 
-    m, r, l2, le, best, first = merge(b_m, b_r, b_l2, b_le, b_best, b_index)
-    ma = tl.max(b_ma, 0)
-    scale = tl.exp(b_ma - ma)
-    la = tl.sum(b_la * scale, 0)
+    if not QUERY:
+        wait_for_inputs(PDL)
+    m, r, l2, le, best, first, ma, la = merge(b_m, b_r, b_l2, b_le, b_best, b_index, b_ma, b_la)
     place = i_b * n_s + i_s
     store_state(state, place, n_b * n_s, True, m, r, l2, le, best, first, ma, la, ATTENDED)
     if ATTENDED:
-        tl.store(sums + place * ((W + 15) // 16 * 16) + c_w, tl.sum(b_sum * scale[:, None], 0), c_w < W)
+        total = tl.sum(b_sum * tl.exp(b_ma - ma)[:, None, None], 0)  # [WP / LW, LW]
+        w = tl.arange(0, WP // LW)[:, None] * LW + tl.arange(0, LW)[None, :]
+        tl.store(sums + place * ((W + 15) // 16 * 16) + w, total, w < W)
 
 
 @triton.jit
@@ -223,7 +232,8 @@ def _update_tile(
 @triton.jit(do_not_specialize=["B", "K"])
 def attend_tile(
     v: tl.tensor, t: tl.tensor, query: tl.tensor, attended: tl.tensor, u: tl.tensor,
-    state: tl.tensor, sums: tl.tensor, B: tl.tensor, K: tl.tensor, logit_scale: tl.tensor, attention_scale: tl.tensor,
+    state: tl.tensor, sums: tl.tensor, counters: tl.tensor, B: tl.tensor, K: tl.tensor,
+    logit_scale: tl.tensor, attention_scale: tl.tensor,
     D: tl.constexpr, W: tl.constexpr,
     ATTENDED: tl.constexpr, PROJECTED: tl.constexpr, FOLDED: tl.constexpr, SHARED_SOFTMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -254,7 +264,10 @@ def attend_tile(
 
     p_v = v + b * D
     p_u = u + b * ((D + 15) // 16 * 16) if QUERY else p_v
-    wait_for_inputs(PDL)
+    if QUERY:  # else last, as in `attend_image`
+        wait_for_inputs(PDL)
+    if i_s == 0:
+        clear_counters(counters, b, m_b)
     b_v = ()
     b_u = ()
     b_u_low = ()
@@ -347,6 +360,8 @@ def attend_tile(
         b_la = 1 + b_r
     place = b * n_s + i_s
     n = B.to(tl.int64) * n_s
+    if not QUERY:
+        wait_for_inputs(PDL)
     store_state(state, place, n, m_b, b_m, b_r, b_l2, b_le, b_best, b_index, b_ma, b_la, ATTENDED)
     for i in tl.static_range(NW):
         o = i * BLOCK_W + c_w

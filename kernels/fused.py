@@ -1,8 +1,8 @@
 """Launch the fused head's kernels from PyTorch: one plan of launches a batch, on the current stream.
 
 The kernels are in attention.py and mlp.py; plan.py says which run. They pass intermediate values in scratch memory that
-belongs to one call, without counters or atomics, so calls on several streams, in CUDA graphs and in torch.compile do
-not meet.
+belongs to one call, counters included, which its own kernels zero: calls on several streams, in CUDA graphs and in
+torch.compile do not meet.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ KERNELS: dict[str, Any] = {
     "project": attention.project,
     "attend_image": attention.attend_image,
     "attend_tile": attention.attend_tile,
-    "combine": mlp.combine,
-    "mlp_layer": mlp.mlp_layer,
-    "mlp_output": mlp.mlp_output,
+    "tail": mlp.tail,
 }
 
 
@@ -75,8 +73,8 @@ def launch(
     values: dict[str, Any] = dict(tensors) | scales._asdict() | {name: scratch[start:] for name, start in plan.regions}
     values |= {"v": image_embedding, "t": t, "scores": scores, "index": index, "B": B, "K": K, "n_s": plan.splits}
     for place, kernel in enumerate(plan.kernels):
-        function, constants, names = KERNELS[kernel.function], dict(kernel.constants), dict(kernel.values)
-        arguments = {name: values[names.get(name, name)] for name in function.arg_names if name not in constants}
+        function, constants = KERNELS[kernel.function], dict(kernel.constants)
+        arguments = {name: values[name] for name in function.arg_names if name not in constants}
         options: dict[str, Any] = {}
         if not INTERPRETED:
             options = {"num_warps": kernel.num_warps, "maxnreg": kernel.registers}

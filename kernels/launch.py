@@ -15,7 +15,7 @@ from typing import Any
 
 from .plan import Variant, plan_launches
 
-FORMAT = 2
+FORMAT = 3
 PDL_ARCH = 90  # programmatic dependent launch came with compute capability 9.0
 KINDS = {"i32": ctypes.c_int, "fp32": ctypes.c_float}
 

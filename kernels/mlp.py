@@ -1,14 +1,16 @@
-"""Kernels of the second half: combine the splits, then the MLP as small matrix products over (images, outputs).
+"""The second half in one launch: merge the splits, then the MLP, its outputs spread over programs.
 
-    z = Σ_j α_j value_j,  h_1 = relu(hidden + W_1p t_pred + (W_1a W_V) z)      plain layout
-    h_1 = relu(hidden + predicted[pred] + z)                                    folded layout
+    z = Σ_j α_j value_j,  h_1 = relu(W_1v v + W_1p t_pred + (W_1a W_V) z + b_1)     plain layout
+    h_1 = relu(W_1v v + predicted[pred] + z + b_1)                                   folded layout
     h_i = relu(W_i h_{i-1} + b_i),  P(failure) = sigmoid(W h + b + prior · log((1 - max p) / max p))
 
-Weights do not depend on the kernels before, so the kernels of few images load them before they wait for their inputs.
+`tail` has a stage for each line, and every program belongs to one stage. It loads what no kernel writes (weights, the
+image), waits for the attention, then for the programs of the stage before, which count themselves in scratch. Programs
+wait only for programs of lower number, which a GPU starts first; so they need not all fit on it at once.
 """
 
-# Triton reads these functions as its own language; l is the formula's letter.
-# ruff: noqa: E741
+# Triton reads these functions as its own language: tuples grow by +; l is the formula's letter.
+# ruff: noqa: E741, RUF005
 # mypy: disable-error-code="assignment"
 
 from __future__ import annotations
@@ -20,18 +22,19 @@ from vilu.kernels.softmax_state import (
     ATTENTION_MAX,
     ATTENTION_SUM,
     BEST,
-    ENTROPY,
+    COUNTERS,
     FAR,
     INDEX,
     LEAST_ODDS,
     LOWEST,
-    MAX,
-    REST,
-    SQUARES,
-    merge,
+    load_state,
     relu,
+    row_sum,
+    row_tile,
+    signal,
     start_dependents,
     tile_dot,
+    wait_for_count,
     wait_for_inputs,
 )
 
@@ -53,163 +56,260 @@ def _store_scores(
     tl.store(index + i_b, tl.where(good, first, 0).to(index.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["K", "n_s"])
-def combine(
-    v: tl.tensor, t: tl.tensor, predicted: tl.tensor, packed: tl.tensor, offsets: tl.tensor,
-    state: tl.tensor, sums: tl.tensor, hidden: tl.tensor, t_pred: tl.tensor, z: tl.tensor, y: tl.tensor,
-    odds: tl.tensor, scores: tl.tensor, index: tl.tensor, K: tl.tensor, n_s: tl.tensor, prior: tl.tensor,
-    D: tl.constexpr, H: tl.constexpr, OFFSETS: tl.constexpr,
-    IMAGE: tl.constexpr, PREDICTED: tl.constexpr, ATTENDED: tl.constexpr, FIRST_LAYER: tl.constexpr,
-    RAGGED: tl.constexpr, MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:  # fmt: skip
-    """Merge an image's splits: grid (images, chunks of CHUNK columns and one more program, for the image's scores).
+@triton.constexpr_function
+def _lanes(n, dtype):
+    """Numbers of a weight's row of n that a warp loads at once, at 16 bytes a lane."""
+    return min(triton.next_power_of_2(n), 512 // (dtype.primitive_bitwidth // 8))
 
-    state (slots, B, n_s) and sums (B, n_s, W) of `attend_*`; hidden (B, H) of `project`; out scores (4, B), index (B,),
-    odds (B,) = prior · log((1 - max p) / max p), NaN where the image is not finite or has no class.
-    FIRST_LAYER (folded, or an MLP that sees the image alone): y (B, H) = h_1. Else t_pred and z (B, D) for `mlp_layer`.
-    All float32, rows at multiples of 16.
-    """
-    start_dependents(PDL)
-    i_b = tl.program_id(0).to(tl.int64)
-    n_b = tl.num_programs(0).to(tl.int64)
+
+@triton.jit
+def _row_products(w: tl.tensor, p_x: tl.tensor, yes: tl.tensor, N: tl.constexpr, L: tl.constexpr) -> tl.tensor:
+    """w @ x [R], for a `row_tile` w and x at the pointer p_x, where yes. Every warp loads x for itself."""
+    zero = tl.zeros((w.shape[0],), tl.int32)
+    x = row_tile(p_x + zero, yes & (zero == 0), N, L)
+    return row_sum(w.to(tl.float32) * x.to(tl.float32))
+
+
+@triton.jit
+def _image_products(
+    acc: tl.tensor, v: tl.tensor, packed: tl.tensor, WEIGHT: tl.constexpr, b: tl.tensor, B: tl.tensor, o: tl.tensor,
+    m_o: tl.tensor, N: tl.constexpr, BLOCK_M: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """W_1v v + acc [R] for each of BLOCK_M images from b on, v rounded to the weights' type."""
+    dtype: tl.constexpr = packed.dtype.element_ty
+    L: tl.constexpr = _lanes(N, dtype)
+    w = row_tile(packed + WEIGHT + o * N, m_o, N, L).to(tl.float32)
+    zero = tl.zeros(o.shape, tl.int32)
+    found = ()
+    for m in tl.static_range(BLOCK_M):
+        x = row_tile(v + (b + m) * N + zero, (b + m < B) & (zero == 0), N, L)
+        found = found + (acc + row_sum(w * x.to(dtype).to(tl.float32)),)
+    return found
+
+
+@triton.jit
+def _scores(
+    v: tl.tensor, t: tl.tensor, state: tl.tensor, odds: tl.tensor, scores: tl.tensor, index: tl.tensor,
+    i_b: tl.tensor, B: tl.tensor, n_s: tl.tensor, n: tl.tensor, prior: tl.tensor,
+    D: tl.constexpr, MAX_SPLITS: tl.constexpr,
+) -> None:  # fmt: skip
+    """CLIP's class, scores and odds of image i_b, whose class set has n rows."""
+    split = tl.arange(0, MAX_SPLITS)
+    places = B.to(tl.int64) * n_s
+    _, r, l2, le, _, first, _, _ = load_state(state, i_b * n_s + split, places, split < n_s, False)
+    d = tl.arange(0, triton.next_power_of_2(D))
+    b_v = tl.load(v + i_b * D + d, d < D, 0.0).to(t.dtype.element_ty).to(tl.float32)
+    good = (tl.min((tl.abs(b_v) < float("inf")).to(tl.int32), 0) > 0) & (n > 0)
+    _store_scores(scores, index, odds, i_b, B, n, good, prior, r, l2, le, first)
+
+
+@triton.jit
+def _combine(
+    t: tl.tensor, predicted: tl.tensor, state: tl.tensor, sums: tl.tensor, t_pred: tl.tensor, z: tl.tensor,
+    h: tl.tensor, b_h: tl.tensor, i_b: tl.tensor, o: tl.tensor, begin: tl.tensor, K: tl.tensor, B: tl.tensor,
+    n_s: tl.tensor, D: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, PREDICTED: tl.constexpr,
+    ATTENDED: tl.constexpr, FIRST_LAYER: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+) -> None:  # fmt: skip
+    """Columns o [CHUNK] of h_1 where FIRST_LAYER, after the image's share b_h; else of t_pred and z."""
     W: tl.constexpr = H if FIRST_LAYER else D
     WS: tl.constexpr = (W + 15) // 16 * 16
-    o = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     m_o = o < W
-    begin = tl.zeros((), tl.int64)
-    end = begin + K
-    if RAGGED:
-        begin = tl.maximum(tl.load(offsets + i_b).to(tl.int64), 0)
-        end = tl.minimum(tl.load(offsets + i_b + 1).to(tl.int64), K.to(tl.int64))
-    wait_for_inputs(PDL)
-
     split = tl.arange(0, MAX_SPLITS)
     m_s = split < n_s
+    n = B.to(tl.int64) * n_s
     p_state = state + i_b * n_s + split
-    n = n_b * n_s
-    if tl.program_id(1) == tl.num_programs(1) - 1:
-        _, r, l2, le, _, first = merge(
-            tl.load(p_state + MAX * n, m_s, LOWEST),
-            tl.load(p_state + REST * n, m_s, 0.0),
-            tl.load(p_state + SQUARES * n, m_s, 0.0),
-            tl.load(p_state + ENTROPY * n, m_s, 0.0),
-            tl.load(p_state + BEST * n, m_s, float("-inf")),
-            tl.where(m_s, tl.load(p_state + INDEX * n, m_s, 0.0).to(tl.int32, bitcast=True), FAR),
-        )
-        d = tl.arange(0, triton.next_power_of_2(D))
-        b_v = tl.load(v + i_b * D + d, d < D, 0.0).to(t.dtype.element_ty).to(tl.float32)
-        good = (tl.min((tl.abs(b_v) < float("inf")).to(tl.int32), 0) > 0) & (end > begin)
-        _store_scores(scores, index, odds, i_b, n_b, end - begin, good, prior, r, l2, le, first)
-    else:
-        if PREDICTED:
-            l_best = tl.load(p_state + BEST * n, m_s, float("-inf"))
-            l_index = tl.load(p_state + INDEX * n, m_s, 0.0).to(tl.int32, bitcast=True)
-            first = tl.min(tl.where(m_s & (l_best == tl.max(l_best, 0)), l_index, FAR), 0)
-            # A row of NaN never beats the first: keep the address inside the class set, the answer is NaN anyway.
-            first = tl.where(first == FAR, 0, first)
-            pred = tl.maximum(tl.minimum(begin + first, K - 1), 0)
-        b_z = tl.zeros((CHUNK,), tl.float32)
-        if ATTENDED:
-            p_max = state + ATTENTION_MAX * n + i_b * n_s
-            l_ma = tl.load(p_max + split, m_s, LOWEST)
-            ma = tl.max(l_ma, 0)
-            la = tl.sum(tl.exp(l_ma - ma) * tl.load(p_state + ATTENTION_SUM * n, m_s, 0.0), 0)
-            b_zs = tl.zeros((BLOCK_S, CHUNK), tl.float32)
-            for s in tl.range(0, n_s, BLOCK_S, num_stages=STAGES):
-                k = s + tl.arange(0, BLOCK_S)
-                m_k = k < n_s
-                # [BLOCK_S, CHUNK]
-                b_x = tl.load(sums + (i_b * n_s + k)[:, None] * WS + o[None, :], m_k[:, None] & m_o[None, :], 0.0)
-                b_zs += b_x * tl.exp(tl.load(p_max + k, m_k, LOWEST) - ma)[:, None]
-            b_z = tl.sum(b_zs, 0) / la
+    if PREDICTED:
+        l_best = tl.load(p_state + BEST * n, m_s, float("-inf"))
+        l_index = tl.load(p_state + INDEX * n, m_s, 0.0).to(tl.int32, bitcast=True)
+        first = tl.min(tl.where(m_s & (l_best == tl.max(l_best, 0)), l_index, FAR), 0)
+        # A row of NaN never beats the first: keep the address inside the class set, the answer is NaN anyway.
+        first = tl.where(first == FAR, 0, first)
+        pred = tl.maximum(tl.minimum(begin + first, K - 1), 0)
         if FIRST_LAYER:
-            if IMAGE:
-                b_h = tl.load(hidden + i_b * WS + o, m_o, 0.0)
-            else:
-                b_h = tl.load(packed + OFFSETS[3] + o, m_o, 0.0).to(tl.float32)
-            if PREDICTED:
-                b_h += tl.load(predicted + pred * H + o, m_o, 0.0).to(tl.float32)
-            tl.store(y + i_b * WS + o, relu(b_h + b_z), m_o)
+            b_h += tl.load(predicted + pred * H + o, m_o, 0.0).to(tl.float32)
         else:
-            if PREDICTED:
-                tl.store(t_pred + i_b * WS + o, tl.load(t + pred * D + o, m_o, 0.0).to(tl.float32), m_o)
-            if ATTENDED:
-                tl.store(z + i_b * WS + o, b_z, m_o)
+            tl.store(t_pred + i_b * WS + o, tl.load(t + pred * D + o, m_o, 0.0).to(tl.float32), m_o)
+    if ATTENDED:
+        p_max = state + ATTENTION_MAX * n + i_b * n_s
+        l_ma = tl.load(p_max + split, m_s, LOWEST)
+        ma = tl.max(l_ma, 0)
+        la = tl.sum(tl.exp(l_ma - ma) * tl.load(p_state + ATTENTION_SUM * n, m_s, 0.0), 0)
+        b_zs = tl.zeros((BLOCK_S, o.shape[0]), tl.float32)
+        for s in tl.range(0, n_s, BLOCK_S, num_stages=1):
+            k = s + tl.arange(0, BLOCK_S)
+            m_k = k < n_s
+            # [BLOCK_S, CHUNK]
+            b_x = tl.load(sums + (i_b * n_s + k)[:, None] * WS + o[None, :], m_k[:, None] & m_o[None, :], 0.0)
+            b_zs += b_x * tl.exp(tl.load(p_max + k, m_k, LOWEST) - ma)[:, None]
+        b_z = tl.sum(b_zs, 0) / la
+        if FIRST_LAYER:
+            b_h += b_z
+        else:
+            tl.store(z + i_b * WS + o, b_z, m_o)
+    if FIRST_LAYER:
+        tl.store(h + i_b * HS + o, relu(b_h), m_o)
 
 
-@triton.jit(do_not_specialize=["B"])
-def mlp_layer(
-    x: tl.tensor, x2: tl.tensor, packed: tl.tensor, hidden: tl.tensor, y: tl.tensor, B: tl.tensor,
-    N_IN: tl.constexpr, N_OUT: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT2: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-) -> None:  # fmt: skip
-    """y = relu(W x + W2 x2 + bias): grid (tiles of BLOCK_M images, tiles of BLOCK_N outputs).
-
-    x, x2 (B, N_IN), hidden and y (B, N_OUT) float32, rows at multiples of 16. WEIGHT, WEIGHT2, BIAS: where the weights
-    start in `packed`. WEIGHT2 is None without a second product; BIAS is None where `hidden` takes its place.
-    BLOCK_M = 1 multiplies whole rows without tensor cores.
-    """
-    start_dependents(PDL)
-    b = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_b = b < B
-    o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_o = o < N_OUT
-    INS: tl.constexpr = (N_IN + 15) // 16 * 16
-    b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if BIAS is not None:
-        b_y += tl.load(packed + BIAS + o, m_o, 0.0).to(tl.float32)[None, :]
-    if BLOCK_M == 1:
-        k = tl.arange(0, triton.next_power_of_2(N_IN))
-        m_k = k < N_IN
-        # [BLOCK_N, N_IN]
-        b_w = tl.load(packed + WEIGHT + o[:, None] * N_IN + k[None, :], m_o[:, None] & m_k[None, :], 0.0)
-        if WEIGHT2 is not None:
-            b_w2 = tl.load(packed + WEIGHT2 + o[:, None] * N_IN + k[None, :], m_o[:, None] & m_k[None, :], 0.0)
-        wait_for_inputs(PDL)
-        b_x = tl.load(x + b[:, None] * INS + k[None, :], m_k[None, :], 0.0)
-        b_p = b_w.to(tl.float32) * b_x
-        if WEIGHT2 is not None:
-            b_p += b_w2.to(tl.float32) * tl.load(x2 + b[:, None] * INS + k[None, :], m_k[None, :], 0.0)
-        b_y += tl.sum(b_p, 1)[None, :]
-    else:
-        wait_for_inputs(PDL)
-        b_y = tile_dot(b_y, x + b * INS, m_b, packed + WEIGHT, o, m_o, N_IN, BLOCK_D, STAGES)
-        if WEIGHT2 is not None:
-            b_y = tile_dot(b_y, x2 + b * INS, m_b, packed + WEIGHT2, o, m_o, N_IN, BLOCK_D, STAGES)
-    p_y = b[:, None] * ((N_OUT + 15) // 16 * 16) + o[None, :]
-    m_y = m_b[:, None] & m_o[None, :]
-    if BIAS is None:
-        b_y += tl.load(hidden + p_y, m_y, 0.0)
-    tl.store(y + p_y, relu(b_y), m_y)
-
-
-@triton.jit(do_not_specialize=["B"])
-def mlp_output(
-    x: tl.tensor, packed: tl.tensor, odds: tl.tensor, scores: tl.tensor, B: tl.tensor,
-    N_IN: tl.constexpr, N_HIDDEN: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    OUT_WEIGHT: tl.constexpr, OUT_BIAS: tl.constexpr,
+@triton.jit
+def _first_layer(
+    v: tl.tensor, t_pred: tl.tensor, z: tl.tensor, packed: tl.tensor, h: tl.tensor, counter: tl.tensor, b: tl.tensor,
+    B: tl.tensor, o: tl.tensor, D: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, OFFSETS: tl.constexpr,
+    IMAGE: tl.constexpr, PREDICTED: tl.constexpr, ATTENDED: tl.constexpr, COUNT: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """scores[0] = sigmoid(w · relu(W x + bias) + out_bias + odds): grid (tiles of BLOCK_M images,).
+    """Outputs o of h_1 in the plain layout, for BLOCK_M images from b on."""
+    IN: tl.constexpr = (D + 15) // 16 * 16
+    m_o = o < H
+    bias = tl.load(packed + OFFSETS[3] + o, m_o, 0.0).to(tl.float32)
+    if DOT:
+        c_b = b + tl.arange(0, BLOCK_M)
+        m_b = c_b < B
+        b_y = tl.zeros((BLOCK_M, 1), tl.float32) + bias[None, :]
+        if IMAGE:
+            b_y = tile_dot(b_y, v + c_b * D, m_b, packed + OFFSETS[0], o, m_o, D, BLOCK_D, STAGES)
+        wait_for_inputs(PDL)
+        wait_for_count(counter, COUNT)
+        if PREDICTED:
+            b_y = tile_dot(b_y, t_pred + c_b * IN, m_b, packed + OFFSETS[1], o, m_o, D, BLOCK_D, STAGES)
+        if ATTENDED:
+            b_y = tile_dot(b_y, z + c_b * IN, m_b, packed + OFFSETS[2], o, m_o, D, BLOCK_D, STAGES)
+        tl.store(h + c_b[:, None] * HS + o[None, :], relu(b_y), m_b[:, None] & m_o[None, :])
+    else:
+        L: tl.constexpr = _lanes(D, packed.dtype.element_ty)
+        w_p = bias
+        w_a = bias
+        if PREDICTED:
+            w_p = row_tile(packed + OFFSETS[1] + o * D, m_o, D, L)
+        if ATTENDED:
+            w_a = row_tile(packed + OFFSETS[2] + o * D, m_o, D, L)
+        share = ()
+        if IMAGE:
+            share = _image_products(bias, v, packed, OFFSETS[0], b, B, o, m_o, D, BLOCK_M)
+        wait_for_inputs(PDL)
+        wait_for_count(counter, COUNT)
+        for m in tl.static_range(BLOCK_M):
+            y = share[m] if IMAGE else bias
+            if PREDICTED:
+                y += _row_products(w_p, t_pred + (b + m) * IN, b + m < B, D, L)
+            if ATTENDED:
+                y += _row_products(w_a, z + (b + m) * IN, b + m < B, D, L)
+            tl.store(h + (b + m) * HS + o, relu(y), m_o & (b + m < B))
 
-    x (B, N_IN) float32, rows at multiples of 16. WEIGHT, BIAS: the last hidden layer (N_HIDDEN, N_IN) in `packed`, or
-    None where x is its output. OUT_WEIGHT, OUT_BIAS: the output layer.
+
+@triton.jit
+def _layer(
+    x: tl.tensor, packed: tl.tensor, h: tl.tensor, odds: tl.tensor, scores: tl.tensor, counter: tl.tensor,
+    b: tl.tensor, B: tl.tensor, o: tl.tensor, N_IN: tl.constexpr, N_OUT: tl.constexpr, HS: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    """h = relu(W x + bias), outputs o for BLOCK_M images from b on, rows HS apart; where LAST P(failure), to scores."""
+    m_o = o < N_OUT
+    bias = tl.load(packed + BIAS + o, m_o, 0.0).to(tl.float32)
+    if DOT:
+        c_b = b + tl.arange(0, BLOCK_M)
+        m_b = c_b < B
+        b_y = tl.zeros((BLOCK_M, 1), tl.float32) + bias[None, :]
+        wait_for_inputs(PDL)
+        wait_for_count(counter, COUNT)
+        b_y = tile_dot(b_y, x + c_b * HS, m_b, packed + WEIGHT, o, m_o, N_IN, BLOCK_D, STAGES)
+        m_y = m_b[:, None] & m_o[None, :]
+        if LAST:
+            b_y += tl.load(odds + c_b, m_b, 0.0)[:, None]
+            tl.store(scores + c_b[:, None] + o[None, :], 1.0 / (1.0 + tl.exp(-b_y)), m_y)
+        else:
+            tl.store(h + c_b[:, None] * HS + o[None, :], relu(b_y), m_y)
+    else:
+        L: tl.constexpr = _lanes(N_IN, packed.dtype.element_ty)
+        w = row_tile(packed + WEIGHT + o * N_IN, m_o, N_IN, L)
+        wait_for_inputs(PDL)
+        wait_for_count(counter, COUNT)
+        for m in tl.static_range(BLOCK_M):
+            yes = b + m < B
+            y = bias + _row_products(w, x + (b + m) * HS, yes, N_IN, L)
+            if LAST:
+                y += tl.load(odds + b + m, yes, 0.0)
+                tl.store(scores + b + m + o, 1.0 / (1.0 + tl.exp(-y)), m_o & yes)
+            else:
+                tl.store(h + (b + m) * HS + o, relu(y), m_o & yes)
+
+
+@triton.jit(do_not_specialize=["B", "K", "n_s"])
+def tail(
+    v: tl.tensor, t: tl.tensor, predicted: tl.tensor, packed: tl.tensor, offsets: tl.tensor,
+    state: tl.tensor, sums: tl.tensor, hidden: tl.tensor, t_pred: tl.tensor, z: tl.tensor, h: tl.tensor,
+    counters: tl.tensor, odds: tl.tensor, scores: tl.tensor, index: tl.tensor,
+    B: tl.tensor, K: tl.tensor, n_s: tl.tensor, prior: tl.tensor,
+    D: tl.constexpr, WIDTHS: tl.constexpr, OFFSETS: tl.constexpr, IMAGE: tl.constexpr, PREDICTED: tl.constexpr,
+    ATTENDED: tl.constexpr, FIRST_LAYER: tl.constexpr, RAGGED: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    STARTS: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    """Everything after the attention: grid (tiles of BLOCK_M images, STARTS[-1] programs).
+
+    Programs STARTS[i] to STARTS[i + 1] are stage i. Stage 0 merges: for each image one program for its scores, then one
+    for every CHUNK columns. Stage i is layer i (layer i + 1 in the folded layout), a program for BLOCK_N outputs; the
+    last is the output layer. h (B, PLACES[-1]) holds layer i's outputs from PLACES[i - 1] on.
+    state (slots, B, n_s) and sums (B, n_s, W) of `attend_*`; hidden (B, H) of `project`, where BLOCK_M > 1; out scores
+    (4, B), index (B,), odds (B,) = prior · log((1 - max p) / max p), NaN where the image is not finite or has no class.
+    16-bit batches (DOT) multiply on tensor cores. Else a warp holds rows of weights and takes image after image.
     """
     start_dependents(PDL)
-    b = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_b = b < B
-    INS: tl.constexpr = (N_IN + 15) // 16 * 16
-    o = tl.arange(0, triton.next_power_of_2(N_HIDDEN))
-    m_o = o < N_HIDDEN
-    w_out = tl.load(packed + OUT_WEIGHT + o, m_o, 0.0).to(tl.float32)
-    b_out = tl.load(packed + OUT_BIAS).to(tl.float32)
-    if WEIGHT is None:
-        wait_for_inputs(PDL)
-        b_h = tl.load(x + b[:, None] * INS + o[None, :], m_b[:, None] & m_o[None, :], 0.0)
+    DOT: tl.constexpr = BLOCK_M > 1 and packed.dtype.element_ty != tl.float32
+    FIRST: tl.constexpr = 1 if FIRST_LAYER else 0
+    H: tl.constexpr = WIDTHS[0]
+    HS: tl.constexpr = PLACES[len(PLACES) - 1]
+    i_p = tl.program_id(1)
+    counter = counters.to(tl.pointer_type(tl.int32), bitcast=True)
+    counter += tl.program_id(0).to(tl.int64) * BLOCK_M * COUNTERS
+    if i_p < STARTS[1]:
+        PER_IMAGE: tl.constexpr = STARTS[1] // BLOCK_M
+        i_b = tl.program_id(0).to(tl.int64) * BLOCK_M + i_p // PER_IMAGE
+        i_o = i_p % PER_IMAGE
+        if i_b < B:
+            begin = tl.zeros((), tl.int64)
+            end = begin + K
+            if RAGGED:
+                begin = tl.maximum(tl.load(offsets + i_b).to(tl.int64), 0)
+                end = tl.minimum(tl.load(offsets + i_b + 1).to(tl.int64), K.to(tl.int64))
+            if i_o == 0:
+                wait_for_inputs(PDL)
+                _scores(v, t, state, odds, scores, index, i_b, B, n_s, end - begin, prior, D, MAX_SPLITS)
+            else:
+                o = (i_o - 1) * CHUNK + tl.arange(0, CHUNK)
+                b_h = tl.zeros((CHUNK,), tl.float32)
+                if FIRST_LAYER and (BLOCK_M == 1 or not IMAGE):
+                    b_h += tl.load(packed + OFFSETS[3] + o, o < H, 0.0).to(tl.float32)
+                    if IMAGE:
+                        b_h = _image_products(b_h, v, packed, OFFSETS[0], i_b, B, o, o < H, D, 1)[0]
+                wait_for_inputs(PDL)
+                if FIRST_LAYER and IMAGE and BLOCK_M > 1:
+                    b_h += tl.load(hidden + i_b * ((H + 15) // 16 * 16) + o, o < H, 0.0)
+                _combine(
+                    t, predicted, state, sums, t_pred, z, h, b_h, i_b, o, begin, K, B, n_s, D, H, HS, PREDICTED,
+                    ATTENDED, FIRST_LAYER, MAX_SPLITS, BLOCK_S,
+                )  # fmt: skip
+        else:
+            wait_for_inputs(PDL)
+        signal(counter)
     else:
-        wait_for_inputs(PDL)
-        b_h = tl.zeros((BLOCK_M, o.shape[0]), tl.float32) + tl.load(packed + BIAS + o, m_o, 0.0).to(tl.float32)[None, :]
-        b_h = relu(tile_dot(b_h, x + b * INS, m_b, packed + WEIGHT, o, m_o, N_IN, BLOCK_D, STAGES))
-    logit = tl.sum(b_h * w_out[None, :], 1) + b_out + tl.load(odds + b, m_b, 0.0)
-    tl.store(scores + b, 1.0 / (1.0 + tl.exp(-logit)), m_b)
+        b = tl.program_id(0).to(tl.int64) * BLOCK_M
+        for i in tl.static_range(1, len(STARTS) - 1):
+            if (i_p >= STARTS[i]) & (i_p < STARTS[i + 1]):
+                o = (i_p - STARTS[i]) * BLOCK_N + tl.arange(0, BLOCK_N)
+                done = counter + (i - 1)
+                COUNT: tl.constexpr = STARTS[i] - STARTS[i - 1]
+                LAST: tl.constexpr = i + 2 == len(STARTS)
+                if i + FIRST == 1:
+                    _first_layer(
+                        v, t_pred, z, packed, h, done, b, B, o, D, H, HS, OFFSETS, IMAGE, PREDICTED, ATTENDED,
+                        COUNT, DOT, BLOCK_M, BLOCK_D, STAGES, PDL,
+                    )  # fmt: skip
+                else:
+                    _layer(
+                        h + PLACES[i + FIRST - 2], packed, h + PLACES[i + FIRST - 1], odds, scores, done, b, B, o,
+                        WIDTHS[i + FIRST - 2], WIDTHS[i + FIRST - 1], HS, OFFSETS[2 * (i + FIRST)],
+                        OFFSETS[2 * (i + FIRST) + 1], LAST, COUNT, DOT, BLOCK_M, BLOCK_D, STAGES, PDL,
+                    )  # fmt: skip
+                if not LAST:
+                    signal(counter + i)

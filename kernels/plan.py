@@ -4,11 +4,9 @@
     attend_image   one image a program; float32 with few images, and class sets per image
     attend_few     a tile of 16 images; up to 16 images, in float32 more than MAX_FEW
     attend_tile    larger tiles of images
-    combine        merge the splits, write CLIP's scores (mlp.py)
-    mlp_layer      a hidden layer
-    mlp_output     P(failure); in 16 bits and for more than MAX_FEW images the last hidden layer too
+    tail           merge the splits, CLIP's scores, the MLP (mlp.py)
 
-All but the attention have a second form, `..._few`, for up to MAX_FEW images.
+`project` and `tail` have a second form, `..._few`, for up to MAX_FEW images.
 
 tuning.json holds a list of settings for each compute capability and role; the first entry whose conditions hold is
 taken, else one of "default". `python bench/head.py --tune` measures them on a GPU; nothing is tuned while serving.
@@ -33,14 +31,10 @@ from typing import Any
 
 # Numbers of a softmax state in scratch (softmax_state.py).
 STATE_SLOTS = ("max", "rest", "squares", "entropy", "best", "index", "attention_max", "attention_sum")
-ROLES = (
-    "project", "project_few", "attend_image", "attend_few", "attend_tile", "combine", "combine_few",
-    "mlp_layer", "mlp_layer_few", "mlp_output", "mlp_output_few",
-)  # fmt: skip
+ROLES = ("project", "project_few", "attend_image", "attend_few", "attend_tile", "tail", "tail_few")
 MAX_FEW = 8
-# Up to this many weights in 16 bits, `mlp_output` computes the last hidden layer of a batch too: it saves a launch.
-MAX_OUTPUT_WEIGHTS = 1 << 15
 MAX_SPLITS = 256
+COUNTERS = 32  # of an image in scratch, one for each stage of `tail`: as many layers an MLP may have
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,6 @@ class Kernel:
     name: unique among the kernels of a variant; the cubin's name.
     function: the kernel's name in attention.py or mlp.py.
     constants: its compile-time arguments.
-    values: (argument, value) for the arguments whose value has another name (see `Plan`).
     """
 
     name: str
@@ -108,7 +101,6 @@ class Kernel:
     grid: tuple[int, ...]
     num_warps: int
     constants: tuple[tuple[str, Any], ...]
-    values: tuple[tuple[str, str], ...] = ()
 
     @property
     def registers(self) -> int:
@@ -127,8 +119,8 @@ class Plan:
 
     splits: programs that share an image's rows.
     scratch: float32 numbers of scratch memory in all.
-    regions: where each intermediate value starts in it, a multiple of 16: state, sums, u, hidden, t_pred, z, odds,
-        h1, h2 ... of the kernels.
+    regions: where each intermediate value starts in it, a multiple of 16: state, sums, u, hidden, t_pred, z, odds, h,
+        counters of the kernels.
     """
 
     kernels: tuple[Kernel, ...]
@@ -192,8 +184,7 @@ def plan_launches(
     few = "_few" if B <= MAX_FEW else ""
     made = {kernel.name: kernel for kernel in all_kernels(variant, settings, shared_softmax=shared_softmax, pdl=pdl)}
     suffix = "_ragged" if ragged else ""
-    names = [f"project{few}", role + ("_ragged" if role == "attend_image" and ragged else ""), f"combine{few}{suffix}"]
-    names += [name for name in made if name.startswith("mlp") and name.endswith("_few") == bool(few)]
+    names = [f"project{few}", role + ("_ragged" if role == "attend_image" and ragged else ""), f"tail{few}{suffix}"]
     kernels = []
     for name in names:
         if name not in made:  # nothing to project
@@ -203,12 +194,8 @@ def plan_launches(
         if kernel.function == "project":
             outputs = variant.dim * constants["QUERY"], variant.widths[0] * constants["IMAGE"]
             grid: tuple[int, ...] = (images, sum(-(-n // constants["BLOCK_N"]) for n in outputs))
-        elif kernel.function == "combine":
-            grid = (B, -(-_combined(variant) // constants["CHUNK"]) + 1)
-        elif kernel.function == "mlp_layer":
-            grid = (images, -(-constants["N_OUT"] // constants["BLOCK_N"]))
-        elif kernel.function == "mlp_output":
-            grid = (images,)
+        elif kernel.function == "tail":
+            grid = (images, constants["STARTS"][-1])
         else:
             grid = (tiles, splits)
         kernels.append(replace(kernel, grid=grid))
@@ -220,7 +207,9 @@ def plan_launches(
         "t_pred": B * _aligned(variant.dim) * (not variant.first_layer_in_combine),
         "z": B * _aligned(variant.dim) * (not variant.first_layer_in_combine),
         "odds": B,
-    } | {f"h{i + 1}": B * _aligned(width) for i, width in enumerate(variant.widths[:-1])}
+        "h": B * _places(variant.widths)[-1],
+        "counters": B * COUNTERS,
+    }
     regions, scratch = [], 0
     for name, size in sizes.items():
         regions.append((name, scratch))
@@ -236,9 +225,19 @@ def _attention_role(variant: Variant, B: int, K: int, ragged: bool) -> str:
     return "attend_few" if B <= 16 else "attend_tile"
 
 
-def _combined(variant: Variant) -> int:
-    """Columns that `combine` writes for an image."""
-    return variant.widths[0] if variant.first_layer_in_combine else variant.dim
+def _starts(variant: Variant, constants: dict[str, int]) -> tuple[int, ...]:
+    """The number of the first program of every stage of `tail`, and of all programs at the end."""
+    first = variant.first_layer_in_combine
+    columns = variant.widths[0] if first else variant.dim
+    programs = [constants["BLOCK_M"] * (1 + -(-columns // constants["CHUNK"]))]
+    programs += [-(-width // constants["BLOCK_N"]) for width in variant.widths[1 if first else 0 :]]
+    assert len(programs) <= COUNTERS, f"an MLP of more than {COUNTERS - 1} layers"
+    return tuple(itertools.accumulate(programs, initial=0))
+
+
+def _places(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """Where each hidden layer's outputs start in a row of h, and the length of the row."""
+    return tuple(itertools.accumulate(map(_aligned, widths[:-1]), initial=0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -249,59 +248,33 @@ def all_kernels(variant: Variant, settings: Settings, *, shared_softmax: bool, p
     dim, widths, at = variant.dim, variant.widths, variant.packed_offsets
     made: list[Kernel] = []
 
-    def add(name: str, function: str, role: str, values: dict[str, str], **constants: Any) -> None:
+    def add(name: str, function: str, role: str, **constants: Any) -> None:
         if role in chosen:
             mine = {key: value for key, value in chosen[role].items() if key not in ("num_warps", "waves")}
             constants |= mine | {"PDL": pdl}
             warps = chosen[role]["num_warps"]
-            made.append(Kernel(name, function, (), warps, tuple(sorted(constants.items())), tuple(values.items())))
+            made.append(Kernel(name, function, (), warps, tuple(sorted(constants.items()))))
 
     both = ("", "_few")
-    if image or variant.needs_query:
-        for few in both:
+    for few in both:
+        # With few images `tail` forms the image's share itself, and in the plain layout it always does.
+        share = image and variant.first_layer_in_combine and not few
+        if share or variant.needs_query:
             add(
-                f"project{few}", "project", f"project{few}", {}, D=dim, H=widths[0], OFFSETS=at, IMAGE=image,
+                f"project{few}", "project", f"project{few}", D=dim, H=widths[0], OFFSETS=at, IMAGE=share,
                 QUERY=variant.needs_query,
             )  # fmt: skip
     shape: dict[str, Any] = {"D": dim, "W": variant.value_dim, "ATTENDED": attended, "PROJECTED": variant.projected}
     shape["FOLDED"] = variant.folded
     for suffix in ("", "_ragged") if variant.itemsize == 4 else ("_ragged",):
-        add(f"attend_image{suffix}", "attend_image", "attend_image", {}, RAGGED=bool(suffix), **shape)
+        add(f"attend_image{suffix}", "attend_image", "attend_image", RAGGED=bool(suffix), **shape)
     for role in ("attend_few", "attend_tile"):
-        add(role, "attend_tile", role, {}, SHARED_SOFTMAX=shared_softmax, **shape)
+        add(role, "attend_tile", role, SHARED_SOFTMAX=shared_softmax, **shape)
     for few, suffix in itertools.product(both, ("", "_ragged")):
         add(
-            f"combine{few}{suffix}", "combine", f"combine{few}", {"y": "h1"}, D=dim, H=widths[0], OFFSETS=at,
-            IMAGE=image, PREDICTED=predicted, ATTENDED=attended, FIRST_LAYER=variant.first_layer_in_combine,
-            RAGGED=bool(suffix), MAX_SPLITS=MAX_SPLITS,
-        )  # fmt: skip
-    for few in both:
-        if not variant.first_layer_in_combine:
-            weights = [at[1]] * predicted + [at[2]] * attended
-            inputs = ["t_pred"] * predicted + ["z"] * attended
-            add(
-                f"mlp_layer1{few}", "mlp_layer", f"mlp_layer{few}", {"x": inputs[0], "x2": inputs[-1], "y": "h1"},
-                N_IN=dim, N_OUT=widths[0], WEIGHT=weights[0], WEIGHT2=weights[1] if len(weights) > 1 else None,
-                BIAS=None if image else at[3],
-            )  # fmt: skip
-        hidden = len(widths) - 1
-        last = (
-            not few
-            and variant.itemsize == 2
-            and hidden > 1
-            and _power(widths[-2]) * _power(widths[-3]) <= MAX_OUTPUT_WEIGHTS
-        )
-        for i in range(2, hidden + (not last)):
-            values = {"x": f"h{i - 1}", "x2": f"h{i - 1}", "y": f"h{i}"}
-            add(
-                f"mlp_layer{i}{few}", "mlp_layer", f"mlp_layer{few}", values,
-                N_IN=widths[i - 2], N_OUT=widths[i - 1], WEIGHT=at[2 * i], WEIGHT2=None, BIAS=at[2 * i + 1],
-            )  # fmt: skip
-        add(
-            f"mlp_output{few}", "mlp_output", f"mlp_output{few}", {"x": f"h{hidden - last}"},
-            N_IN=widths[hidden - 1 - last], N_HIDDEN=widths[hidden - 1],
-            WEIGHT=at[2 * hidden] if last else None, BIAS=at[2 * hidden + 1] if last else None,
-            OUT_WEIGHT=at[2 * hidden + 2], OUT_BIAS=at[2 * hidden + 3],
+            f"tail{few}{suffix}", "tail", f"tail{few}", D=dim, WIDTHS=widths, OFFSETS=at, IMAGE=image,
+            PREDICTED=predicted, ATTENDED=attended, FIRST_LAYER=variant.first_layer_in_combine, RAGGED=bool(suffix),
+            MAX_SPLITS=MAX_SPLITS, STARTS=_starts(variant, chosen[f"tail{few}"]), PLACES=_places(widths),
         )  # fmt: skip
     return tuple(made)
 

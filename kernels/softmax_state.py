@@ -30,9 +30,9 @@ from triton.runtime import interpreter
 from vilu.head import LOWEST_LOG_ODDS
 from vilu.kernels import plan
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-if INTERPRETED:
+if INTERPRETED.value:
     # Triton 3.6 interprets a scalar as an array of one element, which NumPy 2.4 refuses as a loop bound.
     _patch = interpreter._patch_lang_tensor
 
@@ -56,8 +56,7 @@ LOWEST = tl.constexpr(-1e38)  # below any logit, and finite: a difference of two
 FAR = tl.constexpr(0x7FFFFFFF)
 LEAST_ODDS = tl.constexpr(math.exp(LOWEST_LOG_ODDS))
 
-# The interpreter keeps bfloat16 as its bits, and multiplies them as integers in tl.dot.
-WIDEN = tl.constexpr(INTERPRETED)
+COUNTERS = tl.constexpr(plan.COUNTERS)
 
 
 @triton.jit
@@ -75,9 +74,57 @@ def wait_for_inputs(PDL: tl.constexpr) -> None:
 
 
 @triton.jit
+def signal(counter: tl.tensor) -> None:
+    """Count this program as done: whoever has seen the count sees what all its warps have stored."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _count(counter: tl.tensor) -> tl.tensor:
+    if INTERPRETED:
+        return tl.load(counter)
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l,~{memory}", [counter], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def wait_for_count(counter: tl.tensor, n: tl.constexpr) -> None:
+    """Wait until n programs have counted themselves. Every thread looks for itself, so no warp waits for another."""
+    seen = _count(counter)
+    while seen < n:
+        seen = _count(counter)
+
+
+@triton.jit
+def clear_counters(counters: tl.tensor, b: tl.tensor, m_b: tl.tensor) -> None:
+    """Zero the counters of images b [N], for the kernel after this one."""
+    c = tl.arange(0, COUNTERS)
+    zero = tl.zeros((b.shape[0], COUNTERS), tl.float32)
+    tl.store(counters + b[:, None] * COUNTERS + c[None, :], zero, m_b[:, None])
+
+
+@triton.jit
+def row_tile(p_row: tl.tensor, m_row: tl.tensor, N: tl.constexpr, L: tl.constexpr) -> tl.tensor:
+    """Rows of N numbers at pointers p_row [R], as [R, chunks, L].
+
+    With at least as many rows as warps, Triton gives each warp whole rows: it spreads lanes over L, warps over R.
+    """
+    k = tl.arange(0, triton.next_power_of_2(N) // L)[None, :, None] * L + tl.arange(0, L)[None, None, :]
+    return tl.load(p_row[:, None, None] + k, m_row[:, None, None] & (k < N), 0.0)
+
+
+@triton.jit
+def row_sum(x: tl.tensor) -> tl.tensor:
+    """Sums [R] of the rows of a `row_tile`."""
+    return tl.sum(tl.sum(x, 1), 1)
+
+
+@triton.jit
 def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
     """acc + a @ b in float32. Float32 factors are not rounded to tf32, whose error a logit scale of 100 would show."""
-    if WIDEN:
+    if INTERPRETED:  # it keeps bfloat16 as its bits, and multiplies them as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -123,18 +170,68 @@ def update(x: tl.tensor, live: tl.tensor, m: tl.tensor, r: tl.tensor, l2: tl.ten
 
 
 @triton.jit
-def merge(m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor) -> tl.tensor:
-    """One state from many, each argument [N]."""
-    slot = tl.arange(0, m.shape[0])
-    top = tl.max(m, 0)
-    g = top - m
-    c = tl.exp(-g)
-    l = tl.where(m > LOWEST, 1 + r, 0.0)
-    holder = tl.min(tl.where(m == top, slot, FAR), 0)
-    others = tl.sum(tl.where(slot == holder, r, c * l), 0)
-    win = tl.max(best, 0)
-    first = tl.min(tl.where(best == win, index, FAR), 0)
-    return top, others, tl.sum(c * c * l2, 0), tl.sum(c * (le - g * l), 0), win, first
+def _merge_two(
+    m1: tl.tensor, r1: tl.tensor, q1: tl.tensor, e1: tl.tensor, best1: tl.tensor, i1: tl.tensor, a1: tl.tensor,
+    s1: tl.tensor, m2: tl.tensor, r2: tl.tensor, q2: tl.tensor, e2: tl.tensor, best2: tl.tensor, i2: tl.tensor,
+    a2: tl.tensor, s2: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """The state of the rows of two states."""
+    g1 = tl.maximum(m2 - m1, 0.0)
+    g2 = tl.maximum(m1 - m2, 0.0)
+    c1 = tl.exp(-g1)
+    c2 = tl.exp(-g2)
+    l1 = tl.where(m1 > LOWEST, 1 + r1, 0.0)
+    l2 = tl.where(m2 > LOWEST, 1 + r2, 0.0)
+    first = m1 >= m2  # it holds the row that r leaves out
+    rest = tl.where(first, r1 + c2 * l2, r2 + c1 * l1)
+    entropy = c1 * (e1 - g1 * l1) + c2 * (e2 - g2 * l2)
+    wins = (best1 > best2) | ((best1 == best2) & (i1 < i2))
+    a = tl.maximum(a1, a2)
+    s = s1 * tl.exp(a1 - a) + s2 * tl.exp(a2 - a)
+    best = tl.where(wins, best1, best2)
+    return tl.maximum(m1, m2), rest, c1 * c1 * q1 + c2 * c2 * q2, entropy, best, tl.where(wins, i1, i2), a, s
+
+
+@triton.jit
+def merge(
+    m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor, ma: tl.tensor,
+    la: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """One state from many, each argument [N], in one exchange between warps."""
+    if INTERPRETED:  # it would call `_merge_two` for every pair, from Python
+        slot = tl.arange(0, m.shape[0])
+        top = tl.max(m, 0)
+        g = top - m
+        c = tl.exp(-g)
+        l = tl.where(m > LOWEST, 1 + r, 0.0)
+        holder = tl.min(tl.where(m == top, slot, FAR), 0)
+        others = tl.sum(tl.where(slot == holder, r, c * l), 0)
+        win = tl.max(best, 0)
+        first = tl.min(tl.where(best == win, index, FAR), 0)
+        a = tl.max(ma, 0)
+        s = tl.sum(la * tl.exp(ma - a), 0)
+        return top, others, tl.sum(c * c * l2, 0), tl.sum(c * (le - g * l), 0), win, first, a, s
+    return tl.reduce((m, r, l2, le, best, index, ma, la), 0, _merge_two)
+
+
+@triton.jit
+def load_state(state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor, ATTENDED: tl.constexpr) -> tl.tensor:
+    """One state from those at `place` [N], slots of n numbers each."""
+    ma = tl.zeros(place.shape, tl.float32) + LOWEST
+    la = tl.zeros(place.shape, tl.float32)
+    if ATTENDED:
+        ma = tl.load(state + ATTENTION_MAX * n + place, mask, LOWEST)
+        la = tl.load(state + ATTENTION_SUM * n + place, mask, 0.0)
+    return merge(
+        tl.load(state + MAX * n + place, mask, LOWEST),
+        tl.load(state + REST * n + place, mask, 0.0),
+        tl.load(state + SQUARES * n + place, mask, 0.0),
+        tl.load(state + ENTROPY * n + place, mask, 0.0),
+        tl.load(state + BEST * n + place, mask, float("-inf")),
+        tl.where(mask, tl.load(state + INDEX * n + place, mask, 0.0).to(tl.int32, bitcast=True), FAR),
+        ma,
+        la,
+    )
 
 
 @triton.jit

@@ -127,7 +127,7 @@ class FakeDriver:
         assert (int(config.hStream), extra, config.sharedMemBytes) == (7, 0, function.shared)
         assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (self.threads[function.name], 1, 1)
         assert min(config.gridDimX, config.gridDimY, config.gridDimZ) >= 1
-        first = function.name.startswith("project")
+        first = not self.launched or self.launched[-1].startswith("tail")
         assert config.numAttrs == (0 if first or self.arch < (9, 0) else 1), "the first launch waits for all before it"
         values, kinds = packed
         names = self.arguments[function.name]
@@ -140,7 +140,7 @@ class FakeDriver:
         self.launched.append(function.name)
         self._check_weights(sent)
         self.seen = sent if first else self.seen | sent
-        if function.name.startswith("mlp_output"):
+        if function.name.startswith("tail"):
             self._answer(self.seen, sent["B"])
         return (0,)
 

@@ -1,20 +1,23 @@
 """An emulator of the PTX that Triton writes, which runs the compiled kernels without a GPU and finds their races.
 
-A warp is 32 lanes in NumPy arrays and runs in lock step. Warps of a block run in random order, in slices of random
-length; blocks run one after another, in random order. So every run meets another order of events. A cp.async lands at
-its wait, as late as it may. What is not initialised is NaN: registers, shared memory, scratch.
+A warp is 32 lanes in NumPy arrays and runs in lock step. The warps of all blocks at work run in random order, in slices
+of random length; a random number of blocks is at work at once. Blocks start in random order, or, where a kernel has
+atomics, in the order of their numbers, as a GPU starts them. So every run meets another order of events. A cp.async
+lands at its wait, as late as it may. What is not initialised is NaN: registers, shared memory, scratch.
 
 It raises `RaceError` where the outcome depends on the order, even if the order taken hides it:
 
     shared memory  a byte that two warps touch, one of them writing, with no barrier of the block between
     cp.async       a byte that is read or written before the copy has landed
-    global memory  an address that one block writes and another block of the launch touches, or two warps of a block
-                   without a barrier between
+    global memory  a word that two warps touch, one of them writing, where neither access happens before the other:
+                   by a barrier of their block, or by a release that the other's acquire has seen
     launches       with programmatic dependent launch, memory that an earlier kernel wrote, before griddepcontrol.wait,
                    or after it where a kernel between the two did not wait itself
 
-Not modelled: wgmma, TMA, mbarriers, tensor memory, packed f32x2, atomics (the kernels have none), and the memory model
-within a warp. An instruction that it does not know raises NotImplementedError.
+Blocks that wait for each other for ever are an AssertionError, as is a write to a kernel's input.
+
+Not modelled: wgmma, TMA, mbarriers, tensor memory, and the memory model within a warp. An instruction that it does not
+know raises NotImplementedError.
 """
 
 # mypy: disallow_untyped_defs=false
@@ -31,6 +34,7 @@ NAN_BYTE = 0xFF
 TYPES = {
     "f32": np.float32, "s32": np.int32, "u32": np.uint32, "b32": np.uint32, "s64": np.int64, "u64": np.uint64,
     "b64": np.uint64, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "pred": np.bool_, "bf16": np.uint16,
+    "f16": np.float16, "f32x2": np.uint64,
     "b8": np.uint8,
 }  # fmt: skip
 BANKS = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64}
@@ -73,13 +77,45 @@ class Tracker:
         table[2, places] = np.where(joined, known[2] | bit, bit)
 
 
+class Clocks:
+    """Which accesses to the words of a tensor happen before which, in one launch: a clock for every warp.
+
+    A warp knows a clock of every other: what that had done when the two last synchronised. Warps of one block may write
+    the same value to a word, as Triton's replicated layouts do.
+    """
+
+    def __init__(self, size: int, warps: int) -> None:
+        words = -(-size // 4)
+        self.writer, self.written = np.full(words, -1), np.zeros(words, np.int64)
+        self.read = np.zeros((words, warps), np.int64)
+
+    def touch(self, words: np.ndarray, warp: "Warp", same: np.ndarray | None) -> None:
+        """A read of words, or a write; same: which of them hold that value already (None: a read)."""
+        writer, clock, block = self.writer[words], warp.clock, warp.block
+        beside = (writer >= 0) & (self.written[words] > clock[np.maximum(writer, 0)])
+        if same is None:
+            self.read[words, warp.index] = clock[warp.index]
+        else:
+            mine = slice(block.warps[0].index, block.warps[0].index + len(block.warps))
+            in_block = (writer >= mine.start) & (writer < mine.stop)
+            later = self.read[words] > clock
+            others = later.copy()
+            others[:, mine] = False
+            beside = (beside & ~(same & in_block)) | np.where(same, others.any(1), later.any(1))
+            self.writer[words], self.written[words] = warp.index, clock[warp.index]
+        if beside.any():
+            kind = "read" if same is None else "write"
+            raise RaceError(f"{kind} of word {int(words[np.argmax(beside)])}, which another warp uses at the same time")
+
+
 class Memory:
     """Global memory of named tensors, 256 bytes apart; an access outside of all of them is an error."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.tensors: list[np.ndarray] = []
-        self.trackers: list[Tracker] = []
+        self.clocks: dict[int, Clocks] = {}  # of the tensors that are no input
+        self.signals: dict[int, np.ndarray] = {}  # address of a counter -> what its releases tell
         self.launch: list[np.ndarray] = []  # per byte, the launch that wrote it; -1: none
         self.waited: list[bool] = []  # of every launch: did it begin or wait after all before it
         self.top = BASE
@@ -94,11 +130,14 @@ class Memory:
         return address
 
     def new(self, size: int) -> int:
-        return self.put(np.full(size, NAN_BYTE, np.uint8))
+        address = self.put(np.full(size, NAN_BYTE, np.uint8))
+        self.clocks[len(self.tensors) - 1] = Clocks(size, 0)
+        return address
 
-    def begin(self) -> None:
-        """A launch begins: within it, no block may meet another."""
-        self.trackers = [Tracker(len(data)) for data in self.tensors]
+    def begin(self, warps: int) -> None:
+        """A launch of this many warps begins."""
+        self.clocks = {tensor: Clocks(len(self.tensors[tensor]), warps) for tensor in self.clocks}
+        self.signals = {}
 
     def place(self, addresses: np.ndarray, size: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(tensor, lanes, bytes (lanes, size) in it) of accesses of `size` bytes."""
@@ -120,6 +159,9 @@ class Memory:
 class Warp:
     def __init__(self, kernel: "Kernel", block: "Block", number: int) -> None:
         self.block, self.number = block, number
+        self.index = block.number * (kernel.threads // 32) + number
+        self.clock = np.zeros(kernel.warps, np.int64)
+        self.clock[self.index] = 1
         self.pc, self.done, self.waits, self.joined = 0, False, False, not kernel.dependent
         self.mask = np.ones(32, bool)
         self.split: np.ndarray | None = None  # where each lane goes on, while they are apart
@@ -168,6 +210,7 @@ class Kernel:
                 if re.match(r"@?!?[%a-z]", statement):
                     self.lines.append(statement)
         self.code = [self._compile(line) for line in self.lines]
+        self.idle, self.looked = 0, False  # turns without a barrier or a block's end
 
     def run(
         self,
@@ -178,38 +221,58 @@ class Kernel:
         *,
         seed: int = 0,
         dependent: bool = False,
+        at_once: int = 0,
     ) -> None:
         """Launch with the values of the parameters in order, in an order of events that the seed decides.
 
         dependent: by programmatic dependent launch, after the launch before it.
+        at_once: blocks that are at work at once, 0 for a random number; -1: one, from the last block to the first.
         """
         self.memory, self.dependent = memory, dependent
-        memory.begin()
+        shape = (*grid, 1)[0], (*grid, 1)[1]
+        self.warps = shape[0] * shape[1] * self.threads // 32
+        memory.begin(self.warps)
         waited = True
         self.values = [
             np.array(value, np.float32).view(np.uint32) if kind == "f32" else np.array(value, TYPES[kind])
             for (kind, _), value in zip(self.parameters, values, strict=True)
         ]
         draw = random.Random(seed)
-        shape = (*grid, 1)[0], (*grid, 1)[1]
-        places = [(x, y) for x in range(shape[0]) for y in range(shape[1])]
-        draw.shuffle(places)
-        for number, place in enumerate(places):
-            block = Block(self, number, place, shape, shared)
-            while any(not warp.done for warp in block.warps):
-                ready = [warp for warp in block.warps if not warp.done and not warp.waits]
-                if ready:
-                    self._go_on(draw.choice(ready), draw.choice([1, 7, 60, 500]))
-                    continue
+        places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
+        if not any("atom." in line for line in self.lines):
+            draw.shuffle(places)
+        waiting = list(enumerate(places))
+        if at_once >= 0:
+            waiting.reverse()
+        most = abs(at_once) or draw.choice([1, 2, 5, 50])
+        working: list[Block] = []
+        while waiting or working:
+            while waiting and len(working) < most:
+                number, place = waiting.pop()
+                working.append(Block(self, number, place, shape, shared))
+            block = draw.choice(working)
+            ready = [warp for warp in block.warps if not warp.done and not warp.waits]
+            if ready:
+                self._go_on(draw.choice(ready), draw.choice([1, 7, 60, 500]))
+                self.idle += 1
+                assert self.idle < 50_000, "blocks wait for each other for ever"
+            elif any(warp.waits for warp in block.warps):
                 assert all(warp.waits for warp in block.warps), "a warp waits at a barrier that another never reaches"
                 block.epoch += 1
+                self.idle = 0
+                known = np.max([warp.clock for warp in block.warps], 0)
                 for warp in block.warps:
-                    warp.waits = False
-            waited &= all(warp.joined for warp in block.warps)
+                    warp.waits, warp.clock = False, known.copy()
+                    warp.clock[warp.index] += 1
+            else:
+                waited &= all(warp.joined for warp in block.warps)
+                working.remove(block)
+                self.idle = 0
         memory.waited.append(waited)
 
     def _go_on(self, warp: Warp, steps: int) -> None:
-        while steps and not warp.waits and not warp.done:
+        self.looked = False  # at a counter: the turn ends, as it may have to look again
+        while steps and not warp.waits and not warp.done and not self.looked:
             steps -= 1
             if warp.split is not None:
                 warp.pc = int(warp.split.min())
@@ -255,7 +318,9 @@ class Kernel:
             value = np.broadcast_to(np.asarray(value), 32)
             target = warp.registers[bank][number]
             if bank != "p":
-                if value.dtype.kind == "f":
+                if value.dtype == np.float16:
+                    value = value.view(np.uint16)
+                elif value.dtype.kind == "f":
                     value = value.astype(np.float32).view(np.uint32)
                 value = value.astype(target.dtype)
             np.copyto(target, value, where=mask)
@@ -350,9 +415,62 @@ class Kernel:
             earlier = earlier[(earlier >= 0) & (earlier < now)]
             if len(earlier) and not (warp.joined and all(memory.waited[int(earlier.min()) + 1 :])):
                 raise RaceError(f"memory of launch {int(earlier.min())}, which may still run")
-            same = None if rows is None else (memory.tensors[tensor][places] == rows[lanes]).ravel()
-            memory.trackers[tensor].touch(places.ravel(), warp.who, same)
+            if tensor in memory.clocks:
+                words = places[:, ::4] // 4
+                same = None
+                if rows is not None:
+                    equal = memory.tensors[tensor][places] == rows[lanes]
+                    same = equal.reshape(len(lanes), words.shape[1], -1).all(2).ravel()
+                memory.clocks[tensor].touch(words.ravel(), warp, same)
+            else:
+                assert rows is None, "a write to an input"
+        if any(int(address) in memory.signals for address in addresses):
+            raise RaceError("a counter, without an atomic")
         return found
+
+    def _counter(self, warp, addresses):
+        """(value, address) of a counter, the same for all lanes."""
+        address = int(addresses[0])
+        assert (addresses == address).all(), "lanes look at different counters"
+        if address not in self.memory.signals:
+            self._touch_global(warp, addresses[:1], 4)
+            self.memory.signals[address] = np.zeros(self.warps, np.int64)
+        return self.memory.get(address, np.uint32, 1), address
+
+    def _atom(self, parts, operands):
+        assert parts[1:3] == ["global", "gpu"]
+        assert parts[4:] == ["add", "u32"], parts
+        write, address, value = self._writer(operands[0]), self._address(operands[1]), self._reader(operands[2], "u32")
+
+        def step(warp, mask):
+            assert mask.sum() <= 1, "one lane counts"
+            if not mask.any():
+                return
+            counter, place = self._counter(warp, address(warp)[mask])
+            write(warp, np.full(32, counter[0]), mask)
+            ((tensor, _, places),) = self.memory.place(np.array([place]), 4)
+            self.memory.tensors[tensor][places[0]] = (counter + value(warp)[mask]).view(np.uint8)
+            if parts[3] == "release":
+                self.memory.signals[place] = np.maximum(self.memory.signals[place], warp.clock)
+                warp.clock[warp.index] += 1
+            else:
+                assert parts[3] == "relaxed"
+
+        return step
+
+    def _look(self, parts, operands):
+        """ld.acquire.gpu.global.b32, or ld.relaxed."""
+        assert parts[2:] == ["gpu", "global", "b32"], parts
+        write, address = self._writer(operands[0]), self._address(operands[1])
+
+        def step(warp, mask):
+            counter, place = self._counter(warp, address(warp)[mask])
+            write(warp, np.full(32, counter[0]), mask)
+            self.looked = True
+            if parts[1] == "acquire":
+                warp.clock = np.maximum(warp.clock, self.memory.signals[place])
+
+        return step
 
     def _gather(self, warp, space, addresses, size) -> np.ndarray:
         """Bytes (lanes, size) at addresses."""
@@ -374,6 +492,8 @@ class Kernel:
             self.memory.launch[tensor][places] = len(self.memory.waited)
 
     def _ld(self, parts, operands):
+        if parts[1] in ("acquire", "relaxed"):
+            return self._look(parts, operands)
         if parts[1] == "param":
             write, place = self._writer(operands[0]), [n for _, n in self.parameters].index(operands[1].strip("[] "))
             return lambda warp, mask: write(warp, self.values[place].astype(TYPES[parts[-1]]), mask)
@@ -497,15 +617,19 @@ class Kernel:
         return step
 
     def _mma(self, parts, operands):
-        """D = A B + C for A (16, 16), B (16, 8) in bfloat16, sums in float32 here rounded once."""
-        if "m16n8k16" not in parts or parts[-2] != "bf16":
+        """D = A B + C for A (16, 16), B (16, 8) in 16 bits, sums in float32 here rounded once."""
+        if "m16n8k16" not in parts or parts[-2] not in ("bf16", "f16"):
             raise NotImplementedError(".".join(parts))
+        brain = parts[-2] == "bf16"
         writers = [self._writer(name) for name in self._list(operands[0])]
         a, b = ([self._reader(name, "b32") for name in self._list(text)] for text in operands[1:3])
         c = [self._reader(name, "f32") for name in self._list(operands[3])]
         group, thread = LANES // 4, LANES % 4
 
         def halves(bits):
+            if not brain:
+                pair = bits.astype(np.uint32).view(np.float16)
+                return pair[0::2], pair[1::2]
             return (bits << np.uint32(16)).view(np.float32), (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
         def step(warp, mask):
@@ -550,12 +674,13 @@ class Kernel:
     def _cvt(self, parts, operands):
         write, source, target = self._writer(operands[0]), parts[-1], parts[-2]
         reads = [self._reader(operand, source) for operand in operands[1:]]
-        if target == "bf16x2":
-            return lambda warp, mask: write(
-                warp, to_bf16(reads[0](warp)).astype(np.uint32) << np.uint32(16) | to_bf16(reads[1](warp)), mask
-            )
-        if target == "bf16":
-            return lambda warp, mask: write(warp, to_bf16(reads[0](warp)), mask)
+        if target in ("bf16", "f16", "bf16x2", "f16x2"):
+            narrow = to_bf16 if target.startswith("b") else to_f16
+            if target.endswith("x2"):
+                return lambda warp, mask: write(
+                    warp, narrow(reads[0](warp)).astype(np.uint32) << np.uint32(16) | narrow(reads[1](warp)), mask
+                )
+            return lambda warp, mask: write(warp, narrow(reads[0](warp)), mask)
         if source == "bf16":
             return lambda warp, mask: write(warp, (reads[0](warp).astype(np.uint32) << np.uint32(16)).view("f4"), mask)
         return lambda warp, mask: write(warp, reads[0](warp).astype(TYPES[target]), mask)
@@ -563,7 +688,7 @@ class Kernel:
     def _setp(self, parts, operands):
         write = self._writer(operands[0])
         a, b = (self._reader(operand, parts[-1]) for operand in operands[1:3])
-        name, real = parts[1], parts[-1] == "f32"
+        name, real = parts[1], parts[-1] in ("f32", "f16")
         compare = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
                    "ge": np.greater_equal}  # fmt: skip
 
@@ -585,7 +710,7 @@ class Kernel:
         return lambda warp, mask: write(warp, np.where(test(warp), a(warp), b(warp)), mask)
 
     def _abs(self, parts, operands):
-        if parts[-1] != "bf16":
+        if parts[-1] not in ("bf16", "f16"):
             return self._arithmetic(parts, operands)
         write, read = self._writer(operands[0]), self._reader(operands[1], "b16")
         return lambda warp, mask: write(warp, read(warp) & np.uint16(0x7FFF), mask)
@@ -636,6 +761,13 @@ class Kernel:
             raise NotImplementedError(".".join(parts))
         reads = [self._reader(operand, kind) for operand in operands[1:]]
         clamp = "relu" in parts
+        if kind == "f32x2":  # two float32 numbers in 64 bits
+
+            def both(warp, mask):
+                pairs = (np.ascontiguousarray(read(warp)).view(np.float32) for read in reads)
+                write(warp, np.asarray(compute[name](*pairs), np.float32).view(np.uint64), mask)
+
+            return both
 
         def step(warp, mask):
             value = compute[name](*(read(warp) for read in reads))
@@ -649,6 +781,12 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
     bits = np.asarray(x, np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
     return np.where(np.isnan(x), 0x7FFF, rounded >> np.uint32(16)).astype(np.uint16)
+
+
+def to_f16(x: np.ndarray) -> np.ndarray:
+    """float16 bits of float32 numbers, rounded to nearest even."""
+    with np.errstate(over="ignore"):
+        return np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
 
 
 def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from vilu.kernels import aot
 from vilu.kernels.launch import LaunchError, pick_build
-from vilu.kernels.plan import MAX_SPLITS, all_kernels, plan_launches, tuned
+from vilu.kernels.plan import COUNTERS, MAX_SPLITS, all_kernels, plan_launches, tuned
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -87,7 +87,9 @@ def test_plans_are_compiled_for():
                     assert dict(plan.regions)["sums"] >= B * plan.splits * 8
                     assert plan.scratch >= B * plan.splits * (8 + variant.value_dim)
                     functions = [kernel.function for kernel in plan.kernels]
-                    assert functions[0] == "project"
-                    assert functions[1].startswith("attend")
-                    assert functions[2] == "combine"
-                    assert functions[-1] == "mlp_output"
+                    assert [name.split("_")[0] for name in functions[-2:]] == ["attend", "tail"]
+                    assert functions[:-2] == ["project"] * (len(functions) - 2)
+                    # A layer's counter is the stage's own, and a program waits only for programs of lower number.
+                    starts = dict(plan.kernels[-1].constants)["STARTS"]
+                    assert list(starts) == sorted(set(starts))
+                    assert len(starts) - 1 <= COUNTERS

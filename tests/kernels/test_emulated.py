@@ -1,7 +1,7 @@
 """The compiled kernels themselves, run by ptx_emulator.py: right answers in every order of events, and no race.
 
 The kernels that use wgmma or tensor memory (16-bit batches on 9.0 and 10.0) are not among them; the same source
-compiled for 8.0 is.
+compiled for 8.0 and 12.0 is.
 """
 
 import functools
@@ -25,7 +25,7 @@ from tests.kernels.ptx_emulator import Kernel, Memory, RaceError
 from vilu.kernels import aot
 from vilu.kernels.plan import plan_launches, tuned
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DIM = 64
 
 
@@ -46,11 +46,16 @@ def bits(tensor):
     return tensor.detach().contiguous().view(torch.uint8).numpy()
 
 
-def run_batch(arch, dtype, layout, projection, v, *, seed=0, multiprocessors=3, only=None, change=None):
-    """Memory after a batch, and where each value lies in it. only: one kernel to run; change: kernel -> its PTX."""
+def run_batch(arch, dtype, layout, projection, v, *, seed=0, multiprocessors=3, only=None, change=None, **options):
+    """Memory after a batch, and where each value lies in it.
+
+    only: one kernel to run; change: kernel -> its PTX; options: `offsets` of a class set per image,
+    and `at_once` of `Kernel.run`.
+    """
+    offsets, at_once = options.get("offsets"), options.get("at_once", 0)
     folded, settings, make = built(arch, dtype, layout, projection)
     plan = plan_launches(
-        folded.variant, len(v), len(folded.text_embeddings), ragged=False, settings=settings,
+        folded.variant, len(v), len(folded.text_embeddings), ragged=offsets is not None, settings=settings,
         multiprocessors=multiprocessors, pdl=arch >= 90,
         shared_softmax=folded.variant.shares_softmax(folded.logit_scale, folded.attention_scale),
     )  # fmt: skip
@@ -62,6 +67,8 @@ def run_batch(arch, dtype, layout, projection, v, *, seed=0, multiprocessors=3, 
     sizes = {name: 4 * (end - start) for (name, start), end in zip(plan.regions, ends, strict=True)}
     sizes |= {"scores": 16 * len(v), "index": 4 * len(v)}
     values |= {"v": memory.put(bits(v))} | {name: memory.new(size) for name, size in sizes.items()}
+    if offsets is not None:
+        values["offsets"] = memory.put(np.array(offsets, np.int32))
     values |= {"B": len(v), "K": len(folded.text_embeddings), "n_s": plan.splits, "prior": folded.prior or 0.0}
     values |= {"logit_scale": folded.logit_scale, "attention_scale": folded.attention_scale}
     for place, kernel in enumerate(plan.kernels):
@@ -71,7 +78,9 @@ def run_batch(arch, dtype, layout, projection, v, *, seed=0, multiprocessors=3, 
             ptx = (change or {}).get(kernel.name, done.ptx)
             arguments = [values[argument] for argument, _ in done.arguments] + [0, 0]
             dependent = kernel.waits and place > 0
-            Kernel(ptx).run(memory, kernel.grid, arguments, done.shared, seed=seed, dependent=dependent)
+            Kernel(ptx).run(
+                memory, kernel.grid, arguments, done.shared, seed=seed, dependent=dependent, at_once=at_once
+            )
     return memory, values, sizes
 
 
@@ -82,18 +91,31 @@ def answers(memory, values, sizes):
     return scores, memory.get(values["index"], np.int32, images)
 
 
-CASES = [
-    (90, F32, "folded", "shared", 1),
+CASES = [(90, F32, "folded", "shared", 1), (90, BF16, "plain", "shared", 1)]
+MORE = [
     (90, F32, "plain", "separate", 2),
     (90, F32, "plain", "identity", 10),
-    (90, BF16, "plain", "shared", 1),
+    (80, BF16, "folded", "shared", 18),
     (90, BF16, "folded", "shared", 2),
     (80, BF16, "plain", "shared", 18),
     (80, F32, "folded", "shared", 18),
+    (80, F16, "plain", "separate", 18),
+    (90, F16, "folded", "identity", 3),
+    (86, F32, "folded", "identity", 1),
+    (89, F16, "folded", "shared", 10),
+    (100, F32, "folded", "shared", 1),
+    (100, F32, "plain", "shared", 18),
+    (100, BF16, "plain", "shared", 1),
+    (120, F32, "plain", "separate", 10),
+    (120, F16, "folded", "shared", 2),
+    (120, BF16, "plain", "shared", 18),
 ]
 
 
-@pytest.mark.parametrize(("arch", "dtype", "layout", "projection", "B"), CASES)
+@pytest.mark.parametrize(
+    ("arch", "dtype", "layout", "projection", "B"),
+    CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE],
+)
 def test_compiled_kernels_are_right_in_every_order(arch, dtype, layout, projection, B):
     v = unit_rows(B, DIM, 1).to(dtype)
     folded, _, _ = built(arch, dtype, layout, projection)
@@ -109,6 +131,24 @@ def test_compiled_kernels_are_right_in_every_order(arch, dtype, layout, projecti
         first = scores
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "dtype", "layout", "B"),
+    [(90, F32, "folded", 3), (90, BF16, "plain", 3), (80, F32, "plain", 10), (120, F16, "folded", 10)],
+)
+def test_a_class_set_for_each_image(arch, dtype, layout, B):
+    v = unit_rows(B, DIM, 1).to(dtype)
+    folded, _, _ = built(arch, dtype, layout, "shared")
+    bounds = np.linspace(0, len(folded.text_embeddings), B + 1).astype(int).tolist()
+    scores, index = answers(*run_batch(arch, dtype, layout, "shared", v, offsets=bounds))
+    for i in range(B):
+        want = folded.answer(v[i : i + 1], slice(bounds[i], bounds[i + 1]))
+        assert index[i] == want.class_index
+        np.testing.assert_allclose(scores[0, i], want.failure_probability[0], rtol=0, atol=STORED[dtype])
+        np.testing.assert_allclose(scores[1:3, i], [want.confidence[0], want.entropy[0]], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
 def test_an_image_that_is_not_finite():
     v = unit_rows(3, DIM, 1).float()
     v[1, 5] = np.nan
@@ -117,57 +157,92 @@ def test_an_image_that_is_not_finite():
     assert index[1] == 0
 
 
-def mutants(ptx, pattern):
-    """(number, PTX) without each line that matches."""
+def mutants(ptx, pattern, replacement=None):
+    """(number, PTX) without each line that matches, or with the match replaced there."""
     lines = ptx.split("\n")
-    found = [i for i, line in enumerate(lines) if re.match(pattern, line.strip())]
+    found = [i for i, line in enumerate(lines) if re.search(pattern, line)]
     assert found
     for number, i in enumerate(found):
-        yield number, "\n".join(lines[:i] + lines[i + 1 :])
+        put = [] if replacement is None else [re.sub(pattern, replacement, lines[i])]
+        yield number, "\n".join(lines[:i] + put + lines[i + 1 :])
 
 
-@pytest.mark.parametrize(
-    "kernel", ["attend_image", "combine_few", "mlp_layer2_few", "mlp_layer3_few", "mlp_output_few"]
-)
-def test_every_wait_for_earlier_kernels_is_needed(kernel):
-    """Without it a kernel meets the one before; or, of `attend_image`, `combine` no longer waits for `project`."""
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "B"), [("tail_few", 1), ("attend_few", 9), ("tail", 9)])
+def test_every_wait_for_earlier_kernels_is_needed(kernel, B):
+    """Without it a kernel meets the one before; or, of the attention, `tail` no longer waits for `project`."""
     head = (90, F32, "folded", "shared")
-    _, _, make = built(*head)
-    ptx = compiled(*head, kernel if make(kernel) else f"{kernel}-fp32").ptx
+    ptx = compiled(*head, f"{kernel}-fp32").ptx
     for _, changed in mutants(ptx, r"griddepcontrol\.wait"):
         with pytest.raises(RaceError, match="may still run"):
-            run_batch(*head, unit_rows(1, DIM, 1).float(), change={kernel: changed})
+            run_batch(*head, unit_rows(B, DIM, 1).float(), change={kernel: changed})
 
 
-# Barriers of a kernel that may go, by number, and why: a block's warps need no other warp there.
-REDUNDANT: dict[str, dict[int, str]] = {
-    "attend_image": {
-        0: "the first copies are under way: nobody has read a buffer that the next ones fill",
-        1: "in the loop, a warp waits for its own copies and reads no other's",
-        2: "in the loop, a warp's next copies go where this warp alone has read",
-        34: "the last one: every warp has itself written all that it reads, as the layout is replicated",
-    },
-    "attend_few": {},
+def races(*arguments, **options):
+    try:
+        run_batch(*arguments, **options)
+    except RaceError as error:
+        return "at the same time" in str(error)
+    return False
+
+
+# The ways in which a program of `tail` that waits for others can fail to: (what is taken away, what it becomes).
+ORDER = {
+    "acquire": (r"ld\.acquire", "ld.relaxed"),
+    "release": (r"atom\.global\.gpu\.release", "atom.global.gpu.relaxed"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "dtype"), [("attend_image", F32), ("attend_few", BF16)])
+@pytest.mark.parametrize("what", ["acquire", "release"])
+@pytest.mark.parametrize(("kernel", "layout", "B"), [("tail_few", "plain", 1), ("tail", "folded", 9)])
+def test_every_acquire_and_release_is_needed(what, kernel, layout, B):
+    head = (90, F32, layout, "shared")
+    v = unit_rows(B, DIM, 1).float()
+    for number, changed in mutants(compiled(*head, f"{kernel}-fp32").ptx, *ORDER[what]):
+        # Whether the first look at a counter suffices depends on the order.
+        assert any(races(*head, v, seed=seed, change={kernel: changed}) for seed in range(8)), number
+
+
+@pytest.mark.slow
+def test_programs_need_not_all_fit_on_the_gpu_at_once():
+    """Blocks one at a time, in the order in which a GPU starts them, never wait for a later one."""
+    head = (90, F32, "folded", "shared")
+    v = unit_rows(1, DIM, 1).float()
+    run_batch(*head, v, at_once=1)
+    with pytest.raises(AssertionError, match="wait for each other for ever"):
+        run_batch(*head, v, at_once=-1)  # from the last to the first
+
+
+# Barriers of a kernel that may go, by number, and why: a block's warps need no other warp there.
+REDUNDANT: dict[str, dict[int, str]] = {
+    "attend_image": {},
+    "attend_few": {},
+    "tail_few": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "dtype"), [("attend_image", F32), ("attend_few", BF16), ("tail_few", F32)])
 def test_every_barrier_is_needed(kernel, dtype):
-    """A barrier that is missing in the attention is a race, or a wrong state or sum, in the order of one seed."""
+    """A barrier that is missing is a race, or a wrong number in scratch or the answer, in the order of a few seeds."""
     head = (90, dtype, "folded", "shared")
     v = unit_rows(1, DIM, 1).to(dtype)
+    only = None if kernel == "tail_few" else kernel
+    seen = ("scores", "h") if kernel == "tail_few" else ("state", "sums")
 
     def outcome(**options):
-        memory, values, sizes = run_batch(*head, v, multiprocessors=1, only=kernel, **options)
-        return [memory.get(values[name], np.uint32, sizes[name] // 4).tolist() for name in ("state", "sums")]
+        memory, values, sizes = run_batch(*head, v, multiprocessors=1, only=only, **options)
+        return [memory.get(values[name], np.uint32, sizes[name] // 4).tolist() for name in seen]
 
-    want = outcome()
     ptx = compiled(*head, f"{kernel}-{aot.TYPES[dtype]}").ptx
     survivors = []
-    for number, changed in mutants(ptx, r"bar\.sync"):
+    for number, changed in mutants(ptx, r"^\s*bar\.sync"):
         try:
-            if outcome(change={kernel: changed}) == want:
+            for seed in range(3):
+                if outcome(seed=seed, change={kernel: changed}) != outcome(seed=seed):
+                    break
+            else:
                 survivors.append(number)
         except AssertionError:  # a race among them
             continue

@@ -43,10 +43,8 @@ from vilu.outlier import fit_outlier
 from vilu.tiny import data
 
 MAX_BATCH = 16
-FEW = [
-    "project_few-fp32", "attend_image-fp32", "combine_few-fp32", "mlp_layer2_few", "mlp_layer3_few", "mlp_output_few",
-]  # fmt: skip
-MANY = ["project-fp32", "attend_few-fp32", "combine-fp32", "mlp_layer2", "mlp_layer3", "mlp_output"]
+FEW = ["attend_image-fp32", "tail_few-fp32"]
+MANY = ["project-fp32", "attend_few-fp32", "tail-fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +155,7 @@ def test_parity_is_measured_on_what_the_cubins_are_made_from(root):
         assert max(row["max_abs_error"].values()) <= 1e-4
 
 
-@pytest.mark.parametrize("file", ["combine_few-fp32-sm90.cubin", "weights.bin"])
+@pytest.mark.parametrize("file", ["tail_few-fp32-sm90.cubin", "weights.bin"])
 def test_a_corrupted_file_is_refused_by_name(file, root, tmp_path, cuda_driver):
     cubins = shutil.copytree(root / "vilu_head" / "1" / "cubins", tmp_path / "cubins")
     changed = bytearray((cubins / file).read_bytes())
@@ -200,7 +198,7 @@ def test_bad_launches_are_named(root, cuda_driver):
         head(8, 1, 16, 16)
     with pytest.raises(LaunchError, match="at least 1, got 0"):
         head(16, 0, 16, 16)
-    with pytest.raises(LaunchError, match="no kernel 'project_few-bf16'"):
+    with pytest.raises(LaunchError, match="no kernel 'attend_image-bf16'"):
         head(16, 1, 16, 16, image_type="bf16")
     with pytest.raises(LaunchError, match="belongs to its own class set"):
         head(16, 1, 16, 16, text=(16, 5))

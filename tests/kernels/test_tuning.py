@@ -23,7 +23,7 @@ pytestmark = runs_kernels
     [
         ("attend_image", {"TILE": 512, "waves": 2}),
         ("attend_tile", {"BLOCK_N": 64, "RESIDENT": 1}),
-        ("combine", {"BLOCK_N": 64}),
+        ("tail", {"CHUNK": 32}),
     ],
 )
 def test_tuning_takes_the_fastest_settings_that_pass_the_gate(name, chosen, tmp_path, monkeypatch):
@@ -67,9 +67,9 @@ def test_a_failed_gpu_ends_the_search(tmp_path, monkeypatch):
     def fail(run, *, cold):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(head_tuning, "CANDIDATES", {"combine": {"CHUNK": [16]}})
+    monkeypatch.setattr(head_tuning, "CANDIDATES", {"tail": {"CHUNK": [16]}})
     monkeypatch.setattr(head_tuning, "TUNED_CLASSES", {"plain": 40})
-    monkeypatch.setattr(head_tuning, "TUNED_IMAGES", {"combine": 9})
+    monkeypatch.setattr(head_tuning, "TUNED_IMAGES", {"tail": 9})
     monkeypatch.setattr(head_forms, "ViLUHead", functools.partial(ViLUHead, hidden=(24, 8)))
     monkeypatch.setattr(head_tuning, "gpu", fail)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -77,9 +77,9 @@ def test_a_failed_gpu_ends_the_search(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     path.write_text("{}")
     with pytest.raises(DeviceFailedError, match="illegal memory access"):
-        head_tuning.tune(DEVICE, ["combine"], [64], [torch.float32], path)
+        head_tuning.tune(DEVICE, ["tail"], [64], [torch.float32], path)
     assert path.read_text() == "{}"
-    head_tuning.tune(DEVICE, ["combine"], [64], [torch.float32], path, end=0.0)
+    head_tuning.tune(DEVICE, ["tail"], [64], [torch.float32], path, end=0.0)
     assert path.read_text() == "{}", "no search begins when the time is over"
 
 
