@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-LARGE = "real_sizes or any_shape"
+MORE = "real_sizes or any_shape or half_precision or hidden_widths or extreme_logits"
 SUITES = [
-    pytest.param("test_parity.py", f"not ({LARGE})", id="parity"),
-    pytest.param("test_parity.py", LARGE, marks=pytest.mark.slow, id="parity-large"),
+    pytest.param("test_parity.py", f"not ({MORE})", id="parity"),
+    pytest.param("test_parity.py", MORE, marks=pytest.mark.slow, id="parity-more"),
     *(
         pytest.param(f"test_{suite}.py", "", marks=pytest.mark.slow, id=suite)
         for suite in ("ragged", "operator", "tuning")
