@@ -19,6 +19,7 @@ it stands beside the estimate.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, a
 from bench.common import ROOT
 from vilu import ViLUHead
 from vilu.kernels import FoldedHead, aot, fold
-from vilu.kernels.machine_code import Instruction, count, disassemble, loops, within
+from vilu.kernels.machine_code import Instruction, count, disassemble, longest_way, loops, within
 from vilu.kernels.plan import Kernel, Plan, plan_launches, tuned
 
 ARCH, MULTIPROCESSORS, CLOCK = 90, 132, 1.9e9
@@ -143,6 +144,11 @@ def seconds(kernel: Kernel, plan: Plan, folded: FoldedHead, shape: Shape) -> flo
     return chain + sums + late + max(issue, products, memory - late)
 
 
+def _work(one: Instruction, body: set[Instruction], turns: int, rate: float) -> float:
+    """Seconds of an instruction: `turns` times if it is in the loop's body, issued at `rate` for each clock."""
+    return (turns if one in body else 1) * (1 / rate / CLOCK + BARRIER * one.name.startswith("BAR"))
+
+
 def tail_seconds(kernel: Kernel, beside: Kernel, plan: Plan, folded: FoldedHead, shape: Shape) -> float:
     """The estimate for `tail`, after the attention `beside`, where its first programs wait if both fit."""
     variant, dtype = folded.variant, folded.text_embeddings.dtype
@@ -163,8 +169,10 @@ def tail_seconds(kernel: Kernel, beside: Kernel, plan: Plan, folded: FoldedHead,
             outer = -(-width // constants["BLOCK_D"])
         busiest = -(-programs * kernel.grid[0] // MULTIPROCESSORS)
         schedulers = min(4, done.num_warps * busiest)
-        took += executed(code, outer, 1, "BAR") * BARRIER + (TRIP if stage else 2 * TRIP)
-        took += executed(code, outer, 1) * done.num_warps * busiest / schedulers / CLOCK
+        body = set(within(code, loops(code)[0])) if loops(code) else set()
+        work = functools.partial(_work, body=body, turns=outer, rate=schedulers / (done.num_warps * busiest))
+        # What stands before the wait for the attention is done while that runs, where few programs fit beside it.
+        took += longest_way(code, work, "ACQBULK" if few else None) + (TRIP if stage else 2 * TRIP)
         took += HANDOVER if stage else shape.images * plan.splits * variant.value_dim * 4 / L2
     first = aot.compile_kernel(beside, variant, ARCH, stored=dtype, image=dtype)
     together = 32 * (first.registers * first.num_warps + registers * kernel.num_warps)

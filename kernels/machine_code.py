@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from triton.backends.nvidia import compiler as nvidia
@@ -21,11 +21,17 @@ WIDTHS = {"64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One SASS instruction. name: its opcode with modifiers, as in "LDG.E.128"; operands: the text after it."""
+    """One SASS instruction.
+
+    name: its opcode with modifiers, as in "LDG.E.128".
+    operands: the text after it.
+    guarded: it stands under a predicate.
+    """
 
     address: int
     name: str
     operands: str
+    guarded: bool
 
     @property
     def load_width(self) -> int:
@@ -54,9 +60,9 @@ def disassemble(cubin: bytes) -> list[Instruction]:
             labels |= dict.fromkeys(waiting, address)
             waiting.clear()
             operands = re.split(r"\s+[&?]", found[4].strip())[0]  # newer chips' text ends with scheduling hints
-            code.append(Instruction(address, found[3], operands))
+            code.append(Instruction(address, found[3], operands, bool(found[2])))
     return [
-        Instruction(one.address, one.name, re.sub(r"`\((\.L\w+)\)", lambda m: hex(labels.get(m[1], 0)), one.operands))
+        replace(one, operands=re.sub(r"`\((\.L\w+)\)", lambda m: hex(labels.get(m[1], 0)), one.operands))
         for one in code
     ]
 
@@ -78,3 +84,22 @@ def within(code: Sequence[Instruction], span: tuple[int, int]) -> list[Instructi
 def count(code: Sequence[Instruction], *opcodes: str) -> int:
     """Instructions of these opcodes, modifiers aside."""
     return sum(one.name.split(".")[0] in opcodes for one in code)
+
+
+def longest_way(code: Sequence[Instruction], cost: Callable[[Instruction], float], first: str | None = None) -> float:
+    """Cost of the costliest way through the code: one side of each branch, no loop taken twice.
+
+    first: the opcode that the way starts behind; by default the kernel's first instruction.
+    """
+    costs: dict[int, float] = {}  # address -> from there to the end
+    after = 0.0
+    for one in reversed(code):
+        opcode = one.name.split(".")[0]
+        target = re.search(r"0x[0-9a-f]+$", one.operands) if opcode == "BRA" else None
+        goes_on = one.guarded or opcode not in ("BRA", "EXIT") or "P" in one.operands
+        ways = [after] if goes_on else []
+        if target:
+            ways.append(costs.get(int(target[0], 16), 0.0))
+        after = costs[one.address] = cost(one) + max(ways, default=0.0)
+    starts = [one.address for one in code if first is not None and one.name.split(".")[0] == first]
+    return max((costs[address] for address in starts), default=after)

@@ -25,6 +25,7 @@ from vilu.kernels.softmax_state import (
     COUNTERS,
     FAR,
     INDEX,
+    INTERPRETED,
     LEAST_ODDS,
     LOWEST,
     load_state,
@@ -57,7 +58,7 @@ def _store_scores(
 
 
 @triton.constexpr_function
-def _lanes(n, dtype):
+def _lanes(n: int, dtype: tl.dtype) -> int:
     """Numbers of a weight's row of n that a warp loads at once, at 16 bytes a lane."""
     return min(triton.next_power_of_2(n), 512 // (dtype.primitive_bitwidth // 8))
 
@@ -255,7 +256,8 @@ def tail(
     16-bit batches (DOT) multiply on tensor cores. Else a warp holds rows of weights and takes image after image.
     """
     start_dependents(PDL)
-    DOT: tl.constexpr = BLOCK_M > 1 and packed.dtype.element_ty != tl.float32
+    # The interpreter takes minutes for image after image in Python; test_emulated.py runs that form, compiled.
+    DOT: tl.constexpr = BLOCK_M > 1 and (packed.dtype.element_ty != tl.float32 or INTERPRETED)
     FIRST: tl.constexpr = 1 if FIRST_LAYER else 0
     H: tl.constexpr = WIDTHS[0]
     HS: tl.constexpr = PLACES[len(PLACES) - 1]
