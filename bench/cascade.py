@@ -297,7 +297,13 @@ def finish(
             joined.models = found[-1].models
             for one in found:
                 joined.errors.update(one.errors)
-            rows[name][level] = described(joined, stages) | {"rounds": [one.throughput for one in found]}
+            spent = sum(sum(one.server_cpu.values()) * one.seconds for one in found)
+            rows[name][level] = described(joined, stages) | {
+                "rounds": [one.throughput for one in found],
+                "server_cpu_milliseconds": 1e3
+                * spent
+                / max(1, joined.answered),  # of an image; it hardly feels other work
+            }
 
     def rate(name: str) -> float:
         return float(rows[name][AT_ONCE]["images_per_second"])
@@ -309,12 +315,13 @@ def finish(
         "towers_allow": allowed, "of_what_towers_allow": rate("router") / allowed,
         "times_large_alone": rate("router") / rate("large alone"), "p99_ms": p99, "machine": machine("cpu"),
     }  # fmt: skip
-    table = Table("load", "in flight", "images/s", "p50 ms", "p99 ms", "mean batch of the towers")
+    table = Table("load", "in flight", "images/s", "p50 ms", "p99 ms", "server's CPU ms", "mean batch of the towers")
     for name, by_level in rows.items():
         for level, row in by_level.items():
             batch = ", ".join(f"{one['mean_batch']:.1f}" for one in row["batches"].values())
             ms = row["milliseconds"]
             cells = ["" if ms[p] is None else f"{ms[p]:.1f}" for p in ("p50", "p99")]
+            cells.append(f"{row['server_cpu_milliseconds']:.2f}")
             table.add_row(name, str(level), f"{row['images_per_second']:.1f}", *cells, batch)
     console = Console()
     console.print(table)
