@@ -37,7 +37,7 @@ FRONT = "vilu_cascade"
 ROUTER = "vilu_router"
 # What a later stage brings into the repository; the first stage decodes images and keeps class sets for all.
 STAGE_MODELS = ("clip_image", "clip_text", "tokenize", "vilu_text", "vilu_head", "vilu_embeddings", "vilu_details")
-ESCALATION_SECONDS = 10.0
+ESCALATION_SECONDS = 20.0  # below the 30 s that a client waits
 # Requests that wait for later stages. The front door has 64 under way at a time: where a stage hangs, a quarter is left
 # for the images that do not go on.
 WAITING = 48

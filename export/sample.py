@@ -88,7 +88,7 @@ def _embedded(names: Sequence[str], count: int) -> tuple[list[np.ndarray], list[
 
 def embedded_images(names: Sequence[str], clips: Sequence[Clip]) -> dict[str, Any]:
     """The images and labels that `draw_sample` takes by default, enough to calibrate on; none for another CLIP."""
-    if not all(clip.spec.name == tiny.NAME for clip in clips):
+    if not all(clip.spec.name in tiny.FOLDERS for clip in clips):
         return {}
     images, labels = _embedded(names, MIN_INPUTS + CALIBRATION)
     return {"images": images, "labels": labels}

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option(
     "--escalation-seconds",
     type=SECONDS,
-    help="Seconds that a cascade waits for its later stages; then it gives the answer so far, rejected.  [default: 10]",
+    help="Seconds that a cascade waits for its later stages; then it gives the answer so far, rejected.  [default: 20]",
 )
 @click.option(
     "--output",
