@@ -11,9 +11,9 @@ are given.
     authors    open_clip in float32 and the authors' head in a plain loop, with all cores
     recipe     Ray's documented recipe for batch inference: open_clip in float32 in `map_batches`
 
-Speed and CPU time count from a contender's first batch to its last, so that no start is counted. CPU time is that of
-all processes, Ray's own among them; unlike the speed it hardly depends on what else the machine does. `--small` answers
-so many small images from Parquet with the embedded CLIP, and reports the most memory that all of Ray's processes held.
+Speed and CPU time leave out a contender's first quarter of batches, so no start is counted. CPU time is that of all
+processes, Ray's own among them; unlike the speed it hardly depends on what else the machine does. `--small` answers so
+many small images from Parquet with the embedded CLIP, and reports the most memory that all of Ray's processes held.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class Clock:
         self.seen.append((time.perf_counter(), _cpu_seconds(self.pid), rows))
 
     def found(self, workers: int = 1) -> dict[str, float]:
-        """Images per second, and CPU seconds an image, from where each worker has answered a batch to the end."""
-        (start, cpu, _), (end, cpu_end, _) = self.seen[workers - 1], self.seen[-1]
-        rows = sum(rows for _, _, rows in self.seen[workers:])
+        """Images per second, and CPU seconds an image. The first quarter is left out: some workers still load then."""
+        first = max(workers, len(self.seen) // 4)
+        (start, cpu, _), (end, cpu_end, _) = self.seen[first - 1], self.seen[-1]
+        rows = sum(rows for _, _, rows in self.seen[first:])
         return {"images_per_second": rows / (end - start), "cpu_seconds": (cpu_end - cpu) / rows}
 
 
