@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vilu.data.image_files import SUFFIXES
-from vilu.data.shards import check_end, open_tar, plain_files
+from vilu.data.shards import MAX_TEXT, check_end, decoded, open_tar, plain_files
 from vilu.data.source import READ_LIMIT
 from vilu.data.tables import first_line, without_surrogates
 from vilu.errors import UserError
@@ -71,42 +71,80 @@ def list_images(start: int, names: Sequence[str]) -> Iterator[pa.Table]:
         yield block(numbers, list(map(without_surrogates, some)), paths=some)
 
 
-def members(unit: Unit, cap: int) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and the bytes of each image of a shard, `cap` at most. An image is named STEM.jpg, without a dot
-    in STEM. No more bytes are read than the preprocessing accepts, and one, so that it refuses a larger image.
+def members(unit: Unit, cap: int, texts: Sequence[str] = ()) -> Iterator[tuple[str, bytes, dict[str, str | None]]]:
+    """Yield the name, the bytes and the texts of each image of a shard, `cap` images at most; a negative cap is none.
+
+    An image is named STEM.jpg, without a dot in STEM. No more bytes are read than the preprocessing accepts, and one,
+    so that it refuses a larger image. As in the webdataset library, files with one key lie together.
+
+    Args:
+        unit: the shard.
+        cap: how many images are read.
+        texts: extensions of the files with the image's key that are read as UTF-8, such as cls and txt; None stands for
+            a file that is missing or no such text.
 
     Raises:
         UserError: the shard is damaged or cut short, or cannot be read.
     """
     system, path = resolve(unit.name)
-    count = 0
+    count, last = 0, ""
+    waiting: list[tuple[str, bytes]] = []  # images whose texts may still follow
+    found: dict[str, str | None] = dict.fromkeys(texts)
     with open_tar(unit.name, lambda: io.BufferedReader(system.open_input_file(path), 4 << 20)) as (tar, file):
-        for member, _, extension in plain_files(unit.name, tar, file):
-            if f".{extension.lower()}" not in SUFFIXES:
-                continue
-            if count == cap:
-                return
-            file.seek(member.offset_data)
-            yield without_surrogates(member.name), file.read(min(member.size, READ_LIMIT))
-            count += 1
+        for member, key, ending in plain_files(unit.name, tar, file):
+            extension = ending.lower()
+            if key != last:
+                yield from ((*image, found) for image in waiting)
+                waiting, found, last = [], dict.fromkeys(texts), key
+                if count == cap:
+                    return
+            if extension in found:
+                file.seek(member.offset_data)
+                found[extension] = decoded(file.read(min(member.size, MAX_TEXT + 1)))
+            if f".{extension}" in SUFFIXES and count != cap:
+                file.seek(member.offset_data)
+                waiting.append((without_surrogates(member.name), file.read(min(member.size, READ_LIMIT))))
+                count += 1
+        yield from ((*image, found) for image in waiting)
 
 
-def read_shard(place: int, unit: Unit, cap: int) -> Iterator[pa.Table]:
-    """Yield blocks of a shard's images, `cap` at most; a negative cap is none."""
+def read_shard(place: int, unit: Unit, cap: int, texts: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """Yield blocks of a shard's images, `cap` at most, with their texts as columns; see `members`."""
+    import pyarrow as pa
+
     numbers: list[int] = []
     sources: list[str] = []
     images: list[bytes] = []
+    columns: dict[str, list[str | None]] = {name: [] for name in texts}
     held = 0
-    for row, (name, data) in enumerate(members(unit, cap)):
+
+    def made() -> pa.Table:
+        kept = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+        return block(numbers, sources, kept, images=images)
+
+    for row, (name, data, found) in enumerate(members(unit, cap, texts)):
         numbers.append(row_id(place, row))
         sources.append(f"{without_surrogates(unit.name)}: {name}")
         images.append(data)
+        for text, value in found.items():
+            columns[text].append(value)
         held += len(data)
         if len(numbers) == BLOCK_ROWS or held >= BLOCK_BYTES:
-            yield block(numbers, sources, images=images)
+            yield made()
             numbers, sources, images, held = [], [], [], 0
+            columns = {name: [] for name in texts}
     if numbers:
-        yield block(numbers, sources, images=images)
+        yield made()
+
+
+def check_texts(unit: Unit, texts: Sequence[str]) -> None:
+    """Raise UserError where no image of a shard has a text with one of these extensions."""
+    missing = set(texts)
+    for _, _, found in members(unit, -1, texts):
+        missing -= {name for name, value in found.items() if value is not None}
+        if not missing:
+            return
+    raise UserError(f"{unit.name}: no image has a .{min(missing)} file of UTF-8 text")
 
 
 def check_shard(unit: Unit) -> None:

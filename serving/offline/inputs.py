@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from vilu.errors import UserError
-from vilu.serving.offline.blocks import BLOCK_ROWS, check_shard, list_images, members, read_shard
+from vilu.serving.offline.blocks import BLOCK_ROWS, check_shard, check_texts, list_images, members, read_shard
 from vilu.serving.offline.listing import Unit, find
-from vilu.serving.offline.tables import look_into_csv, look_into_parquet, read_csv, read_parquet
+from vilu.serving.offline.tables import look_into_csv, look_into_parquet, read_csv, read_parquet, text_columns
 
 TASK_ROWS = 32 * BLOCK_ROWS  # images of a folder that one task lists
 LISTERS = 32  # files looked into at a time
@@ -26,7 +26,7 @@ class Input:
         kind: "images" (each unit is one row), "shards", "parquet" or "csv".
         units: the files, in the order that numbers the rows.
         column: of a table: its column of images or paths.
-        columns: columns of a table that are carried into the output, with their Arrow types.
+        columns: columns that are carried into the output, with their Arrow types.
         caps: of a shard: how many rows of it are read, where a limit cuts it short.
     """
 
@@ -65,7 +65,7 @@ class Input:
             if self.kind == "parquet":
                 pieces += self._row_groups(place, unit, cap)
             elif cap != 0:
-                read = partial(read_shard, place, unit, cap)
+                read = partial(read_shard, place, unit, cap, list(self.columns))
                 if self.kind == "csv":
                     read = partial(read_csv, place, unit, cap, self.column, list(self.columns))
                 pieces.append((read, cap if cap >= 0 else unit.rows, unit.size))
@@ -96,7 +96,7 @@ def open_input(
             files; all of one kind; local or as URIs.
         column: a table's column of encoded images, or of paths, which count from the table's folder. None: the first
             of `tables.COLUMNS` that it has.
-        columns: a table's columns to carry along.
+        columns: a table's columns to carry along; of shards, the extensions of texts beside the images, such as txt.
         limit: read the first so many rows; None reads all.
         without: folder or URI whose files are left out: a job's output, which may lie in the input's folder.
 
@@ -112,14 +112,16 @@ def open_input(
         raise UserError(f"the input mixes {' and '.join(sorted(kinds))}: score them one after the other")
     ((kind, units),) = kinds.items()
     units = sorted({unit.name: unit for unit in units}.values(), key=lambda unit: unit.name)
-    if (columns or column) and kind in ("images", "shards"):
+    if (kind == "images" and (column or columns)) or (kind == "shards" and column):
         raise UserError(f"{names[0]}: only a table has columns, and this holds {kind}")
     if kind == "images":
         return Input(kind, units[:limit])
     with ThreadPoolExecutor(LISTERS) as pool:
         if kind == "shards":
             list(pool.map(check_shard, units))
-            return Input(kind, units, caps=_shard_caps(units, limit))
+            if columns:
+                check_texts(units[0], columns)
+            return Input(kind, units, "", text_columns(columns), _shard_caps(units, limit))
         look = look_into_parquet if kind == "parquet" else look_into_csv
         tables = list(pool.map(lambda unit: look(unit, column, columns), units))
     used, types = tables[0][1], tables[0][2]

@@ -52,8 +52,6 @@ def look_into_csv(unit: Unit, column: str | None, columns: Sequence[str]) -> Loo
     Raises:
         UserError: it is no UTF-8 CSV, or lacks a column.
     """
-    import pyarrow as pa
-
     try:
         with _text(unit) as file:
             reader = _rows(unit, file)
@@ -63,7 +61,14 @@ def look_into_csv(unit: Unit, column: str | None, columns: Sequence[str]) -> Loo
         raise
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{unit.name}: cannot be read as UTF-8 CSV ({first_line(error)})") from None
-    return replace(unit, rows=rows), used, {name: pa.string() for name in columns}
+    return replace(unit, rows=rows), used, text_columns(columns)
+
+
+def text_columns(names: Sequence[str]) -> dict[str, Any]:
+    """Return the Arrow type of columns that hold text."""
+    import pyarrow as pa
+
+    return {name: pa.string() for name in names}
 
 
 def _column(where: str, names: Sequence[str], column: str | None, columns: Sequence[str]) -> str:

@@ -176,6 +176,24 @@ def test_shards_are_read_whole_in_order_and_by_number(tmp_path):
     assert limited.rows == rows_of(limited).num_rows == BLOCK_ROWS + 4
 
 
+def test_texts_in_a_shard_are_columns(tmp_path):
+    names = ("a.cls", "a.png", "b.jpg", "b.txt", "b.cls", "c.png", "d.cls", "x/d.png", "e.png", "e.TXT")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            data = b"\xff" if name == "e.TXT" else name.encode()
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    source = open_input([str(tmp_path)], columns=["cls", "txt"])
+    table = rows_of(source)
+    assert table["source"].to_pylist() == [f"{tmp_path}/a.tar: {n}" for n in names if n.endswith(("png", "jpg"))]
+    assert table["cls"].to_pylist() == ["a.cls", "b.cls", None, None, None]
+    assert table["txt"].to_pylist() == [None, "b.txt", None, None, None]
+    assert rows_of(open_input([str(tmp_path)], columns=["cls"], limit=2))["cls"].to_pylist() == ["a.cls", "b.cls"]
+    with pytest.raises(UserError, match=r"no image has a \.json file"):
+        open_input([str(tmp_path)], columns=["cls", "json"])
+
+
 def test_tables_of_paths_and_of_bytes(tmp_path):
     (tmp_path / "a.csv").write_text("path,note\none.png,x\n,y\n")
     source = open_input([str(tmp_path / "a.csv")], columns=["note"])

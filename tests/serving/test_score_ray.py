@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -242,7 +243,8 @@ def test_images_and_answers_in_a_store(images, repository, expected, store, tmp_
 
     for name, value in store.items():
         monkeypatch.setenv(name, value)
-    system = fs.S3FileSystem(allow_bucket_creation=True)
+    endpoint = store["AWS_ENDPOINT_URL"].partition("://")[2]
+    system = fs.S3FileSystem(endpoint_override=endpoint, scheme="http", allow_bucket_creation=True)
     system.create_dir("bucket")
     sources = sorted(expected)[:40]
     for source in sources:
@@ -303,3 +305,19 @@ def test_embeddings_are_what_train_reads(images, repository, expected, tmp_path)
     assert found.class_names == tuple(name.decode() for name in names)
     kept = np.array([expected[source]["image_embedding"] for source in order], np.float32)
     assert np.allclose(found.image.normalised.numpy().astype(np.float32), kept, atol=1e-3)
+
+
+def test_embeddings_of_shards_take_their_classes_from_cls_files(images, repository, tmp_path):
+    from vilu.data import load_embeddings
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(10):
+            for ending, content in (("cls", str(i % 10).encode()), ("jpg", (images / f"{i:04}.jpg").read_bytes())):
+                member = tarfile.TarInfo(f"{i}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    arguments = [tmp_path / "a.tar", "--model-repository", repository, "--output", tmp_path / "out", *SMALL]
+    command = [str(BIN / "vilu"), "embed", *map(str, arguments), "--label-column", "cls"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_embeddings(tmp_path / "out" / "embeddings").labels.tolist() == list(range(10))

@@ -306,7 +306,7 @@ def check_end(name: str, file: IO[bytes], offset: int | None = None) -> None:
     length = file.seek(0, os.SEEK_END)
     at = max(length - 512, 0) if offset is None else offset
     file.seek(at)
-    if length % 512 or file.read(512) != bytes(512):
+    if (offset is None and length % 512) or file.read(512) != bytes(512):
         raise UserError(f"{name}: is cut short or damaged after {at} bytes (no end marker)")
 
 
@@ -320,7 +320,7 @@ def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
             found = _Member(without_surrogates(member.name), member.offset_data, member.size)
             if kind in TEXTS:
                 file.seek(member.offset_data)
-                found.text = _decoded(file.read(min(member.size, MAX_TEXT + 1)))
+                found.text = decoded(file.read(min(member.size, MAX_TEXT + 1)))
             keys.setdefault(key, {}).setdefault(kind, []).append(found)
     for key, kinds in keys.items():
         yield from _samples_of(without_surrogates(key.lstrip("/")), kinds, caption_column)
@@ -358,7 +358,7 @@ def _samples_of(key: str, kinds: dict[str, list[_Member]], caption_column: str) 
     yield sample
 
 
-def _decoded(data: bytes) -> str | None:
+def decoded(data: bytes) -> str | None:
     """Return a member's text; None where it is too long or not UTF-8."""
     try:
         return data.decode("utf-8-sig").strip() if len(data) <= MAX_TEXT else None
