@@ -13,15 +13,17 @@ are given.
 
 Speed and CPU time leave out a contender's first quarter of batches, so no start is counted. CPU time is that of all
 processes, Ray's own among them; unlike the speed it hardly depends on what else the machine does. `--small` answers so
-many small images from Parquet with the embedded CLIP, and reports the most memory that all of Ray's processes held.
+many small images from Parquet with the embedded CLIP, and reports the most memory that all of its processes held.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -40,7 +42,7 @@ from bench.exports import export_measured
 from bench.inputs import photos, stand_in
 from vilu.checkpoint import save_checkpoint
 from vilu.clip import load_clip
-from vilu.serving.offline import Answers, Scorer, Workers, run_job
+from vilu.serving.offline import Answers, Scorer, Workers
 from vilu.serving.offline.cluster import cluster
 from vilu.serving.offline.inputs import open_input
 from vilu.serving.offline.job import dataset_of
@@ -141,15 +143,15 @@ def _cpu_seconds(pid: int) -> float:
 
 
 class Memory(threading.Thread):
-    """The most memory (PSS, bytes) that this process and all below it held, looked at every half second."""
+    """The most memory (PSS, bytes) that a process and all below it held, looked at every half second."""
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.most, self.ended = 0, threading.Event()
+        self.pid, self.most, self.ended = pid, 0, threading.Event()
 
     def run(self) -> None:
         while not self.ended.wait(0.5):
-            self.most = max(self.most, sum(_pss(pid) for pid in _family(os.getpid())))
+            self.most = max(self.most, sum(_pss(pid) for pid in _family(self.pid)))
 
 
 def _family(pid: int) -> list[int]:
@@ -188,13 +190,17 @@ def small(count: int, repository: Path, work: Path) -> dict[str, Any]:
     for number in range(20):
         rows = [images[i % len(images)] for i in range(count // 20)]
         pq.write_table(pa.table({"image": rows}), folder / f"{number:02}.parquet", row_group_size=5000)
-    memory = Memory()
+    command = [sys.executable, "-m", "vilu", "score", folder, "--model-repository", repository, "--json"]
+    command += ["--output", work / f"out-{count}", "--workers", CORES, "--object-store-memory", OBJECTS >> 20]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    memory = Memory(process.pid)
     memory.start()
-    options = {"object_store_bytes": OBJECTS}
-    summary = run_job([str(folder)], repository, work / f"out-{count}", ray_options=options, workers=Workers(2, 2))
+    out, _ = process.communicate()
     memory.ended.set()
     memory.join()
-    return {"images": count, "peak_mib": memory.most >> 20, **summary["this_run"]}
+    if process.returncode:
+        raise SystemExit(f"vilu score ended with {process.returncode}")
+    return {"images": count, "peak_mib": memory.most >> 20, **json.loads(out)["this_run"]}
 
 
 def main() -> None:
