@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from vilu.data.tables import first_line
 from vilu.errors import UserError
 
+REACH_SECONDS = 10
 # Ray reads these when it is imported, so they stand before the first import.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray would report to its makers
@@ -51,6 +53,7 @@ def cluster(
 
     started = not ray.is_initialized()
     if started:
+        _check_reachable(address)
         here: dict[str, Any] = {"address": address}
         if address is None:
             here = {"address": "local", "num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
@@ -69,6 +72,16 @@ def cluster(
         context.enable_progress_bars, context.print_on_execution_start = before
         if started:
             ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise UserError where nothing listens at HOST:PORT. Ray itself would try for minutes."""
+    place = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or ""
+    if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d{1,5})", place):
+        try:
+            socket.create_connection((found[1], int(found[2])), REACH_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"no Ray cluster answers at {place} ({first_line(error)})") from None
 
 
 @contextlib.contextmanager
@@ -90,7 +103,7 @@ def quiet(wanted: bool) -> Iterator[None]:
         try:
             yield
             shown = False
-        except (UserError, KeyboardInterrupt):
+        except (UserError, KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
             shown = False
             raise
         finally:

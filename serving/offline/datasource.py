@@ -15,11 +15,11 @@ from ray.data.block import BlockMetadata
 from ray.data.checkpoint import IdColumnCheckpointManager
 from ray.data.datasource import ReadTask
 
-from vilu.errors import UserError
-from vilu.serving.offline.inputs import IMAGE, PATH, Input, place_of
+from vilu.serving.offline.blocks import IMAGE, KEPT, PATH, place_of
+from vilu.serving.offline.inputs import Input
 from vilu.serving.offline.scorer import Scorer, beside
+from vilu.serving.offline.summary import check_bad
 
-KEPT = "kept"  # column that parts the data set where only accepted rows stay
 JUDGED = 1000  # rows seen before a share of bad images stops a job whose size is unknown
 
 
@@ -113,5 +113,5 @@ class Tally:
     def add(self, rows: int, bad: int) -> None:
         self.rows, self.bad = self.rows + rows, self.bad + bad
         of = self.total if self.total is not None else self.rows if self.rows >= JUDGED else None
-        if bad and of is not None and self.bad > self.share * of:
-            raise UserError(f"{self.bad} of {of} images are bad, more than {self.share:g} of them: the job stops")
+        if bad and of is not None:
+            check_bad(self.bad, of, self.share)

@@ -12,6 +12,7 @@ import numpy as np
 from vilu import atomic
 from vilu.errors import UserError
 from vilu.serving.offline import files
+from vilu.serving.offline.inputs import Input
 from vilu.serving.offline.job import DATA, Answers, run_job
 from vilu.serving.offline.scorer import Scorer
 
@@ -53,9 +54,16 @@ def run_embed(
     root = Path(output)
     asked = Answers(class_set, labels, embeddings=True)
     columns = [label_column] if label_column else []
-    summary = run_job(names, repository, root / ROWS, asked=asked, columns=columns, **options)
     scorer = Scorer(repository, class_set=class_set, labels=labels)
     classes = [name.decode() for name in scorer.bank.labels]
+
+    def check(source: Input) -> None:
+        if source.kind == "images":
+            index = {name: number for number, name in enumerate(classes)}
+            for unit in source.units:
+                _class(_folder_of(unit.name), index, unit.name)
+
+    summary = run_job(names, repository, root / ROWS, asked=asked, columns=columns, check=check, **options)
     with atomic.folder(root / "embeddings") as folder:
         _write_arrays(root / ROWS / DATA, folder, classes, label_column, scorer.bank.rows.shape[1])
         np.save(folder / "text_embeddings.npy", np.ascontiguousarray(scorer.bank.rows, np.float32))

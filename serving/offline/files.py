@@ -113,7 +113,7 @@ def output_folder(output: str | os.PathLike[str]) -> tuple[Any, str]:
     system, path = resolve(output)
     try:
         system.create_dir(path, recursive=True)
-        probe = f"{path}/_probe-{os.getpid()}"
+        probe = f"{path}/.probe-{os.getpid()}"  # hidden: a kill may leave it
         with system.open_output_stream(probe) as file:
             file.write(b"0")
         system.delete_file(probe)

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 import vilu
 from vilu.errors import UserError
 from vilu.serving.offline import files
+from vilu.serving.offline.blocks import BLOCK_ROWS, KEPT
 from vilu.serving.offline.cluster import cluster, quiet, reason
-from vilu.serving.offline.inputs import BLOCK_ROWS, Input, open_input
+from vilu.serving.offline.inputs import Input, open_input
 from vilu.serving.offline.scorer import Scorer
-from vilu.serving.offline.summary import Counts, count, draw, summarise
+from vilu.serving.offline.summary import Counts, check_bad, count, draw, summarise
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from ray.data import Dataset
 
 DATA, CHECKPOINT, JOB, SUMMARY, PICTURE = "data", "checkpoint", "job.json", "summary.json", "summary.png"
 FORMAT = 1  # of job.json
 ID = "row_id"
+PENDING = ".pending.parquet"  # ending of a file in the checkpoint that is not committed
 # Ray reserves a GiB for each actor that filters finished rows, which hold 8 bytes a row. It takes more where that is
 # not enough.
 FILTER_BYTES = 64 << 20
@@ -99,20 +102,33 @@ def score(
     source = open_input([os.fspath(one) for one in given], column=column, columns=columns, limit=limit)
     asked = Answers(class_set, labels, details, embeddings, outlier_score)
     scorer = Scorer(repository, **vars(asked))
-    return _dataset(source, scorer, asked, workers or Workers())
+    _check_columns(source, scorer)
+    return dataset_of(source, scorer, asked, workers or Workers())
 
 
-def _dataset(
+def _check_columns(source: Input, scorer: Scorer) -> None:
+    clash = {ID, "source", KEPT, *scorer.schema.names} & set(source.columns)
+    if clash:
+        raise UserError(f"the input's columns {', '.join(sorted(clash))} have the names of output columns")
+
+
+def dataset_of(
     source: Input, scorer: Scorer, asked: Answers, workers: Workers, tally: Any = None, mark: bool = False
 ) -> Dataset:
+    """Return the answers for an Input, lazily.
+
+    Args:
+        source: what is read.
+        scorer: the repository as it is here; the actors refuse another one.
+        asked, workers: see `Answers` and `Workers`.
+        tally: an actor whose `add` takes each batch's rows and bad images, and may raise to end the job; None: none.
+        mark: whether to add the column KEPT.
+    """
     import ray
     from ray.data import ActorPoolStrategy
 
     from vilu.serving.offline.datasource import Answerer, Rows
 
-    clash = {ID, "source", "kept", *scorer.schema.names} & set(source.columns)
-    if clash:
-        raise UserError(f"the input's columns {', '.join(sorted(clash))} have the names of output columns")
     arguments = {"repository": scorer.root, **vars(asked), "threads": workers.cpus, "expected": scorer.identity}
     resources: dict[str, Any] = {"num_cpus": workers.cpus}
     if workers.gpus:
@@ -149,6 +165,7 @@ def run_job(
     address: str | None = None,
     ray_options: dict[str, Any] | None = None,
     progress: bool = False,
+    check: Callable[[Input], None] | None = None,
 ) -> dict[str, Any]:
     """Write the answers for a data set to a folder: a Parquet data set in `data`, and a summary.
 
@@ -167,6 +184,7 @@ def run_job(
         address: the Ray cluster to join; see `cluster`.
         ray_options: for a Ray that starts here; see `cluster`.
         progress: whether Ray draws its progress bars.
+        check: receives the input before anything is written, and may refuse it.
 
     Returns:
         The summary, which `summary.json` holds too.
@@ -177,7 +195,11 @@ def run_job(
     """
     asked, workers = asked or Answers(), workers or Workers()
     scorer = Scorer(repository, **vars(asked))
-    source = open_input([os.fspath(name) for name in names], column=column, columns=columns, limit=limit)
+    given = [os.fspath(name) for name in names]
+    source = open_input(given, column=column, columns=columns, limit=limit, without=os.fspath(output))
+    _check_columns(source, scorer)
+    if check is not None:
+        check(source)
     system, root = files.output_folder(output)
     with _alone(system, root, output):
         job = {
@@ -196,8 +218,8 @@ def run_job(
             _clear(system, root, accept_only)
             summary: dict[str, Any] = json.loads(finished)
             return summary
-        _settle(system, root)
-        before = count(system, f"{root}/{DATA}")
+        schema = _schema(source, scorer, job)
+        before = count(system, f"{root}/{DATA}", without=_settle(system, root))
         started = time.time()
         ray_options = dict(ray_options or {})
         if address is None:
@@ -208,7 +230,7 @@ def run_job(
                 workers = replace(workers, most=max(cores // workers.cpus, workers.least or 1))
         with quiet(not progress), cluster(address, progress=progress, **ray_options) as ray:
             try:
-                _write(ray, source, scorer, asked, workers, before, job, system, root, max_bad, rows_per_file)
+                _write(ray, source, scorer, asked, workers, before, job, schema, system, root, max_bad, rows_per_file)
             except KeyboardInterrupt:
                 raise
             except Exception as error:  # Ray wraps what ended the job in errors of its own
@@ -217,6 +239,11 @@ def run_job(
                 raise
         after = count(system, f"{root}/{DATA}", source.kind == "images", pictured=True)
         after.check(source.rows, str(output))
+        if not after.rows:
+            raise UserError(f"{names[0]}: holds no images")
+        check_bad(after.bad, after.rows, max_bad)  # the actors look before their next batch, so not after their last
+        if accept_only and not after.accepted:
+            _write_none(system, root, schema)
         summary = summarise(after, before, time.time() - started, job)
         files.write(system, f"{root}/{PICTURE}", draw(summary, after))
         files.write(system, f"{root}/{SUMMARY}", json.dumps(summary, indent=2).encode())
@@ -232,22 +259,22 @@ def _write(
     workers: Workers,
     before: Counts,
     job: dict[str, Any],
+    schema: pa.Schema,
     system: Any,
     root: str,
     max_bad: float,
     rows_per_file: int,
 ) -> None:
-    import pyarrow as pa
     from ray.data.checkpoint import CheckpointConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from vilu.serving.offline.datasource import KEPT, Finished, Tally
+    from vilu.serving.offline.datasource import Finished, Tally
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     placed = Tally.options(scheduling_strategy=here)  # type: ignore[attr-defined]
     tally = placed.remote(source.rows, max_bad, before.rows, before.bad)
     mark = bool(job["accept_only"])
-    dataset = _dataset(source, scorer, asked, workers, tally, mark)
+    dataset = dataset_of(source, scorer, asked, workers, tally, mark)
     config = CheckpointConfig(
         ID,
         f"{root}/{CHECKPOINT}",
@@ -257,10 +284,6 @@ def _write(
     )
     config.checkpoint_actor_memory_bytes = FILTER_BYTES
     dataset.context.checkpoint_config = config
-    fields = [pa.field(ID, pa.int64()), pa.field("source", pa.string())]
-    fields += [pa.field(name, kind) for name, kind in source.columns.items()] + list(scorer.schema)
-    fields += [pa.field(KEPT, pa.string())] if mark else []
-    metadata = {"vilu": json.dumps(job), "vilu.version": vilu.__version__}
     dataset.write_parquet(
         f"{root}/{DATA}",
         filesystem=system,
@@ -268,8 +291,19 @@ def _write(
         min_rows_per_file=rows_per_file,
         ray_remote_args={"num_cpus": LIGHT},
         compression="zstd",
-        schema=pa.schema(fields, metadata),
+        schema=schema,
     )
+
+
+def _schema(source: Input, scorer: Scorer, job: dict[str, Any]) -> pa.Schema:
+    """Return the schema of the output, with the job in its metadata."""
+    import pyarrow as pa
+
+    fields = [pa.field(ID, pa.int64()), pa.field("source", pa.string())]
+    fields += [pa.field(name, kind) for name, kind in source.columns.items()] + list(scorer.schema)
+    fields += [pa.field(KEPT, pa.string())] if job["accept_only"] else []
+    metadata = {"vilu": json.dumps(job), "vilu.version": vilu.__version__}
+    return pa.schema(fields, metadata)
 
 
 @contextlib.contextmanager
@@ -317,8 +351,8 @@ def _claim(system: Any, root: str, output: str, job: dict[str, Any]) -> None:
             raise UserError(f"{output}: was begun with another state of {what}; name an empty folder")
 
 
-def _settle(system: Any, root: str) -> None:
-    """Make what a kill left clear to Ray's recovery.
+def _settle(system: Any, root: str) -> tuple[str, ...]:
+    """Make what a kill left clear to Ray's recovery, and return how the names of the files begin that it will remove.
 
     Ray commits a file by renaming X.pending.parquet to X.parquet in the checkpoint. Where a node is lost, it may write
     a committed file again; a kill meanwhile leaves both. Recovery would then remove the file, and still take its rows
@@ -328,16 +362,28 @@ def _settle(system: Any, root: str) -> None:
 
     there = system.get_file_info(fs.FileSelector(f"{root}/{CHECKPOINT}", allow_not_found=True))
     names = {each.path for each in there}
-    for path in names:
-        if path.endswith(".pending.parquet") and (twin := path.removesuffix(".pending.parquet") + ".parquet") in names:
-            system.delete_file(twin)
+    pending = [path.removesuffix(PENDING) for path in names if path.endswith(PENDING)]
+    for path in pending:
+        if f"{path}.parquet" in names:
+            system.delete_file(f"{path}.parquet")
+    return tuple(files.name_of(path) for path in pending)
+
+
+def _write_none(system: Any, root: str, schema: pa.Schema) -> None:
+    """Write a file without rows, from which readers take the schema where no row was kept."""
+    from pyarrow import parquet
+
+    folder = f"{root}/{DATA}/{KEPT}=yes"
+    system.create_dir(folder, recursive=True)
+    schema = schema.remove(schema.get_field_index(KEPT))
+    parquet.write_table(schema.empty_table(), f"{folder}/none.parquet", filesystem=system, compression="zstd")
 
 
 def _clear(system: Any, root: str, accept_only: bool) -> None:
     """Remove what a finished job needs no more."""
     from pyarrow import fs
 
-    gone = [f"{root}/{CHECKPOINT}", *([f"{root}/{DATA}/kept=no"] if accept_only else [])]
+    gone = [f"{root}/{CHECKPOINT}", *([f"{root}/{DATA}/{KEPT}=no"] if accept_only else [])]
     for path in gone:
         if system.get_file_info(path).type == fs.FileType.Directory:
             system.delete_dir(path)

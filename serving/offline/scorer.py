@@ -226,14 +226,11 @@ class Scorer:
 
     def read(self, images: pa.ChunkedArray | None, paths: pa.ChunkedArray | None) -> list[bytes | str]:
         """Return what `answers` takes: each row's bytes, else what its path holds, else why there are none."""
-        if images is None:
-            return list(self.readers.map(_read, [] if paths is None else paths.to_pylist()))
-        fallback = [None] * len(images) if paths is None else paths.to_pylist()
-        missing = "no image" if paths is None else None
-        return [
-            (missing or _read(path)) if data is None else data
-            for data, path in zip(images.to_pylist(), fallback, strict=True)
-        ]
+        rows = len(next(column for column in (images, paths) if column is not None))
+        blobs = [None] * rows if images is None else images.to_pylist()
+        names = [None] * rows if paths is None else paths.to_pylist()
+        missing = "no path" if images is None else "no image"
+        return list(self.readers.map(_content, blobs, names, [missing] * rows))
 
 
 def beside(table: pa.Table, answers: pa.Table) -> pa.Table:
@@ -371,7 +368,7 @@ def _by_slot(
         yield images[start:], slots[start:]
 
 
-def _read(path: str | bytes | None) -> bytes | str:
-    if path is None or not path.strip():
-        return "no path"
-    return read_image(os.fsdecode(path))
+def _content(image: bytes | None, path: str | bytes | None, missing: str) -> bytes | str:
+    if image is not None:
+        return image
+    return read_image(os.fsdecode(path)) if path and path.strip() else missing

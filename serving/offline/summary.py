@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from vilu.errors import UserError
-from vilu.serving.offline.inputs import UNIT_BITS
+from vilu.serving.offline.blocks import UNIT_BITS
+from vilu.serving.offline.files import name_of
 
 BINS = 20  # of the histogram of failure probabilities, from 0 to 1
 REASONS = 20  # reasons that the summary lists
@@ -67,7 +68,15 @@ class Counts:
             raise UserError(f"{output}: {short} rows are missing and {self.twice} are there twice; please report this")
 
 
-def count(system: Any, data: str, folder: bool = False, pictured: bool = False) -> Counts:
+def check_bad(bad: int, rows: int, share: float) -> None:
+    """Raise UserError where more than the share (0 to 1) of the rows are bad images."""
+    if bad > share * rows:
+        raise UserError(f"{bad} of {rows} images are bad, more than {share:g} of them: the job stops")
+
+
+def count(
+    system: Any, data: str, folder: bool = False, pictured: bool = False, without: tuple[str, ...] = ()
+) -> Counts:
     """Count the rows of a data set's folder, block by block; of a folder that is missing, none.
 
     Args:
@@ -75,13 +84,15 @@ def count(system: Any, data: str, folder: bool = False, pictured: bool = False) 
         data: folder inside it.
         folder: whether each file of the input is one row.
         pictured: count everything; else the rows and the bad images alone.
+        without: beginnings of the names of files that do not count.
     """
     import pyarrow.dataset as ds
     from pyarrow import fs
 
     counts = Counts(folder)
     selector = fs.FileSelector(data, recursive=True, allow_not_found=True)
-    paths = [each.path for each in system.get_file_info(selector) if each.path.endswith(".parquet")]
+    names = {each.path: name_of(each.path) for each in system.get_file_info(selector)}
+    paths = [path for path, name in names.items() if name.endswith(".parquet") and not name.startswith(without)]
     if not paths:
         return counts
     columns = ["error", *(["row_id", "accept", "failure_probability"] if pictured else [])]

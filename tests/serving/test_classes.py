@@ -18,7 +18,7 @@ from tests.serving.helpers import agree, vilu
 from tests.support.embeddings import unit_rows
 from vilu import UserError
 from vilu.preprocess.image import decode
-from vilu.serving import AccessDenied, Answer, Client, RequestRefused, Server
+from vilu.serving import AccessDenied, Answer, Client, RequestRefused, Scorer, Server
 from vilu.serving.access import Access
 from vilu.serving.classes import _change, get_set, list_sets, put_set, read_set, remove_set
 
@@ -208,6 +208,17 @@ def test_a_set_outlives_the_server_that_took_it(open_repository, photos, expecte
         (folder / f"lasting@{version + 1}").unlink()
         (answer,) = client.ask(photos[:1], class_set="lasting")
         assert answer.class_set == f"lasting@{version}"
+
+
+def test_offline_answers_are_those_of_a_set_that_was_put(steered, open_repository, photos):
+    put(steered, "offline", NAMES, threshold=0.5)
+    with Client(steered.grpc_url, batch_size=8) as client:
+        served = client.ask(photos[:8], class_set="offline")
+    rows = Scorer(open_repository, class_set="offline").answers(photos[:8]).to_pylist()
+    for row, answer in zip(rows, served, strict=True):
+        assert row.pop("error") is answer.error is None
+        assert row == {name: getattr(answer, name) for name in row}
+    run(steered, remove_set, "offline", control_token=CONTROL)
 
 
 def test_sets_and_candidates_of_ones_own_are_not_asked_for_together(steered, photos):

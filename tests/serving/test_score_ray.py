@@ -1,10 +1,13 @@
 """`vilu score` on real Ray nodes: killed nodes and drivers, jobs that go on, bad inputs, what is written."""
 
+import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from PIL import Image
 
 from tests.serving.helpers import BIN
 from vilu.serving import Scorer
+from vilu.serving.address import free_port
 from vilu.tiny import data
 
 pytestmark = pytest.mark.slow
@@ -116,7 +120,7 @@ def test_a_commit_that_was_begun_again_is_withdrawn(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     for name in names:
         (tmp_path / "checkpoint" / name).touch()
-    _settle(fs.LocalFileSystem(), str(tmp_path))
+    assert set(_settle(fs.LocalFileSystem(), str(tmp_path))) == {"a", "c"}
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == names[1:]
 
 
@@ -163,8 +167,98 @@ def test_too_many_bad_images_stop_the_job_and_a_higher_limit_goes_on(repository,
     code, _, err = score(*job)
     assert (code, err.count("\n")) == (2, 1), err
     assert "images are bad" in err
+    assert score(*job, "--max-bad", "0.99")[0] == 2  # noticed at the end, where no batch follows
     code, out, _ = score(*job, "--max-bad", "1", "--json")
     assert (code, json.loads(out)["reasons"]) == (0, {"not a JPEG, PNG or WEBP image": 40})
+
+
+def test_a_data_set_without_an_accepted_row_has_its_schema(repository, tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    job = [tmp_path / "bad.png", "--model-repository", repository, "--output", out, *SMALL, "--max-bad", 1]
+    assert score(*job, "--accept-only", "--details", "--embeddings")[0] == 0
+    schema = ds.dataset(out / "data", partitioning="hive").schema
+    assert {"label", "image_embedding", "kept"} < set(schema.names)
+    assert b"vilu" in schema.metadata
+    assert duckdb.sql(f"SELECT count(*), max(label) FROM '{out}/data/**/*.parquet'").fetchall() == [(0, None)]
+
+
+def test_a_full_disk_is_one_line_and_the_job_goes_on_with_more_room(images, repository, expected, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    if mount.returncode:
+        pytest.skip("only root can mount a small disk")
+    job = [images, "--model-repository", repository, "--output", disk / "out", "--embeddings", "--limit", 700, *SMALL]
+    try:
+        code, out, err = score(*job, "--rows-per-file", 128)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert "No space left on device" in err
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert score(*job)[0] == 0
+        assert written(disk / "out") == {source: expected[source] for source in sorted(expected)[:700]}
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def accepts(port):
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        return True
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The environment of an S3-compatible store. Its packages need older versions than ours, so they lie apart."""
+    port = free_port()
+    command = [
+        str(BIN / "uv"),
+        "tool",
+        "run",
+        "--from",
+        "moto==5.1.22",
+        "--with",
+        "flask",
+        "--with",
+        "flask-cors",
+        "moto_server",
+    ]
+    log = open(tmp_path_factory.mktemp("store") / "log", "wb")
+    process = subprocess.Popen([*command, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+    try:
+        while not accepts(port):
+            if process.poll() is not None:
+                pytest.skip("uv cannot install moto here")
+            time.sleep(0.2)
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        yield {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1", **keys}
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_images_and_answers_in_a_store(images, repository, expected, store, tmp_path, monkeypatch):
+    from pyarrow import fs
+
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    endpoint = store["AWS_ENDPOINT_URL"].partition("://")[2]
+    system = fs.S3FileSystem(endpoint_override=endpoint, scheme="http", allow_bucket_creation=True)
+    system.create_dir("bucket")
+    sources = sorted(expected)[:40]
+    for source in sources:
+        with system.open_output_stream(f"bucket/images/{os.path.basename(source)}") as file:
+            file.write(Path(source).read_bytes())
+    job = ["--model-repository", repository, "--output", "s3://bucket/out", "--embeddings", *SMALL]
+    code, out, err = score("s3://bucket/images/*.jpg", *job, "--limit", 30, "--json")
+    assert (code, err) == (0, "")
+    rows = {row.pop("source"): row for row in ds.dataset("bucket/out/data", filesystem=system).to_table().to_pylist()}
+    assert [row.pop("row_id") >> 32 for _, row in sorted(rows.items())] == list(range(30))
+    assert rows == {f"s3://bucket/images/{os.path.basename(s)}": expected[s] for s in sources[:30]}
+    assert score("s3://bucket/images/*.jpg", *job, "--limit", 30, "--json") == (0, out, "")
+    code, _, err = score("s3://nobody/images", *job)
+    assert (code, err.count("\n")) == (2, 1)
 
 
 def test_the_library_gives_a_lazy_dataset(images, repository, expected):
@@ -211,3 +305,19 @@ def test_embeddings_are_what_train_reads(images, repository, expected, tmp_path)
     assert found.class_names == tuple(name.decode() for name in names)
     kept = np.array([expected[source]["image_embedding"] for source in order], np.float32)
     assert np.allclose(found.image.normalised.numpy().astype(np.float32), kept, atol=1e-3)
+
+
+def test_embeddings_of_shards_take_their_classes_from_cls_files(images, repository, tmp_path):
+    from vilu.data import load_embeddings
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(10):
+            for ending, content in (("cls", str(i % 10).encode()), ("jpg", (images / f"{i:04}.jpg").read_bytes())):
+                member = tarfile.TarInfo(f"{i}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    arguments = [tmp_path / "a.tar", "--model-repository", repository, "--output", tmp_path / "out", *SMALL]
+    command = [str(BIN / "vilu"), "embed", *map(str, arguments), "--label-column", "cls"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_embeddings(tmp_path / "out" / "embeddings").labels.tolist() == list(range(10))

@@ -21,7 +21,8 @@ from vilu.cli.score import actors, job_options
 @click.option("--class-set", metavar="NAME", help="Class set that gives the classes.  [default: the exported]")
 @click.option("--labels", type=PATH, help="File of class names, one a line, in place of a class set.")
 @click.option(
-    "--label-column", help="Column of a table with each image's class.  [default: the name of the image's folder]"
+    "--label-column",
+    help="Column of a table with each image's class; cls for shards.  [default: the name of the image's folder]",
 )
 @job_options
 def embed_command(

@@ -51,7 +51,7 @@ job_options = all_of(
 @click.option(
     "--outlier-score", is_flag=True, help="Also write the outlier score, where the repository's checkpoint has one."
 )
-@click.option("--columns", default="", help="Columns of a table to carry into the output, separated by commas.")
+@click.option("--columns", default="", help="Columns to carry into the output, as a,b; of shards: txt, cls.")
 @click.option("--accept-only", is_flag=True, help="Keep only the rows whose answer is accepted.")
 @click.option(
     "--rows-per-file", type=click.IntRange(1), default=20_000, show_default=True, help="Rows of a file of the output."

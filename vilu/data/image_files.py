@@ -35,18 +35,25 @@ def walk(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[str]:
     """Yield the paths of the files with these endings below a folder, relative to it, in no order.
 
     Links are followed, each folder once.
+
+    Raises:
+        UserError: a folder cannot be listed, so files would be left out.
     """
     seen = set[tuple[int, int]]()
-    for parent, below, files in os.walk(folder, followlinks=True):
+    for parent, below, files in os.walk(folder, onerror=_refuse, followlinks=True):
         place = os.stat(parent)
         if (place.st_dev, place.st_ino) in seen:  # a link to a folder above it would have no end
             below.clear()
             continue
         seen.add((place.st_dev, place.st_ino))
-        below[:] = [name for name in below if not ignored(name)]
+        below[:] = sorted(name for name in below if not ignored(name))
         for name in files:
             if name.lower().endswith(suffixes) and not ignored(name):
                 yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
 
 
 def image_files(folder: Path) -> list[Path]:

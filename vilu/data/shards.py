@@ -8,11 +8,12 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -260,37 +261,67 @@ class _Member:
     text: str | None = None
 
 
-def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
-    keys: dict[str, dict[str, list[_Member]]] = {}  # key -> extension -> members
+@contextmanager
+def open_tar(name: str, opened: Callable[[], IO[bytes]]) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
+    """Open a plain tar file with `opened`, and give it with the file that it is read from.
+
+    Raises:
+        UserError: it cannot be read, or is compressed or no tar file; also where that is found within the block.
+    """
     try:
-        with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                # A sparse member's bytes are not in one piece; a link or device has none. Only plain files count.
-                if not member.isreg() or member.sparse is not None or not stem or stem.startswith("__"):
-                    continue
-                if any(ignored(part) for part in folder.split("/") if part not in (".", "..")):
-                    continue
-                if member.offset_data + member.size > length:
-                    raise UserError(f"{shard}: is cut short within {without_surrogates(member.name)}")
-                kind = "." + extension.lower()
-                if not kind.endswith((*SUFFIXES, *TEXTS)):
-                    continue
-                found = _Member(without_surrogates(member.name), member.offset_data, member.size)
-                if kind in TEXTS:
-                    file.seek(member.offset_data)
-                    found.text = _decoded(file.read(min(member.size, MAX_TEXT + 1)))
-                keys.setdefault(f"{folder}/{stem}", {}).setdefault(kind, []).append(found)
-            # tarfile takes a damaged or cut header for the end of the file. The true end is a block of zeros.
-            file.seek(tar.offset)
-            if file.read(512) != bytes(512):
-                raise UserError(f"{shard}: is cut short or damaged after {tar.offset} bytes (no end marker)")
+        with opened() as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            yield tar, file
     except UserError:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, MemoryError) as error:
-        raise UserError(f"{shard}: cannot be read as a plain, uncompressed tar file ({first_line(error)})") from None
+        raise UserError(f"{name}: cannot be read as a plain, uncompressed tar file ({first_line(error)})") from None
+
+
+def plain_files(name: str, tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """Yield each plain file of a tar file with the key and the extension that the webdataset library gives it.
+
+    A key is the path up to the first dot of its last part. Names that start with __ are left out, as they are there.
+
+    Raises:
+        UserError: the tar file is damaged or cut short.
+    """
+    length = file.seek(0, os.SEEK_END)
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        # A sparse member's bytes are not in one piece; a link or device has none. Only plain files count.
+        if not member.isreg() or member.sparse is not None or not stem or stem.startswith("__"):
+            continue
+        if any(ignored(part) for part in folder.split("/") if part not in (".", "..")):
+            continue
+        if member.offset_data + member.size > length:
+            raise UserError(f"{name}: is cut short within {without_surrogates(member.name)}")
+        yield member, f"{folder}/{stem}", extension
+    check_end(name, file, tar.offset)  # tarfile takes a damaged or cut header for the end of the file
+
+
+def check_end(name: str, file: IO[bytes], offset: int | None = None) -> None:
+    """Raise UserError unless a tar file has its end marker, a block of zeros, at an offset; None: as its last block."""
+    length = file.seek(0, os.SEEK_END)
+    at = max(length - 512, 0) if offset is None else offset
+    file.seek(at)
+    if (offset is None and length % 512) or file.read(512) != bytes(512):
+        raise UserError(f"{name}: is cut short or damaged after {at} bytes (no end marker)")
+
+
+def _scan(shard: Path, caption_column: str) -> Iterator[_Sample]:
+    keys: dict[str, dict[str, list[_Member]]] = {}  # key -> extension -> members
+    with open_tar(str(shard), lambda: open(shard, "rb")) as (tar, file):
+        for member, key, extension in plain_files(str(shard), tar, file):
+            kind = "." + extension.lower()
+            if not kind.endswith((*SUFFIXES, *TEXTS)):
+                continue
+            found = _Member(without_surrogates(member.name), member.offset_data, member.size)
+            if kind in TEXTS:
+                file.seek(member.offset_data)
+                found.text = decoded(file.read(min(member.size, MAX_TEXT + 1)))
+            keys.setdefault(key, {}).setdefault(kind, []).append(found)
     for key, kinds in keys.items():
         yield from _samples_of(without_surrogates(key.lstrip("/")), kinds, caption_column)
 
@@ -327,7 +358,7 @@ def _samples_of(key: str, kinds: dict[str, list[_Member]], caption_column: str) 
     yield sample
 
 
-def _decoded(data: bytes) -> str | None:
+def decoded(data: bytes) -> str | None:
     """Return a member's text; None where it is too long or not UTF-8."""
     try:
         return data.decode("utf-8-sig").strip() if len(data) <= MAX_TEXT else None
