@@ -224,11 +224,29 @@ def test_the_command_asks_about_a_file(served, black_box, asked, tmp_path):
         np.testing.assert_allclose([row["outlier_score"] for row in rows], black_box.outlier.score(v), atol=1e-5)
 
 
+def test_an_interrupted_file_of_answers_goes_on(served, asked, tmp_path):
+    np.savez(tmp_path / "a.npz", image_embedding=asked)
+    options = ["ask", "--embeddings", tmp_path / "a.npz", "--url", served.grpc, "--output", tmp_path / "a.jsonl"]
+    assert vilu(*options)[0] == 0
+    whole = rows_of(tmp_path / "a.jsonl")
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.part.jsonl").write_text("".join(lines[:11]))
+    code, said = vilu(*options, "--resume")
+    assert code == 0
+    assert "11 answers are there, 19 embeddings are left to ask" in said
+    found = rows_of(tmp_path / "a.jsonl")
+    assert [row["source"] for row in found] == [row["source"] for row in whole]
+    kept, fresh = ([row["failure_probability"] for row in rows] for rows in (found, whole))
+    np.testing.assert_allclose(kept, fresh, atol=1e-6)
+    assert vilu(*options, "--resume")[0] == 0
+
+
 def test_what_would_be_refused_for_every_row_is_one_line(served, asked, tmp_path):
     np.savez(tmp_path / "wide.npz", image_embedding=np.ones((9, DIM + 1)))
     code, said = vilu("ask", "--embeddings", tmp_path / "wide.npz", "--url", served.grpc)
-    assert code == 1
-    assert said.count("shape") == 1
+    assert code == 2  # what `vilu` gives here for any error that ends a command
+    assert said.startswith("row 0: input IMAGE_EMBEDDING: shape")
     rows = asked[:3].copy()
     rows[0] = np.nan
     np.savez(tmp_path / "nan.npz", image_embedding=rows)

@@ -103,8 +103,6 @@ def ask_command(
         raise UserError("--json and --output: give one or the other")
     if resume and (output is None or str(output) == "-"):
         raise UserError("--resume needs the --output to go on with")
-    if resume and embeddings is not None:
-        raise UserError("--resume and --embeddings: only questions about images go on where they stopped")
     if labels and class_set is not None:
         raise UserError("--label and --class-set: give one or the other")
 
@@ -119,17 +117,19 @@ def ask_command(
     columns += (OUTLIER if outlier_score else ()) + (IDS if ids else ())
     if ids and output is None and not as_json:
         raise UserError("--ids: give --output or --json")
-    names = list(find_images(images))
+    rows: Any = [] if embeddings is None else read_image_embeddings(embeddings)
+    names = list(find_images(images)) or [f"row {i}" for i in range(len(rows))]
     lines = output is not None and str(output) == "-"
     path = None if lines else output
-    rows: Any = [] if embeddings is None else read_image_embeddings(embeddings)
-    total = len(names) or len(rows)
+    total = len(names)
     answers: list[Answer] = []  # filled only where answers are printed at the end
     earlier = read_part(path, columns) if path is not None and resume else []
     bad = sum(answer.get("error") is not None for answer in earlier)
     if earlier:
         names = unasked(names, earlier)
-        said.note(f"{len(earlier)} answers are there, {len(names)} images are left to ask")
+        said.note(
+            f"{len(earlier)} answers are there, {len(names)} {'images' if images else 'embeddings'} are left to ask"
+        )
     with (
         Client(
             url,
@@ -146,13 +146,16 @@ def ask_command(
         add = print_line if lines else answers.append if file is None else file.add
         chosen: dict[str, Any] = {"labels": labels or None, "class_set": class_set, "details": details}
         chosen["outlier_score"] = outlier_score
-        found = client.stream(names, **chosen, stage=stage) if embeddings is None else _about_rows(client, rows, chosen)
+        if embeddings is None:
+            found = client.stream(names, **chosen, stage=stage)
+        else:
+            found = _about_rows(client, rows, names, chosen)
         for done, answer in enumerate(found, 1):
             add(answer)
             if answer.error is not None:
                 bad += 1
                 said.warn(said.printable(f"{answer.source}: {answer.error}"))
-            bar("asking", done, len(names) or len(rows))
+            bar("asking", done, len(names))
     if path is not None:
         said.result(f"{path}: {total} {'images' if images else 'embeddings'}, {bad} without an answer")
     elif as_json:
@@ -174,8 +177,8 @@ def unasked(names: list[str], earlier: list[dict[str, Any]]) -> list[str]:
     return rest
 
 
-def _about_rows(client: Client, rows: Any, chosen: dict[str, Any]) -> Iterator[Answer]:
-    """Yield the answers for image embeddings (N, D), some requests at a time.
+def _about_rows(client: Client, rows: Any, names: list[str], chosen: dict[str, Any]) -> Iterator[Answer]:
+    """Yield the answers for the rows of image embeddings (N, D) that are named "row I", some requests at a time.
 
     Raises:
         RequestRefused: the first row is refused though it is good, and so would be all others, such as for their width.
@@ -186,14 +189,16 @@ def _about_rows(client: Client, rows: Any, chosen: dict[str, Any]) -> Iterator[A
 
     from vilu.answers import RequestRefused
 
-    (first,) = client.ask_embeddings(rows[:1], **chosen)
-    if first.error is not None and np.isfinite(rows[0]).all() and rows[0].any():
-        raise RequestRefused(f"{first.source}: {first.error}")
-    yield first
-    step = 1024
-    for start in range(1, len(rows), step):
-        for index, answer in enumerate(client.ask_embeddings(rows[start : start + step], **chosen), start):
-            yield replace(answer, source=f"row {index}")
+    rows = rows[[int(name.removeprefix("row ")) for name in names]]
+    step = 1
+    start = 0
+    while start < len(rows):
+        answers = client.ask_embeddings(rows[start : start + step], **chosen)
+        if not start and answers[0].error is not None and np.isfinite(rows[0]).all() and rows[0].any():
+            raise RequestRefused(f"{names[0]}: {answers[0].error}")
+        for name, answer in zip(names[start:], answers, strict=False):
+            yield replace(answer, source=name)
+        start, step = start + step, 1024
 
 
 def find_images(given: Iterable[str]) -> Iterator[str]:
