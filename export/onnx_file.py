@@ -33,8 +33,10 @@ def save(model: ir.Model, path: Path) -> None:
         if sum(tensor.nbytes for tensor in weights) > MAX_INLINE:
             # Strings (labels) cannot lie beside the graph, so nothing that is no larger does.
             strings = [tensor.nbytes for tensor in weights if tensor.dtype == ir.DataType.STRING]
-            options = {"size_threshold_bytes": max([256, *strings]), "alignment": 4096}  # runtimes map whole pages
-            ir.save(model, staged, external_data=data, **options)
+            least = max([256, *strings])
+            ir.save(
+                model, staged, external_data=data, size_threshold_bytes=least, alignment=4096
+            )  # runtimes map whole pages
         else:
             ir.save(ir.external_data.load_to_model(model), staged)
         onnx.checker.check_model(str(staged), full_check=True)

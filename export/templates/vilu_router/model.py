@@ -190,9 +190,9 @@ class TritonPythonModel(head.Head):
                     self._give_up(going, 2, "overloaded", f"{self.most} requests wait already")
                     continue
                 name = sets.requested_set(request)
-                for going in self._going(request, question):
-                    width = 0 if going.labels is None else len(going.labels)
-                    groups.setdefault((name, width), []).append(going)
+                for one in self._going(request, question):
+                    width = 0 if one.labels is None else len(one.labels)
+                    groups.setdefault((name, width), []).append(one)
                 self.deadlines.put((time.monotonic() + self.seconds, question))
             except Exception as error:
                 responses[place] = sets.error_response(error)
