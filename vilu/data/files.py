@@ -68,7 +68,7 @@ def open_folder(folder: Path, split: str) -> FileSource:
 def _others(folder: Path, names: list[str]) -> list[str]:
     """Return the images that are not read. Raises UserError where a directory has no others, and so is no class."""
     found = []
-    for directory in sorted({*_directories(folder), *names}):
+    for directory in _directories(folder):
         here = sorted(os.path.join(directory, path) for path in walk(folder / directory, OTHERS))
         if here and directory not in names:
             raise UserError(f"{folder / here[0]}: {CONVERT}; {directory!r} holds no other images")
@@ -188,5 +188,6 @@ def _with_images(folder: Path) -> list[str]:
 
 
 def _images(folder: Path, directory: str) -> Iterator[str]:
-    for path in walk(folder / directory):
-        yield os.path.join(directory, path)
+    if (folder / directory).is_dir():  # a split may lack a class
+        for path in walk(folder / directory):
+            yield os.path.join(directory, path)
