@@ -193,7 +193,7 @@ class Core:
             with contextlib.suppress(Refused):  # or a version that is gone already
                 known = (await self.upstreams.config(head, end, metadata, reply.model_version))["parameters"]
                 break
-        self.recorder.add(reply, recording, known.get("checkpoint", ""), known.get("calibration", ""))
+        self.recorder.add(data, recording, known.get("checkpoint", ""), known.get("calibration", ""))
         return recording.stripped(reply, data)
 
     async def describe(self, method: str, data: bytes, seen: Seen, end: float, metadata: Metadata) -> bytes:

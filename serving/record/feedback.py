@@ -127,7 +127,7 @@ def give_feedback(record: Record, feedback: Iterable[Feedback]) -> Taken:
     given = list(feedback)
     ids = {one.id for one in given}
     latest = {one.id: (one.right, one.label) for one in record.feedback() if one.id in ids}
-    there = record.known(ids)
+    there = {name for table in record.find(ids, ["id"]) for name in table["id"].to_pylist()}
     counts = {"taken": 0, "repeated": 0, "changed": 0, "unknown": 0}
     kept = []
     for one in given:

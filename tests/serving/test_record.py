@@ -23,7 +23,7 @@ from vilu.serving import Client
 from vilu.serving.door import Door
 from vilu.serving.record import Feedback, ParquetRecord, open_record, parquet, recorder
 from vilu.serving.record.recorder import Recorder, RecordOptions
-from vilu.serving.record.table import ANSWER, rows_of
+from vilu.serving.record.table import ANSWER, SCHEMA, table_of
 from vilu.serving.server import probe
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
@@ -49,24 +49,30 @@ def reply(labels=("cat",), *, class_set="pets@3", dim=0):
     return out
 
 
-def made_rows(n, start=0):
-    rows = [row for i in range(start, start + n) for row in rows_of(reply(), f"r{i}", NOW, "abc")]
-    return [{**row, "label_probability": 1.0, "chosen": True} for row in rows]
+def table(*replies, checkpoint="abc"):
+    """The rows of (reply, id, time)."""
+    made = [(one.SerializeToString(), name, int(at.timestamp() * 1e6), checkpoint, None) for one, name, at in replies]
+    return table_of(made, np.random.default_rng(0))
+
+
+def made_rows(n, start=0, at=NOW):
+    return table(*((reply(), f"r{i}", at) for i in range(start, start + n)))
 
 
 def ids_of(record):
     return [name for table in record.batches(["id"]) for name in table["id"].to_pylist()]
 
 
-def test_rows_of_a_reply():
-    rows = rows_of(reply(("cat", "a\0b"), dim=4), "mine", NOW, "abc")
-    assert [row["id"] for row in rows] == ["mine/0", "mine/1"]
-    assert [row["label"] for row in rows] == ["cat", "a\ufffdb"]
-    assert [row["accept"] for row in rows] == [True, False]
-    assert {(row["class_set"], row["class_set_version"], row["model_version"]) for row in rows} == {("pets", 3, 2)}
-    assert rows[0]["embedding"].dtype == np.float16
-    (own,) = rows_of(reply(class_set=""), "mine", NOW, "abc")
-    assert (own["id"], own["class_set"], own["class_set_version"], own["entropy"]) == ("mine", "", 0, None)
+def test_rows_of_replies():
+    several, own = reply(("cat", "a\0b"), dim=4), reply(class_set="")
+    rows = table((several, "mine", NOW), (own, "other", NOW)).to_pylist()
+    assert [row["id"] for row in rows] == ["mine/0", "mine/1", "other"]
+    assert [row["label"] for row in rows] == ["cat", "a\ufffdb", "cat"]
+    assert [row["accept"] for row in rows] == [True, False, True]
+    assert [(row["class_set"], row["class_set_version"]) for row in rows] == [("pets", 3), ("pets", 3), ("", 0)]
+    assert {(row["model_version"], row["time"], row["entropy"]) for row in rows} == {(2, NOW, None)}
+    assert [row["embedding"] for row in rows] == [[1.0] * 4, [1.0] * 4, None]
+    assert table().schema == SCHEMA
 
 
 def test_small_files_become_large_ones_and_no_row_is_lost_or_doubled(tmp_path, monkeypatch):
@@ -136,7 +142,7 @@ from vilu.serving.record.recorder import Recorder, RecordOptions, Recording
 import time
 recorder = Recorder(RecordOptions(sys.argv[1]), CollectorRegistry())
 for i in range(100000):
-    recorder.add(reply(), Recording(f"r{i}", []), "abc")
+    recorder.add(reply().SerializeToString(), Recording(f"r{i}", []), "abc")
     print(i, time.time(), flush=True)
     time.sleep(0.002)
 """
@@ -177,12 +183,12 @@ def test_a_disk_that_is_full_costs_rows_which_are_counted(tmp_path, monkeypatch,
         )
 
     for i in range(40):
-        written.add(reply(), recorder.Recording(f"r{i}", []), "")
+        written.add(reply().SerializeToString(), recorder.Recording(f"r{i}", []), "")
     assert dropped() > 30
     wait(lambda: "No space left" in capfd.readouterr().err)
     monkeypatch.setattr(written.record, "append", working)
     wait(lambda: registry.get_sample_value("vilu_record_rows_total") + dropped() == 40)
-    written.add(reply(), recorder.Recording("last", []), "")
+    written.add(reply().SerializeToString(), recorder.Recording("last", []), "")
     written.close()
     assert ids_of(ParquetRecord(tmp_path))[-1] == "last"
 

@@ -3,6 +3,7 @@
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from vilu.evaluation.calibration import TargetNotMetError, guaranteed_risk
 from vilu.evaluation.labelled import guaranteed_risk_of_labelled
 from vilu.recipes import Recipe
 from vilu.serving.record import Feedback, ParquetRecord
+from vilu.serving.record.table import SCHEMA
 
 START = datetime(2026, 1, 2, tzinfo=timezone.utc)
 
@@ -84,7 +86,7 @@ def world(tmp_path_factory):
             right = bool(predicted[i] == labels[i])
             kind = {"right": right, "label": None} if i % 2 else {"right": None, "label": names[labels[i]]}
             said.append(Feedback(f"r{i}", time=START, **kind))
-    record.append(rows)
+    record.append(pa.Table.from_pylist(rows, SCHEMA))
     record.give(said)
     return folder, v[3500:], labels[3500:], t
 
