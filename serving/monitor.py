@@ -177,8 +177,8 @@ class Watcher:
             if name not in said:  # removed, as it is old
                 del self.used[name]
             elif (wrong := answer.wrong(said[name])) != before:
-                answer.count(before, -1)
-                answer.count(wrong, 1)
+                answer.add_verdict(before, -1)
+                answer.add_verdict(wrong, 1)
                 self.used[name] = answer, wrong
         for name in new & self.waiting.keys():
             self._use(name, self.waiting.pop(name))
@@ -212,7 +212,7 @@ class Watcher:
         wrong = answer.wrong(self.said[name])
         self.unasked.discard(name)
         self.used[name] = answer, wrong
-        answer.count(wrong, 1)
+        answer.add_verdict(wrong, 1)
 
 
 def _latest(given: Iterable[Feedback]) -> tuple[dict[str, Verdict], int]:
@@ -248,7 +248,7 @@ class _Answer(NamedTuple):
     def wrong(self, said: Verdict) -> bool:
         return not is_right(self.label, *said)
 
-    def count(self, wrong: bool, times: int) -> None:
+    def add_verdict(self, wrong: bool, times: int) -> None:
         self.stream.scored[self.failure_probability, float(wrong), 1 / self.chance] += times
         if self.accept:
             self.stream.least = min(self.stream.least, self.chance)

@@ -130,9 +130,9 @@ def table_of(
         return SCHEMA.empty_table()
     *columns, labelled, known, widths = zip(*rows, strict=True)
     numbers = {name: np.frombuffer(b"".join(raw[name]), kind) for name, kind in _NUMBERS.items()}
-    width = np.array(widths)
+    dims = np.array(widths)
     vectors = np.frombuffer(b"".join(raw["IMAGE_EMBEDDING"]), "<f4").astype(np.float16)
-    ends = np.concatenate([[0], np.cumsum(np.maximum(width, 0))]).astype(np.int32)
+    ends = np.concatenate([[0], np.cumsum(np.maximum(dims, 0))]).astype(np.int32)
     chance = np.where(numbers["ACCEPT"], label_accepted, label_rejected)
     return pa.table(
         [
@@ -145,7 +145,7 @@ def table_of(
             pa.array(np.frombuffer(b"".join(raw["ENTROPY"]), "<f4"), mask=~np.array(known)),
             chance.astype(np.float32),
             random.random(len(rows)) < chance,
-            pa.ListArray.from_arrays(ends, pa.array(vectors), mask=pa.array(width < 0)),
+            pa.ListArray.from_arrays(ends, pa.array(vectors), mask=pa.array(dims < 0)),
         ],
         schema=SCHEMA,
     )

@@ -1,7 +1,10 @@
 """The record: what is in it, that it survives kills and a full disk, and that it never costs an answer."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +194,60 @@ def test_a_disk_that_is_full_costs_rows_which_are_counted(tmp_path, monkeypatch,
     written.add(reply().SerializeToString(), recorder.Recording("last", []), "")
     written.close()
     assert ids_of(ParquetRecord(tmp_path))[-1] == "last"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.getuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_up(path):
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+@pytest.mark.server
+def test_a_real_disk_that_is_full_costs_rows_and_no_answer_until_it_has_room(
+    server, small_disk, photos, monkeypatch, capfd
+):
+    monkeypatch.setattr(recorder, "MOST_REPLIES", 4)
+    monkeypatch.setattr(recorder, "WRITE_SECONDS", 0.05)
+    monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.05)
+    where, filler = small_disk / "record", small_disk / "filler"
+    with opened(Door(options(upstreams=[server.grpc_url], record=RecordOptions(str(where))))) as at:
+
+        def counted():
+            found = dict(re.findall(r"^(vilu_record_rows\S*_total\S*) (\S+)", metrics(at).decode(), re.M))
+            written = float(found.pop("vilu_record_rows_total"))
+            return written, sum(map(float, found.values()))
+
+        ids = [send(at, "/ask", photos[0])[2]["id"]]
+        wait(lambda: counted() == (1, 0))
+        fill_up(filler)
+        ids += [send(at, "/ask", photos[i % 4])[2]["id"] for i in range(20)]
+        assert "No space left" in capfd.readouterr().err
+        assert counted()[1] > 0
+        said = [Feedback(ids[0], True, None, NOW), *(Feedback(f"r{i}", None, "x" * 500, NOW) for i in range(20))]
+        with pytest.raises(UserError, match="No space left"):
+            ParquetRecord(where).give(said)
+        assert list(ParquetRecord(where).feedback()) == []
+        filler.unlink()
+        wait(lambda: sum(counted()) == 21)
+        ids.append(send(at, "/ask", photos[0])[2]["id"])
+        wait(lambda: sum(counted()) == 22)
+        written = int(counted()[0])
+    found = ids_of(ParquetRecord(where))
+    assert len(found) == written < 22
+    assert (found[0], found[-1]) == (ids[0], ids[-1])
+    assert not list(where.glob(".*"))
 
 
 def test_what_cannot_be_a_record_is_one_line(tmp_path):
