@@ -1,6 +1,6 @@
 """A record in a folder: Parquet files of answers, and a file of feedback in JSON lines.
 
-A writer (one server's) writes a small file every half second, whole (see `vilu.atomic`), so a kill loses what came
+A writer (one server's) writes a small file about once a second, whole (see `vilu.atomic`), so a kill loses what came
 after the last one and leaves no torn file. It merges MERGED small files into a larger one, and MERGED of these into a
 larger one still. A file's name is answers-TIME-WRITER-FIRST-LAST.parquet: the time of its first row in milliseconds,
 and the numbers of its first and last write. A file within another one of the same writer is a merge's leftover and is
@@ -31,7 +31,7 @@ from vilu.errors import UserError
 from vilu.serving.record.table import SCHEMA, Feedback
 
 MERGED = 64
-LEVELS = 2  # of merges: with a write every half second, a file holds at most half an hour
+LEVELS = 2  # of merges: with a write about once a second, a file holds at most an hour
 ROWS = 8192  # in one batch
 FEEDBACK = "feedback.jsonl"
 STORED = SCHEMA.append(pa.field("part", pa.int32()))

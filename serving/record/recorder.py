@@ -28,7 +28,7 @@ from vilu.serving.server import PROBE_IMAGE
 
 MOST_REPLIES = 8192  # that wait to be written; more are dropped
 MOST_BYTES = 128 << 20  # of them together
-WRITE_SECONDS = 0.5  # between two writes
+WRITE_SECONDS = 0.8  # between two writes; a kill loses a second at most
 RETRY_SECONDS = 2.0  # until a record that failed is tried again; rows wait in the queue meanwhile
 TIDY_SECONDS = 60.0
 CLOSE_SECONDS = 5.0  # that the end waits for the last write

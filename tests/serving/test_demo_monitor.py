@@ -11,7 +11,8 @@ from vilu.tiny.demo import checkpoint_of
 @pytest.mark.server
 def test_a_broken_promise_raises_an_alarm_and_a_new_threshold_keeps_it(clip, tower_cache, tmp_path):
     checkpoint = checkpoint_of(clip, tmp_path / "head.safetensors", 0, lambda *_: None)
-    repository, lines = tmp_path / "model_repository", []
+    repository = tmp_path / "model_repository"
+    lines: list[str] = []
     export(checkpoint, repository, clip=clip, cache=tower_cache)
     report, picture = promise(tmp_path / "monitor", repository, clip, checkpoint, lines.append)
     old, new = report.watched

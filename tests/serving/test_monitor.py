@@ -208,10 +208,14 @@ def test_a_monitor_reads_a_record_anew_after_a_failure(record, monkeypatch):
 
 def test_a_monitor_reads_what_is_new_alone(record, monkeypatch):
     fill(record, np.random.default_rng(16), 50)
-    watcher, opened = Watcher(record), []
+    watcher, opened, real = Watcher(record), [], parquet.pq.ParquetFile
     watcher.read()
-    real = parquet.pq.ParquetFile
-    monkeypatch.setattr(parquet.pq, "ParquetFile", lambda path: opened.append(path) or real(path))
+
+    def counted(path):
+        opened.append(path)
+        return real(path)
+
+    monkeypatch.setattr(parquet.pq, "ParquetFile", counted)
     watcher.read()
     assert opened == []
     fill(record, np.random.default_rng(17), 50, start=50)

@@ -272,8 +272,11 @@ def test_the_door_records_what_it_answers(server, tmp_path, photos):
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             got, call = stub.ModelInfer.with_call(asked)
             assert got == service_pb2_grpc.GRPCInferenceServiceStub(direct).ModelInfer(asked)
-            assert dict(call.trailing_metadata())["vilu-answer-id"] == "mine"
-            assert stub.ModelInfer(question(photos[1])).outputs  # all of them
+            assert (got.id, "vilu-answer-id" in dict(call.trailing_metadata())) == ("mine", False)
+            every = stub.ModelInfer(question(photos[1]))  # all outputs
+            odd, call = stub.ModelInfer.with_call(question(photos[1], id="Žluť"))
+            assert odd.id == "Žluť"
+            told = [every.id, dict(call.trailing_metadata())["vilu-answer-id"]]
             with pytest.raises(grpc.RpcError):
                 stub.ModelInfer(question(b"no image", id="bad"))
         with Client(at.grpc) as client:
@@ -283,16 +286,15 @@ def test_the_door_records_what_it_answers(server, tmp_path, photos):
         assert (status, headers["vilu-answer-id"]) == (200, answer["id"])
         body = {"inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": [1, 1], "data": ["x"]}]}
         assert "vilu-answer-id" not in send(at, "/v2/models/vilu/infer", json.dumps(body).encode())[1]
-        wait(lambda: b"vilu_record_rows_total 5.0" in metrics(at))
+        wait(lambda: b"vilu_record_rows_total 6.0" in metrics(at))
     rows = [row for table in ParquetRecord(tmp_path).batches() for row in table.to_pylist()]
-    assert [row["id"] for row in rows][2:] == [*asked_ids, answer["id"]]
-    assert rows[0]["id"] == "mine"
-    assert len({row["id"] for row in rows}) == len(rows) == 5
+    assert [row["id"] for row in rows] == ["mine", *told, *asked_ids, answer["id"]]
+    assert len({row["id"] for row in rows}) == len(rows) == 6
     assert {(row["class_set"], row["class_set_version"], row["model"]) for row in rows} == {("default", 1, "vilu")}
     assert {len(row["checkpoint"]) for row in rows} == {64}
     assert all(np.linalg.norm(row["embedding"]) == pytest.approx(1, abs=1e-2) for row in rows)
     assert all(-1 <= row["entropy"] <= 0 for row in rows)
-    assert rows[4]["failure_probability"] == pytest.approx(answer["failure_probability"])
+    assert rows[5]["failure_probability"] == pytest.approx(answer["failure_probability"])
     assert set(ANSWER) >= {output.name for output in got.outputs}
 
 

@@ -20,6 +20,7 @@ from vilu.serving.address import free_port
 from vilu.serving.monitor import watch
 from vilu.serving.record import Feedback, open_record, recorder
 from vilu.serving.record.feedback import Taken, give_feedback, read_feedback
+from vilu.serving.record.postgres import PostgresRecord
 from vilu.serving.record.recorder import Recorder, RecordOptions
 from vilu.serving.record.table import SCHEMA
 
@@ -112,7 +113,7 @@ def test_feedback_and_the_monitor(url):
 
 def test_a_reader_that_comes_again_gets_what_came_since_from_every_server(url):
     one, other, reader = open_record(url, create=True), open_record(url, create=True), open_record(url)
-    done = {}
+    done: dict[str, int] = {}
 
     def read():
         return sorted(name for table in reader.batches(["id"], done) for name in table["id"].to_pylist())
@@ -128,7 +129,7 @@ def test_a_reader_that_comes_again_gets_what_came_since_from_every_server(url):
 
 
 def test_rows_that_were_committed_before_the_connection_broke_are_not_written_twice(url):
-    record = open_record(url, create=True)
+    record = PostgresRecord(url, create=True)
     record.append(made_rows(2))
     record.written -= 1  # as if the answer to the commit had not come
     record.append(made_rows(2))

@@ -127,6 +127,7 @@ def test_a_head_is_trained_on_a_record(world, tmp_path):
 
     right = ((v @ t.T).argmax(dim=1) == labels).numpy()
     assert auroc(-found.head.failure_probability(v, t).numpy(), right) > 0.7
+    assert found.samples is not None
     assert len(found.samples) > 1000
     recorded = folder / "recorded.npz"  # what it was trained on, as a service would have it from elsewhere
     arrays = {"image_embedding": world[1][1000:3500].half(), "labels": world[2][1000:3500], "text_embeddings": t}
