@@ -132,9 +132,11 @@ def run(
                 stuck = hostile.in_flight((work / "log").read_text(errors="replace"))
                 found[-1].expect(not stuck, f"in flight for ever: {stuck}")
             scene = Scene(repository, asking, work / "faults")
-            tick("overload")
-            with Server(repository, log=work / "overload.log", startup_seconds=180, stop_seconds=3) as calm:
-                found.append(asyncio.run(client_faults.overload(scene, calm, 3 * capacity, plan.overload, capacity)))
+            if plan.requests or plan.hostile or with_faults or not with_recording:
+                tick("overload")
+                with Server(repository, log=work / "overload.log", startup_seconds=180, stop_seconds=3) as calm:
+                    overload = client_faults.overload(scene, calm, 3 * capacity, plan.overload, capacity)
+                    found.append(asyncio.run(overload))
             if with_faults:
                 found += phases.all_faults(scene, tick)
         bar("done", 1, 1)

@@ -161,7 +161,7 @@ def test_a_kill_loses_the_last_second_and_tears_nothing(tmp_path):
                 break
     found = ids_of(ParquetRecord(tmp_path))
     assert found == [f"r{i}" for i in range(len(found))]
-    # The write is every half second; a busy machine may take as long again.
+    # The write is every 0.8 seconds; a busy machine may take as long again.
     kept = [i for i, at in lines if float(at) < float(lines[-1][1]) - 1.5]
     assert len(found) >= len(kept) > 50
 
