@@ -24,11 +24,9 @@ import onnxruntime
 import open_clip
 import torch
 import torch.nn.functional as F
-from google.protobuf import text_format
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
-from tritonclient.grpc import model_config_pb2 as pb
 
 from bench.authors import AuthorsFailureProbability, is_authors_form
 from bench.head_forms import EagerHead
@@ -36,6 +34,7 @@ from vilu import Checkpoint, ViLUHead
 from vilu.clip import Clip
 from vilu.errors import UserError
 from vilu.preprocess.image import decode
+from vilu.serving.about import CONFIG, load_config
 from vilu.serving.backends.onnxruntime import session as session_file
 
 Answer = tuple[np.ndarray, np.ndarray]  # failure_probability (B,), class_index (B,)
@@ -213,7 +212,7 @@ def exported(
 
 def open_model(folder: Path, device: str, threads: int) -> Any:
     """A model of a repository, opened as its config.pbtxt asks: `outputs`, `run(names, feed)`, `provider`."""
-    config = text_format.Parse((folder / "config.pbtxt").read_text("utf-8"), pb.ModelConfig())
+    config = load_config(folder / CONFIG)
     asked = {key: value.string_value for key, value in config.parameters.items()}
     # A Python model, as the head's is, has its graph beside it.
     named = config.default_model_filename

@@ -1,6 +1,6 @@
 """Tests a served model under traffic, hostile requests, overload and faults; checks every answer.
 
-    python bench/load.py [--requests N] [--hostile N] [--faults] [--quick] [--output BASE]
+    python bench/load.py [--requests N] [--hostile N] [--faults] [--recording] [--quick] [--output BASE]
 
 The parts and the files are described in bench/loadtest. The server is the real one, on a head trained here over the
 embedded CLIP. Instead of that, --repository takes an export, or --url both ports of a running server; each needs
@@ -30,6 +30,7 @@ from bench.loadtest import client_faults, hostile, phases
 from bench.loadtest.phases import FULL, QUICK, At, Plan
 from bench.loadtest.processes import Processes
 from bench.loadtest.questions import MIX, QuestionMaker
+from bench.loadtest.recording import recording_cost
 from bench.loadtest.report import markdown
 from bench.loadtest.scene import Promise, Scene, guarding, launched
 from bench.loadtest.world import World, digits_and_shapes, label_sets
@@ -46,6 +47,7 @@ def run(
     requests: int | None = None,
     hostile_count: int | None = None,
     with_faults: bool = False,
+    with_recording: bool = False,
     quick: bool = False,
     ckpt: Path | None = None,
     repository: Path | None = None,
@@ -62,8 +64,8 @@ def run(
         raise UserError(
             "--url and --repository need --ckpt, the checkpoint that is served: answers are checked with it"
         )
-    if url and with_faults:
-        raise UserError("--faults are done to a server of the bench's own, not to --url")
+    if url and (with_faults or with_recording):
+        raise UserError("--faults and --recording need a server of the bench's own, not --url")
     torch.set_num_threads(1)  # the server has the cores
     about = environment()
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -122,14 +124,19 @@ def run(
                     asyncio.run(door.answering(180))
                     there = At(door.url, door.http_url)
                     report["door"] = asyncio.run(phases.door_cost(asking, at, there, plan.sets * 10))
+            if with_recording:
+                tick("recording")
+                report["recording"] = recording_cost(server, work)
             server.stop()
             if plan.hostile:
                 stuck = hostile.in_flight((work / "log").read_text(errors="replace"))
                 found[-1].expect(not stuck, f"in flight for ever: {stuck}")
             scene = Scene(repository, asking, work / "faults")
-            tick("overload")
-            with Server(repository, log=work / "overload.log", startup_seconds=180, stop_seconds=3) as calm:
-                found.append(asyncio.run(client_faults.overload(scene, calm, 3 * capacity, plan.overload, capacity)))
+            if plan.requests or plan.hostile or with_faults or not with_recording:
+                tick("overload")
+                with Server(repository, log=work / "overload.log", startup_seconds=180, stop_seconds=3) as calm:
+                    overload = client_faults.overload(scene, calm, 3 * capacity, plan.overload, capacity)
+                    found.append(asyncio.run(overload))
             if with_faults:
                 found += phases.all_faults(scene, tick)
         bar("done", 1, 1)
@@ -186,6 +193,7 @@ def environment() -> dict[str, Any]:
     help=f"Hostile requests; 0 for none.  [default: {FULL.hostile}]",
 )
 @click.option("--faults", "with_faults", is_flag=True, help="Also kill processes, break models and fill /dev/shm.")
+@click.option("--recording", "with_recording", is_flag=True, help="Also measure what `vilu serve --record` costs.")
 @click.option("--quick", is_flag=True, help=f"A small run: {QUICK.requests} requests, {QUICK.hostile} hostile ones.")
 @click.option("--ckpt", type=click.Path(path_type=Path), help="The checkpoint that --repository or --url serves.")
 @click.option("--repository", type=click.Path(path_type=Path), help="A model repository, in place of an export.")

@@ -9,10 +9,9 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from vilu.errors import UserError
 from vilu.export.limits import Limits
+from vilu.serving.about import CONFIG
 
-CONFIG = "config.pbtxt"
 Tensors = Mapping[str, tuple[str, Sequence[int]]]  # name -> (Triton's type, shape without the batch; -1: any)
 
 # How many cores one instance of a tower uses well; more cores get more instances.
@@ -204,18 +203,6 @@ def _add_gpu_options(config: pb.ModelConfig, inputs: Tensors, runtime: Runtime, 
             warmup.inputs[name].data_type = pb.DataType.Value(kind)
             warmup.inputs[name].dims.extend(dims)
             warmup.inputs[name].zero_data = True
-
-
-def load_config(path: Path) -> pb.ModelConfig:
-    """Read a config.pbtxt.
-
-    Raises:
-        UserError: the file cannot be read, or it is not a model configuration.
-    """
-    try:
-        return text_format.Parse(path.read_text("utf-8"), pb.ModelConfig())
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise UserError(f"{path}: not a Triton model configuration ({error})") from None
 
 
 def save_config(folder: Path, config: pb.ModelConfig) -> None:

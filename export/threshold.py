@@ -17,7 +17,8 @@ import onnx_ir as ir
 from vilu import atomic
 from vilu.errors import UserError
 from vilu.export import onnx_file, versions
-from vilu.export.model_config import CONFIG, load_config, save_config
+from vilu.export.model_config import save_config
+from vilu.serving.about import CONFIG, load_config
 
 SHARED_FROM = 1 << 20  # bytes
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from vilu import atomic
 from vilu.errors import UserError
-from vilu.export.model_config import CONFIG, load_config, save_config
+from vilu.export.model_config import save_config
 from vilu.serving import AccessDenied, AsyncClient, RequestRefused
+from vilu.serving.about import CONFIG, load_config
 
 ABOUT = ("labels.txt", "parity.json", "parity.md", "parity.png")  # of the version that is served
 # The model whose version folders keep them: the first of these that the repository has.

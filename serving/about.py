@@ -35,7 +35,7 @@ def about_repository(root: Path) -> dict[str, Any]:
         UserError: not such a repository, or a file of it is too large, cannot be read or is not what its name says.
     """
     report = _json(root / PARITY, f"{root}: not a repository that `vilu export` wrote (it has no {PARITY})")
-    configs = {path.parent.name: _config(path) for path in sorted(root.glob(f"*/{CONFIG}"))}
+    configs = {path.parent.name: load_config(path) for path in sorted(root.glob(f"*/{CONFIG}"))}
     if not configs:
         raise UserError(f"{root}: holds no models")
     models, every = [], []
@@ -150,7 +150,15 @@ def _dict(value: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _config(path: Path) -> Any:
+def load_config(path: Path) -> Any:
+    """Read a config.pbtxt.
+
+    Returns:
+        A ModelConfig of Triton's protobuf.
+
+    Raises:
+        UserError: the file cannot be read, or it is not a model configuration.
+    """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 

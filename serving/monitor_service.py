@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from vilu.errors import UserError
 from vilu.serving.address import join_host_port, listen, reachable_host
-from vilu.serving.monitor import Report, watch
+from vilu.serving.monitor import Report, Watcher
 from vilu.serving.record import Record
 from vilu.serving.record.feedback import give_feedback, read_feedback
 
@@ -51,11 +51,12 @@ class Monitor:
         record: what is read; feedback goes there, too.
         every: seconds between two readings.
         token: what feedback must carry as `Authorization: Bearer TOKEN`; None: nothing.
-        options: `watch`'s target_risk, level and window.
+        options: `Watcher`'s target_risk, level and window.
     """
 
     def __init__(self, record: Record, *, every: float = 60.0, token: str | None = None, **options: Any) -> None:
-        self.record, self.every, self.token, self.options = record, every, token, options
+        self.record, self.every, self.token = record, every, token
+        self.watcher = Watcher(record, **options)
         self.report: Report | None = None
         self.fault = ""
         self.busy = asyncio.Lock()  # a record is used by one thread at a time
@@ -111,7 +112,7 @@ class Monitor:
         started = time.monotonic()
         try:
             async with self.busy:
-                self.report = await asyncio.to_thread(watch, self.record, **self.options)
+                self.report = await asyncio.to_thread(self.watcher.read)
         except Exception as error:  # whatever a disk or a database raises, the service goes on
             if not self.fault:
                 print(f"vilu: the record cannot be read: {error}", file=sys.stderr, flush=True)

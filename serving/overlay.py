@@ -10,11 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
-from vilu.errors import UserError
-
-CONFIG = "config.pbtxt"
+from vilu.serving.about import CONFIG, load_config
 
 
 class Overlay:
@@ -45,11 +42,7 @@ class Overlay:
         for entry in source.iterdir():
             if entry.name != CONFIG:
                 (shown / entry.name).symlink_to(entry)
-        config = model_config_pb2.ModelConfig()
-        try:
-            text_format.Parse((source / CONFIG).read_text("utf-8"), config)
-        except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-            raise UserError(f"{source / CONFIG}: not a Triton model configuration ({error})") from None
+        config = load_config(source / CONFIG)
         if config.HasField("dynamic_batching"):
             config.dynamic_batching.ClearField("default_queue_policy")
         part = shown / f"{CONFIG}.part"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from vilu.errors import UserError
+from vilu.serving.about import load_config
 
 _FILES = {"python": "model.py", "onnxruntime": "model.onnx"}  # a backend's model file, where the config names none
 
@@ -29,7 +31,7 @@ def check_repository(root: Path) -> None:
             text = config.read_text("utf-8")
         except (OSError, UnicodeDecodeError):
             raise UserError(f"{config}: missing or not text") from None
-        for needed in (*_check_syntax(config, text), *re.findall(r'^\s*model_name:\s*"([^"]+)"', text, re.MULTILINE)):
+        for needed in (*_stages(config), *re.findall(r'^\s*model_name:\s*"([^"]+)"', text, re.MULTILINE)):
             if needed not in names:
                 raise UserError(f"{config}: names the model {needed!r}, which the repository lacks")
         versions = [path for path in model.iterdir() if path.is_dir() and path.name.isdigit()]
@@ -43,17 +45,11 @@ def check_repository(root: Path) -> None:
                 raise UserError(f"{folder / file}: missing")
 
 
-def _check_syntax(path: Path, text: str) -> list[str]:
+def _stages(path: Path) -> list[str]:
     """Refuse what is no configuration. Return the models that a cascade's router asks."""
-    try:
-        from google.protobuf import text_format
-        from tritonclient.grpc import model_config_pb2
-    except ImportError:
+    if not find_spec("tritonclient"):
         return []
-    try:
-        config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    except text_format.ParseError as error:
-        raise UserError(f"{path}: not a Triton model configuration ({error})") from None
+    config = load_config(path)
     if path.parent.name != "vilu_router":
         return []
     try:

@@ -66,6 +66,15 @@ def markdown(report: Mapping[str, Any]) -> str:
                  line["direct_p50"], line["door_p50"], line["door_refused"]) for line in report["door"]]  # fmt: skip
         titles = ("at a time", "direct/s", "door/s", "ratio", "direct p50", "door p50", "refused by the door")
         lines += table(titles, rows)
+    if "recording" in report:
+        seen = report["recording"]
+        lines += ["## The cost of recording", "", f"`vilu serve` with and without `--record`, in turn: {seen['pairs']} "
+                  f"pairs of {seen['questions']} questions, {seen['at_a_time']} at a time. Recording costs the door "
+                  f"{seen['cost']:.1%} of the CPU time of an answer.", ""]  # fmt: skip
+        parts = ("_door_cpu_ms", "_cpu_ms")
+        rows = [(name, seen[f"{name}_per_second"], *(f"{seen[name + part]:.3f}" for part in parts))
+                for name in ("plain", "recording")]  # fmt: skip
+        lines += table(("", "answers/s", "CPU ms an answer, door", "door and server"), rows)
     if report.get("hostile", {}).get("known"):
         lines += ["## What tritonserver itself tells otherwise", ""]
         rows = [(line["request"], line["code"], line["number"], line["why"]) for line in report["hostile"]["known"]]

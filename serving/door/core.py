@@ -173,15 +173,15 @@ class Core:
                 reply = await self.upstreams.ask("ModelInfer", data + recording.more, end, metadata)
                 seen.answer_id = recording.id
                 heads = ("vilu_router",) if "STAGE" in model["outputs"] else ("vilu_head", "vilu_embeddings")
-                return await self._recorded(recording, reply, heads, end, metadata)
+                return await self._recorded(recording, reply, heads, seen, end, metadata)
         finally:
             self.in_flight[name] -= 1
             self.metrics.in_flight.labels(name).set(self.in_flight[name])
 
     async def _recorded(
-        self, recording: Recording, data: bytes, heads: Sequence[str], end: float, metadata: Metadata
+        self, recording: Recording, data: bytes, heads: Sequence[str], seen: Seen, end: float, metadata: Metadata
     ) -> bytes:
-        """Record a reply, and return what of it the client asked for.
+        """Record a reply, and return what of it the client asked for, with the id of its answers.
 
         Args:
             heads: the models that say what answered; the first that the repository has.
@@ -193,8 +193,12 @@ class Core:
             with contextlib.suppress(Refused):  # or a version that is gone already
                 known = (await self.upstreams.config(head, end, metadata, reply.model_version))["parameters"]
                 break
-        self.recorder.add(reply, recording, known.get("checkpoint", ""), known.get("calibration", ""))
-        return recording.stripped(reply, data)
+        self.recorder.add(data, recording, known.get("checkpoint", ""), known.get("calibration", ""))
+        data = recording.stripped(reply, data)
+        if not reply.id:
+            data += pb.ModelInferResponse(id=recording.id).SerializeToString()  # the fields of a message add up
+        seen.in_reply = reply.id in ("", recording.id)
+        return data
 
     async def describe(self, method: str, data: bytes, seen: Seen, end: float, metadata: Metadata) -> bytes:
         """The reply to one of QUESTIONS, for the models that people ask. Raises Refused."""

@@ -53,6 +53,7 @@ class Seen:
     token: str = ""  # its name, never the token
     trace: str = ""
     answer_id: str = ""  # of the recorded answers
+    in_reply: bool = False  # the reply itself has it
     bytes_in: int = 0
     started: float = field(default_factory=time.monotonic)
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from vilu.data.tables import first_line
 from vilu.errors import UserError
+from vilu.serving.about import CONFIG, load_config
 
 BACKEND = "triton_python_backend_utils"
 _loading = threading.Lock()  # a load changes sys.path and sys.modules for a moment
@@ -123,16 +124,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or no Triton model configuration.
     """
-    from google.protobuf import json_format, text_format
-    from tritonclient.grpc import model_config_pb2
+    from google.protobuf import json_format
 
-    path = folder / "config.pbtxt"
-    try:
-        message = text_format.Parse(path.read_text("utf-8"), model_config_pb2.ModelConfig())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except text_format.ParseError as error:
-        raise UserError(f"{path}: not a Triton model configuration ({error})") from None
+    message = load_config(folder / CONFIG)
     config: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
     # The message leaves an empty string out; tritonserver hands it on.
     given = {key: {"string_value": "", **value} for key, value in config.get("parameters", {}).items()}

@@ -70,10 +70,10 @@ def _json_rows(text: str, source: str) -> Iterator[tuple[int, Any]]:
 
 def _csv_rows(text: str, source: str) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(io.StringIO(text))
-    columns = set(reader.fieldnames or ())
-    if "id" not in columns or not columns & {"feedback", "label"}:
-        raise UserError(f"{source}: needs a line of column names with id, and feedback or label (or both)")
     try:
+        columns = set(reader.fieldnames or ())
+        if "id" not in columns or not columns & {"feedback", "label"}:
+            raise UserError(f"{source}: needs a line of column names with id, and feedback or label (or both)")
         for row in reader:
             if None in row:
                 raise UserError(
@@ -91,7 +91,7 @@ def _feedback(row: Any, where: str, now: datetime) -> Feedback:
         raise UserError(f"{where}: must be an object with id, and feedback or label")
     given = {name: row.get(name) for name in ("id", "feedback", "label")}
     for name, value in given.items():
-        if value is not None and not (isinstance(value, str) and 0 < len(value) <= LONGEST and "\0" not in value):
+        if value is not None and not (isinstance(value, str) and 0 < len(value) <= LONGEST and _is_text(value)):
             raise UserError(f"{where}: {name} must be text of 1 to {LONGEST} characters")
     if given["id"] is None:
         raise UserError(f"{where}: id is missing")
@@ -113,6 +113,11 @@ def is_right(answered: str, right: bool | None, label: str | None) -> bool:
     return cleaned(answered) == cleaned(label or "") if right is None else right
 
 
+def _is_text(value: str) -> bool:
+    """Whether files and databases can keep it: no NUL, no half of a surrogate pair."""
+    return "\0" not in value and not any("\ud800" <= one <= "\udfff" for one in value)
+
+
 def give_feedback(record: Record, feedback: Iterable[Feedback]) -> Taken:
     """Add feedback to a record.
 
@@ -127,7 +132,7 @@ def give_feedback(record: Record, feedback: Iterable[Feedback]) -> Taken:
     given = list(feedback)
     ids = {one.id for one in given}
     latest = {one.id: (one.right, one.label) for one in record.feedback() if one.id in ids}
-    there = record.known(ids)
+    there = {name for table in record.find(ids, ["id"]) for name in table["id"].to_pylist()}
     counts = {"taken": 0, "repeated": 0, "changed": 0, "unknown": 0}
     kept = []
     for one in given:

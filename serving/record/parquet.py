@@ -1,6 +1,6 @@
 """A record in a folder: Parquet files of answers, and a file of feedback in JSON lines.
 
-A writer (one server's) writes a small file every half second, whole (see `vilu.atomic`), so a kill loses what came
+A writer (one server's) writes a small file about once a second, whole (see `vilu.atomic`), so a kill loses what came
 after the last one and leaves no torn file. It merges MERGED small files into a larger one, and MERGED of these into a
 larger one still. A file's name is answers-TIME-WRITER-FIRST-LAST.parquet: the time of its first row in milliseconds,
 and the numbers of its first and last write. A file within another one of the same writer is a merge's leftover and is
@@ -21,16 +21,17 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vilu import atomic
 from vilu.errors import UserError
-from vilu.serving.record.table import SCHEMA, Feedback, Row
+from vilu.serving.record.table import SCHEMA, Feedback
 
 MERGED = 64
-LEVELS = 2  # of merges: with a write every half second, a file holds at most half an hour
+LEVELS = 2  # of merges: with a write about once a second, a file holds at most an hour
 ROWS = 8192  # in one batch
 FEEDBACK = "feedback.jsonl"
 STORED = SCHEMA.append(pa.field("part", pa.int32()))
@@ -68,11 +69,11 @@ class ParquetRecord:
         elif not folder.is_dir():
             raise UserError(f"{folder}: there is no record; `vilu serve --record {folder}` makes one")
 
-    def append(self, rows: Sequence[Row]) -> None:
-        if not rows:
+    def append(self, rows: pa.Table) -> None:
+        if not len(rows):
             return
-        table = pa.Table.from_pylist([{**row, "part": self.written} for row in rows], STORED)
-        first = int(rows[0]["time"].timestamp() * 1000)
+        table = rows.append_column("part", [np.full(len(rows), self.written, np.int32)])
+        first = rows["time"][0].value // 1000
         path = self._path(first, self.written, self.written)
         with atomic.file(path) as part:
             # A merge compresses; this is written twice a second.
@@ -125,8 +126,8 @@ class ParquetRecord:
                 kept.append(file)
         return sorted(kept)
 
-    def batches(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
-        done: dict[str, int] = {}  # by writer: the last write that was read
+    def batches(self, columns: Sequence[str] = SCHEMA.names, done: dict[str, int] | None = None) -> Iterator[pa.Table]:
+        done = {} if done is None else done
         while True:
             for file in self._files():
                 after = done.get(file.writer, -1)
@@ -148,13 +149,12 @@ class ParquetRecord:
             else:
                 return
 
-    def known(self, ids: Iterable[str]) -> set[str]:
+    def find(self, ids: Iterable[str], columns: Sequence[str]) -> Iterator[pa.Table]:
         wanted = pa.array(set(ids), pa.string())
-        found: set[str] = set()
-        for table in self.batches(["id"]):
-            here = table["id"].filter(pc.is_in(table["id"], value_set=wanted))
-            found.update(here.to_pylist())
-        return found
+        for table in self.batches([*dict.fromkeys(["id", *columns])]):
+            found = table.filter(pc.is_in(table["id"], value_set=wanted))
+            if len(found):
+                yield found.select(list(columns))
 
     def put_reference(self, checkpoint: str, reference: str) -> None:
         atomic.write(self.folder / f"reference-{_hash(checkpoint)}.json", reference)

@@ -1,8 +1,13 @@
-"""A record in PostgreSQL, for several servers: the tables vilu_answers and vilu_feedback."""
+"""A record in PostgreSQL, for several servers: the tables vilu_answers, vilu_feedback and others.
+
+A server writes its rows in transactions of their own, one after the other, each with the server's name and a number.
+vilu_writers has the last number of each, so that a reader who knows how far it came finds what came since.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -11,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from vilu.errors import UserError
-from vilu.serving.record.table import SCHEMA, Feedback, Row
+from vilu.serving.record.table import SCHEMA, Feedback
 
 try:
     import psycopg
@@ -27,6 +32,11 @@ CREATE TABLE IF NOT EXISTS vilu_answers (
     checkpoint text NOT NULL, class_set text NOT NULL, class_set_version integer NOT NULL,
     class_index integer NOT NULL, label text NOT NULL, confidence real NOT NULL, failure_probability real NOT NULL,
     accept boolean NOT NULL, entropy real, label_probability real NOT NULL, chosen boolean NOT NULL, embedding bytea);
+ALTER TABLE vilu_answers ADD COLUMN IF NOT EXISTS writer text NOT NULL DEFAULT '';
+ALTER TABLE vilu_answers ADD COLUMN IF NOT EXISTS part integer NOT NULL DEFAULT 0;
+CREATE TABLE IF NOT EXISTS vilu_writers (writer text PRIMARY KEY, part integer NOT NULL);
+INSERT INTO vilu_writers VALUES ('', 0) ON CONFLICT DO NOTHING;
+CREATE INDEX IF NOT EXISTS vilu_answers_part ON vilu_answers (writer, part);
 CREATE INDEX IF NOT EXISTS vilu_answers_time ON vilu_answers (time);
 CREATE INDEX IF NOT EXISTS vilu_answers_id ON vilu_answers (id);
 CREATE TABLE IF NOT EXISTS vilu_feedback (
@@ -44,6 +54,7 @@ class PostgresRecord:
 
     def __init__(self, url: str, *, create: bool = False) -> None:
         self.url = url
+        self.writer, self.written = secrets.token_hex(8), 0
         self.connection: psycopg.Connection[Any] | None = None
         with self._connected() as connection:
             if create:
@@ -66,18 +77,23 @@ class PostgresRecord:
             line = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"postgresql: {line[:300]}") from None
 
-    def append(self, rows: Sequence[Row]) -> None:
+    def append(self, rows: pa.Table) -> None:
         names = ", ".join(SCHEMA.names)
-        with (
-            self._connected() as connection,
-            connection.cursor() as cursor,
-            cursor.copy(f"COPY vilu_answers ({names}) FROM STDIN") as copy,
-        ):
-            for row in rows:
-                values = [row.get(name) for name in SCHEMA.names]
-                if values[-1] is not None:
-                    values[-1] = np.asarray(values[-1], np.float16).tobytes()
-                copy.write_row(values)
+        columns = [rows[name].to_pylist() for name in SCHEMA.names[:-1]]
+        columns.append(_vectors(rows[SCHEMA.names[-1]]))
+        with self._connected() as connection, connection.cursor() as cursor:
+            found = cursor.execute("SELECT part FROM vilu_writers WHERE writer = %s", (self.writer,)).fetchone()
+            if found == (self.written,):  # it was committed, though the connection broke before the answer came
+                self.written += 1
+                return
+            with cursor.copy(f"COPY vilu_answers ({names}, writer, part) FROM STDIN") as copy:
+                for row in zip(*columns, strict=True):
+                    copy.write_row((*row, self.writer, self.written))
+            cursor.execute(
+                "INSERT INTO vilu_writers VALUES (%s, %s) ON CONFLICT (writer) DO UPDATE SET part = EXCLUDED.part",
+                (self.writer, self.written),
+            )
+        self.written += 1
 
     def tidy(self, keep_days: float | None) -> None:
         if keep_days is None:
@@ -87,23 +103,40 @@ class PostgresRecord:
             connection.execute("DELETE FROM vilu_answers WHERE time < %s", (oldest,))
             connection.execute("DELETE FROM vilu_feedback WHERE time < %s", (oldest,))
 
-    def batches(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
+    def batches(self, columns: Sequence[str] = SCHEMA.names, done: dict[str, int] | None = None) -> Iterator[pa.Table]:
+        done = {} if done is None else done
+        with self._connected() as connection:
+            # A writer's writes are visible in their order, so what is read here is all up to these.
+            last = dict(connection.execute("SELECT writer, part FROM vilu_writers").fetchall())
+            new = [name for name, part in last.items() if part > done.get(name, -1)]
+            bounds = new, [done.get(name, -1) for name in new], [last[name] for name in new]
+            yield from self._rows(
+                connection,
+                columns,
+                "vilu_answers AS a JOIN unnest(%s::text[], %s::integer[], %s::integer[]) AS w (writer, after, upto) "
+                "ON a.writer = w.writer AND a.part > w.after AND a.part <= w.upto",
+                bounds,
+            )
+        done.update(last)
+
+    def find(self, ids: Iterable[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        with self._connected() as connection:
+            yield from self._rows(connection, columns, "vilu_answers AS a WHERE id = ANY(%s)", (list(ids),))
+
+    def _rows(
+        self, connection: psycopg.Connection[Any], columns: Sequence[str], where: str, given: Sequence[Any]
+    ) -> Iterator[pa.Table]:
         schema = pa.schema([SCHEMA.field(name) for name in columns])
-        names = ", ".join(schema.names)  # of SCHEMA: nothing that a user wrote
-        with self._connected() as connection, connection.cursor("vilu_rows") as cursor:
+        names = ", ".join(f"a.{name}" for name in schema.names)  # of SCHEMA: nothing that a user wrote
+        with connection.cursor("vilu_rows") as cursor:
             cursor.itersize = ROWS
-            cursor.execute(f"SELECT {names} FROM vilu_answers ORDER BY time")
+            cursor.execute(f"SELECT {names} FROM {where} ORDER BY a.time", given)
             while rows := cursor.fetchmany(ROWS):
                 made = [dict(zip(schema.names, row, strict=True)) for row in rows]
                 for row in made:
                     if row.get("embedding") is not None:
                         row["embedding"] = np.frombuffer(row["embedding"], np.float16)
                 yield pa.Table.from_pylist(made, schema)
-
-    def known(self, ids: Iterable[str]) -> set[str]:
-        with self._connected() as connection:
-            found = connection.execute("SELECT DISTINCT id FROM vilu_answers WHERE id = ANY(%s)", (list(ids),))
-            return {row[0] for row in found}
 
     def put_reference(self, checkpoint: str, reference: str) -> None:
         with self._connected() as connection:
@@ -133,3 +166,13 @@ class PostgresRecord:
     def close(self) -> None:
         if self.connection is not None:
             self.connection.close()
+
+
+def _vectors(column: pa.ChunkedArray) -> list[bytes | None]:
+    """The bytes of each row of a column of float16 lists."""
+    lists = column.combine_chunks()
+    flat, ends = lists.values.to_numpy(), lists.offsets.to_numpy()
+    there = lists.is_valid().to_pylist()
+    return [
+        flat[first:last].tobytes() if valid else None for first, last, valid in zip(ends, ends[1:], there, strict=False)
+    ]

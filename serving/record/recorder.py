@@ -5,27 +5,30 @@ A slow or full disk, or a database that is away, costs rows, which are counted, 
 
 from __future__ import annotations
 
-import queue
 import random
 import re
+import secrets
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from prometheus_client import CollectorRegistry, Counter
 from tritonclient.grpc import service_pb2 as pb
 
 from vilu.errors import UserError
 from vilu.serving.record import open_record
-from vilu.serving.record.table import ANSWER, Row, rows_of
+from vilu.serving.record.table import ANSWER, SCHEMA, Reply, table_of
 from vilu.serving.server import PROBE_IMAGE
 
 MOST_REPLIES = 8192  # that wait to be written; more are dropped
-WRITE_SECONDS = 0.5  # between two writes
+MOST_BYTES = 128 << 20  # of them together
+WRITE_SECONDS = 0.8  # between two writes; a kill loses a second at most
 RETRY_SECONDS = 2.0  # until a record that failed is tried again; rows wait in the queue meanwhile
 TIDY_SECONDS = 60.0
 CLOSE_SECONDS = 5.0  # that the end waits for the last write
@@ -82,15 +85,14 @@ class Recorder:
         self.dropped = Counter(
             "vilu_record_rows_dropped", "Rows that were not recorded.", ("reason",), registry=registry
         )
-        for reason in ("queue_full", "write_failed"):
+        for reason in ("queue_full", "write_failed", "unreadable"):
             self.dropped.labels(reason)
-        self.waiting: queue.Queue[tuple[pb.ModelInferResponse, str, datetime, str, str | None]] = queue.Queue(
-            MOST_REPLIES
-        )
+        self.waiting: deque[Reply] = deque()
+        self.put = self.taken = 0  # bytes, each counted by one thread
         self.references: dict[str, str] = {}
         self.kept: set[str] = set()  # the checkpoints whose reference is in the record
         self.ending = threading.Event()
-        self.random = random.Random()  # seeded by the system; no call of it for each answer
+        self.random = np.random.default_rng()
         self.failed = ""  # why the last write failed
         self.tidied = time.monotonic()
         self.thread = threading.Thread(target=self._run, name="record", daemon=True)
@@ -105,7 +107,7 @@ class Recorder:
             request, raw: what `check.parsed_question` returned.
             model: what `check.tensors` made of the asked model's configuration.
         """
-        if not model["outputs"].issuperset(ANSWER) or self.random.random() >= self.options.share:
+        if not model["outputs"].issuperset(ANSWER) or random.random() >= self.options.share:
             return None
         if len(raw) == 1 and len(raw[0]) == len(PROBE_IMAGE) + 4 and bytes(raw[0][4:]) == PROBE_IMAGE:
             return None
@@ -120,18 +122,23 @@ class Recorder:
             more += ["ENTROPY"]
         asked = {output.name for output in request.outputs}
         missing = [name for name in (*ANSWER, *more) if name in model["outputs"] and name not in asked]
-        given = request.id if _ID.fullmatch(request.id) else f"{self.random.getrandbits(128):032x}"
+        given = request.id if _ID.fullmatch(request.id) else secrets.token_hex(16)
         return Recording(given, missing if asked else [], class_set)
 
-    def add(self, reply: pb.ModelInferResponse, recording: Recording, checkpoint: str, reference: str = "") -> None:
-        """Queue a reply. It never waits. reference: what the checkpoint's answers are compared with, as JSON."""
+    def add(self, data: bytes, recording: Recording, checkpoint: str, reference: str = "") -> None:
+        """Queue a reply, as it came. It never waits. All calls come from one thread.
+
+        Args:
+            reference: what the checkpoint's answers are compared with, as JSON.
+        """
         if reference and self.references.get(checkpoint) != reference:
             self.references[checkpoint] = reference
             self.kept.discard(checkpoint)
-        try:
-            self.waiting.put_nowait((reply, recording.id, datetime.now(timezone.utc), checkpoint, recording.class_set))
-        except queue.Full:
-            self.dropped.labels("queue_full").inc(max(1, reply.outputs[0].shape[0] if reply.outputs else 1))
+        if len(self.waiting) >= MOST_REPLIES or self.put - self.taken + len(data) > MOST_BYTES:
+            self.dropped.labels("queue_full").inc(_rows(data))
+            return
+        self.put += len(data)
+        self.waiting.append((data, recording.id, time.time_ns() // 1000, checkpoint, recording.class_set))
 
     def close(self) -> None:
         """Write what waits, for a few seconds at most."""
@@ -139,37 +146,34 @@ class Recorder:
         self.thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
-        rows: list[Row] = []
+        rows = SCHEMA.empty_table()
         while True:
             ending = self.ending.wait(RETRY_SECONDS if self.failed else WRITE_SECONDS)
-            if not rows:
+            if not len(rows):
                 rows = self._take()
-            if rows and self._write(rows):
-                rows = []
+            if len(rows) and self._write(rows):
+                rows = SCHEMA.empty_table()
             if time.monotonic() - self.tidied > TIDY_SECONDS:
                 self.tidied = time.monotonic()
                 self._try(lambda: self.record.tidy(self.options.keep_days))
             if ending:
                 break
-        last = self._take()
-        if rows or last:
-            self._write(rows + last)
+        last = pa.concat_tables([rows, self._take()])
+        if len(last):
+            self._write(last)
         self.record.close()
 
-    def _take(self) -> list[Row]:
-        rows: list[Row] = []
-        for _ in range(MOST_REPLIES):
-            try:
-                found = rows_of(*self.waiting.get_nowait())
-            except queue.Empty:
-                break
-            for row in found:
-                chance = self.options.label_accepted if row["accept"] else self.options.label_rejected
-                row |= {"label_probability": chance, "chosen": self.random.random() < chance}
-            rows += found
-        return rows
+    def _take(self) -> pa.Table:
+        replies = [self.waiting.popleft() for _ in range(min(len(self.waiting), MOST_REPLIES))]
+        self.taken += sum(len(reply[0]) for reply in replies)
+        try:
+            return table_of(replies, self.random, self.options.label_accepted, self.options.label_rejected)
+        except Exception as error:  # a server behind that answers what no server of ours does; the thread goes on
+            print(f"vilu: replies cannot be recorded: {error!r}", file=sys.stderr, flush=True)
+            self.dropped.labels("unreadable").inc(sum(_rows(reply[0]) for reply in replies))
+            return SCHEMA.empty_table()
 
-    def _write(self, rows: list[Row]) -> bool:
+    def _write(self, rows: pa.Table) -> bool:
         """Write rows; False where they are to be tried once more, as the queue has room for what comes meanwhile."""
         for checkpoint in set(self.references) - self.kept:
             if self._try(lambda: self.record.put_reference(checkpoint, self.references[checkpoint])):  # noqa: B023
@@ -177,7 +181,7 @@ class Recorder:
         if self._try(lambda: self.record.append(rows)):
             self.rows.inc(len(rows))
             return True
-        if self.waiting.qsize() < MOST_REPLIES // 2 and not self.ending.is_set():
+        if len(self.waiting) < MOST_REPLIES // 2 and not self.ending.is_set():
             return False
         self.dropped.labels("write_failed").inc(len(rows))
         return True
@@ -194,6 +198,11 @@ class Recorder:
         return True
 
 
+def _rows(data: bytes) -> int:
+    reply = pb.ModelInferResponse.FromString(data)
+    return max(1, reply.outputs[0].shape[0] if reply.outputs else 1)
+
+
 class Recording:
     """How one request is recorded.
 
@@ -203,12 +212,16 @@ class Recording:
         class_set: that of its answers; "" for candidates of its own; None where the reply's CLASS_SET says it.
     """
 
+    __slots__ = ("class_set", "id", "missing")
+
     def __init__(self, request_id: str, missing: list[str], class_set: str | None = None) -> None:
         self.id, self.missing, self.class_set = request_id, missing, class_set
 
     @property
     def more(self) -> bytes:
         """What to append to the request's bytes: a message's repeated fields add up."""
+        if not self.missing:
+            return b""
         outputs = [pb.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in self.missing]
         return pb.ModelInferRequest(outputs=outputs).SerializeToString()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
@@ -19,10 +20,11 @@ from tests.serving.browser import Browser, find_chromium, web
 from tests.serving.helpers import BIN
 from vilu.errors import UserError
 from vilu.evaluation.reference import summarise
-from vilu.serving.monitor import watch
+from vilu.serving.monitor import Watcher, watch
 from vilu.serving.monitor_service import Monitor, as_plain
-from vilu.serving.record import ParquetRecord
+from vilu.serving.record import ParquetRecord, parquet
 from vilu.serving.record.feedback import Taken, give_feedback, read_feedback, to_label
+from vilu.serving.record.table import SCHEMA
 
 START = datetime(2026, 1, 2, tzinfo=timezone.utc)
 CHECKPOINT = "a" * 64
@@ -36,7 +38,7 @@ def world(random, n, shift=0.0):
     return failure, wrong, random.integers(0, 5, n), random.normal(shift, 1, (n, 8))
 
 
-def fill(record, random, n, *, start=0, shift=0.0, policy=(0.2, 1.0), version=1, threshold=0.3):
+def fill(record, random, n, *, start=0, shift=0.0, policy=(0.2, 1.0), version=1, threshold=0.3, feedback=True):
     """Record n answers and the feedback that the policy asks for."""
     failure, wrong, index, embedding = world(random, n, shift)
     rows, lines = [], []
@@ -64,9 +66,9 @@ def fill(record, random, n, *, start=0, shift=0.0, policy=(0.2, 1.0), version=1,
                 "embedding": embedding[i].astype(np.float16),
             }
         )
-        if chosen:
+        if chosen and feedback:
             lines.append({"id": f"r{start + i}", "feedback": "wrong" if wrong[i] else "right"})
-    record.append(rows)
+    record.append(pa.Table.from_pylist(rows, SCHEMA))
     if lines:
         give_feedback(record, read_feedback("\n".join(map(json.dumps, lines))))
     return failure, wrong
@@ -147,6 +149,81 @@ def test_each_kind_of_feedback_has_its_treatment(record):
     assert list(to_label(record)) == []
 
 
+def rounded(report):
+    """A report as JSON, without the last digits: sums depend a little on how the rows were batched."""
+    return json.loads(json.dumps(as_plain(report)), parse_float=lambda text: round(float(text), 9))
+
+
+def give(record, **said):
+    return give_feedback(
+        record, read_feedback("\n".join(json.dumps({"id": i, "feedback": v}) for i, v in said.items()))
+    )
+
+
+@pytest.mark.parametrize("waiting", [100_000, 3])
+def test_a_monitor_that_reads_again_and_again_finds_what_one_that_reads_all_finds(record, monkeypatch, waiting):
+    """With feedback that is late, changed, unknown at first, or about answers that were not drawn, and with merges."""
+    monkeypatch.setattr("vilu.serving.monitor.WAITING", waiting)
+    monkeypatch.setattr(parquet, "MERGED", 3)
+    random, watcher = np.random.default_rng(14), Watcher(record, window=200)
+
+    def same():
+        record.tidy(None)
+        report = watcher.read()
+        assert rounded(report) == rounded(watch(record, window=200))
+        return report.feedback
+
+    for start in range(0, 700, 100):
+        fill(record, random, 100, start=start, policy=(0.5, 1.0))
+        same()
+    batches = [table.select(["id", "chosen"]) for table in record.batches()]
+    drawn = {row["id"]: row["chosen"] for table in batches for row in table.to_pylist()}
+    unasked = next(name for name, chosen in drawn.items() if not chosen)
+    right = [one.id for one in record.feedback() if one.right]
+    give(record, **{right[0]: "wrong", right[1]: "wrong", unasked: "wrong", "r900": "right", "nobody": "right"})
+    assert same() == {"used": sum(drawn.values()), "unasked": 1, "changed": 2, "unknown": 2}
+    fill(record, random, 3, start=900, policy=(1.0, 1.0), feedback=False)
+    assert same()["unknown"] == 1
+    give(record, r902="wrong", r901="right")
+    assert same() == {"used": sum(drawn.values()) + 3, "unasked": 1, "changed": 2, "unknown": 1}
+    give(record, r902="right")
+    assert same()["changed"] == 3
+
+
+def test_a_monitor_reads_a_record_anew_after_a_failure(record, monkeypatch):
+    fill(record, np.random.default_rng(15), 50)
+    watcher = Watcher(record)
+    batches = record.batches
+
+    def failing(*arguments):
+        yield from batches(*arguments)
+        raise UserError("gone")
+
+    monkeypatch.setattr(record, "batches", failing)
+    with pytest.raises(UserError, match="gone"):
+        watcher.read()
+    monkeypatch.setattr(record, "batches", batches)
+    assert watcher.read() == watch(record)
+
+
+def test_a_monitor_reads_what_is_new_alone(record, monkeypatch):
+    fill(record, np.random.default_rng(16), 50)
+    watcher, opened, real = Watcher(record), [], parquet.pq.ParquetFile
+    watcher.read()
+
+    def counted(path):
+        opened.append(path)
+        return real(path)
+
+    monkeypatch.setattr(parquet.pq, "ParquetFile", counted)
+    watcher.read()
+    assert opened == []
+    fill(record, np.random.default_rng(17), 50, start=50)
+    opened.clear()
+    assert watcher.read().watched[0].answers == 100
+    assert len(set(opened)) == 1
+
+
 def test_a_true_label_says_whether_the_answer_was_right(record):
     fill(record, np.random.default_rng(8), 1, policy=(1.0, 1.0))
     (row,) = next(iter(record.batches(["id", "label", "accept"]))).to_pylist()
@@ -166,6 +243,9 @@ def test_a_true_label_says_whether_the_answer_was_right(record):
         ("id,label\na,cat\nb,cat, big\n", "line 3: has more fields than the header"),
         ("id,feedback\n,right\n", "id is missing"),
         ('{"id": 3, "feedback": "right"}', "id must be text"),
+        ('{"id": "\\ud800", "feedback": "right"}', "id must be text"),
+        ('{"id": "a", "label": "\\u0000"}', "label must be text"),
+        ("id," + "x" * 200_000 + "\na,right\n", "line 0: field larger"),
         ('{"id": "a", "feedback": "right"}\n{"id"', "line 2: is not JSON"),
         ("[1]", "must be an object"),
     ],

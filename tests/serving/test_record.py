@@ -1,7 +1,10 @@
 """The record: what is in it, that it survives kills and a full disk, and that it never costs an answer."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +26,7 @@ from vilu.serving import Client
 from vilu.serving.door import Door
 from vilu.serving.record import Feedback, ParquetRecord, open_record, parquet, recorder
 from vilu.serving.record.recorder import Recorder, RecordOptions
-from vilu.serving.record.table import ANSWER, rows_of
+from vilu.serving.record.table import ANSWER, SCHEMA, table_of
 from vilu.serving.server import probe
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
@@ -49,24 +52,30 @@ def reply(labels=("cat",), *, class_set="pets@3", dim=0):
     return out
 
 
-def made_rows(n, start=0):
-    rows = [row for i in range(start, start + n) for row in rows_of(reply(), f"r{i}", NOW, "abc")]
-    return [{**row, "label_probability": 1.0, "chosen": True} for row in rows]
+def table(*replies, checkpoint="abc"):
+    """The rows of (reply, id, time)."""
+    made = [(one.SerializeToString(), name, int(at.timestamp() * 1e6), checkpoint, None) for one, name, at in replies]
+    return table_of(made, np.random.default_rng(0))
+
+
+def made_rows(n, start=0, at=NOW):
+    return table(*((reply(), f"r{i}", at) for i in range(start, start + n)))
 
 
 def ids_of(record):
     return [name for table in record.batches(["id"]) for name in table["id"].to_pylist()]
 
 
-def test_rows_of_a_reply():
-    rows = rows_of(reply(("cat", "a\0b"), dim=4), "mine", NOW, "abc")
-    assert [row["id"] for row in rows] == ["mine/0", "mine/1"]
-    assert [row["label"] for row in rows] == ["cat", "a\ufffdb"]
-    assert [row["accept"] for row in rows] == [True, False]
-    assert {(row["class_set"], row["class_set_version"], row["model_version"]) for row in rows} == {("pets", 3, 2)}
-    assert rows[0]["embedding"].dtype == np.float16
-    (own,) = rows_of(reply(class_set=""), "mine", NOW, "abc")
-    assert (own["id"], own["class_set"], own["class_set_version"], own["entropy"]) == ("mine", "", 0, None)
+def test_rows_of_replies():
+    several, own = reply(("cat", "a\0b"), dim=4), reply(class_set="")
+    rows = table((several, "mine", NOW), (own, "other", NOW)).to_pylist()
+    assert [row["id"] for row in rows] == ["mine/0", "mine/1", "other"]
+    assert [row["label"] for row in rows] == ["cat", "a\ufffdb", "cat"]
+    assert [row["accept"] for row in rows] == [True, False, True]
+    assert [(row["class_set"], row["class_set_version"]) for row in rows] == [("pets", 3), ("pets", 3), ("", 0)]
+    assert {(row["model_version"], row["time"], row["entropy"]) for row in rows} == {(2, NOW, None)}
+    assert [row["embedding"] for row in rows] == [[1.0] * 4, [1.0] * 4, None]
+    assert table().schema == SCHEMA
 
 
 def test_small_files_become_large_ones_and_no_row_is_lost_or_doubled(tmp_path, monkeypatch):
@@ -136,7 +145,7 @@ from vilu.serving.record.recorder import Recorder, RecordOptions, Recording
 import time
 recorder = Recorder(RecordOptions(sys.argv[1]), CollectorRegistry())
 for i in range(100000):
-    recorder.add(reply(), Recording(f"r{i}", []), "abc")
+    recorder.add(reply().SerializeToString(), Recording(f"r{i}", []), "abc")
     print(i, time.time(), flush=True)
     time.sleep(0.002)
 """
@@ -152,7 +161,7 @@ def test_a_kill_loses_the_last_second_and_tears_nothing(tmp_path):
                 break
     found = ids_of(ParquetRecord(tmp_path))
     assert found == [f"r{i}" for i in range(len(found))]
-    # The write is every half second; a busy machine may take as long again.
+    # The write is every 0.8 seconds; a busy machine may take as long again.
     kept = [i for i, at in lines if float(at) < float(lines[-1][1]) - 1.5]
     assert len(found) >= len(kept) > 50
 
@@ -177,14 +186,68 @@ def test_a_disk_that_is_full_costs_rows_which_are_counted(tmp_path, monkeypatch,
         )
 
     for i in range(40):
-        written.add(reply(), recorder.Recording(f"r{i}", []), "")
+        written.add(reply().SerializeToString(), recorder.Recording(f"r{i}", []), "")
     assert dropped() > 30
     wait(lambda: "No space left" in capfd.readouterr().err)
     monkeypatch.setattr(written.record, "append", working)
     wait(lambda: registry.get_sample_value("vilu_record_rows_total") + dropped() == 40)
-    written.add(reply(), recorder.Recording("last", []), "")
+    written.add(reply().SerializeToString(), recorder.Recording("last", []), "")
     written.close()
     assert ids_of(ParquetRecord(tmp_path))[-1] == "last"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.getuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_up(path):
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+@pytest.mark.server
+def test_a_real_disk_that_is_full_costs_rows_and_no_answer_until_it_has_room(
+    server, small_disk, photos, monkeypatch, capfd
+):
+    monkeypatch.setattr(recorder, "MOST_REPLIES", 4)
+    monkeypatch.setattr(recorder, "WRITE_SECONDS", 0.05)
+    monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.05)
+    where, filler = small_disk / "record", small_disk / "filler"
+    with opened(Door(options(upstreams=[server.grpc_url], record=RecordOptions(str(where))))) as at:
+
+        def counted():
+            found = dict(re.findall(r"^(vilu_record_rows\S*_total\S*) (\S+)", metrics(at).decode(), re.M))
+            written = float(found.pop("vilu_record_rows_total"))
+            return written, sum(map(float, found.values()))
+
+        ids = [send(at, "/ask", photos[0])[2]["id"]]
+        wait(lambda: counted() == (1, 0))
+        fill_up(filler)
+        ids += [send(at, "/ask", photos[i % 4])[2]["id"] for i in range(20)]
+        assert "No space left" in capfd.readouterr().err
+        assert counted()[1] > 0
+        said = [Feedback(ids[0], True, None, NOW), *(Feedback(f"r{i}", None, "x" * 500, NOW) for i in range(20))]
+        with pytest.raises(UserError, match="No space left"):
+            ParquetRecord(where).give(said)
+        assert list(ParquetRecord(where).feedback()) == []
+        filler.unlink()
+        wait(lambda: sum(counted()) == 21)
+        ids.append(send(at, "/ask", photos[0])[2]["id"])
+        wait(lambda: sum(counted()) == 22)
+        written = int(counted()[0])
+    found = ids_of(ParquetRecord(where))
+    assert len(found) == written < 22
+    assert (found[0], found[-1]) == (ids[0], ids[-1])
+    assert not list(where.glob(".*"))
 
 
 def test_what_cannot_be_a_record_is_one_line(tmp_path):
@@ -209,8 +272,11 @@ def test_the_door_records_what_it_answers(server, tmp_path, photos):
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             got, call = stub.ModelInfer.with_call(asked)
             assert got == service_pb2_grpc.GRPCInferenceServiceStub(direct).ModelInfer(asked)
-            assert dict(call.trailing_metadata())["vilu-answer-id"] == "mine"
-            assert stub.ModelInfer(question(photos[1])).outputs  # all of them
+            assert (got.id, "vilu-answer-id" in dict(call.trailing_metadata())) == ("mine", False)
+            every = stub.ModelInfer(question(photos[1]))  # all outputs
+            odd, call = stub.ModelInfer.with_call(question(photos[1], id="Žluť"))
+            assert odd.id == "Žluť"
+            told = [every.id, dict(call.trailing_metadata())["vilu-answer-id"]]
             with pytest.raises(grpc.RpcError):
                 stub.ModelInfer(question(b"no image", id="bad"))
         with Client(at.grpc) as client:
@@ -220,16 +286,15 @@ def test_the_door_records_what_it_answers(server, tmp_path, photos):
         assert (status, headers["vilu-answer-id"]) == (200, answer["id"])
         body = {"inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": [1, 1], "data": ["x"]}]}
         assert "vilu-answer-id" not in send(at, "/v2/models/vilu/infer", json.dumps(body).encode())[1]
-        wait(lambda: b"vilu_record_rows_total 5.0" in metrics(at))
+        wait(lambda: b"vilu_record_rows_total 6.0" in metrics(at))
     rows = [row for table in ParquetRecord(tmp_path).batches() for row in table.to_pylist()]
-    assert [row["id"] for row in rows][2:] == [*asked_ids, answer["id"]]
-    assert rows[0]["id"] == "mine"
-    assert len({row["id"] for row in rows}) == len(rows) == 5
+    assert [row["id"] for row in rows] == ["mine", *told, *asked_ids, answer["id"]]
+    assert len({row["id"] for row in rows}) == len(rows) == 6
     assert {(row["class_set"], row["class_set_version"], row["model"]) for row in rows} == {("default", 1, "vilu")}
     assert {len(row["checkpoint"]) for row in rows} == {64}
     assert all(np.linalg.norm(row["embedding"]) == pytest.approx(1, abs=1e-2) for row in rows)
     assert all(-1 <= row["entropy"] <= 0 for row in rows)
-    assert rows[4]["failure_probability"] == pytest.approx(answer["failure_probability"])
+    assert rows[5]["failure_probability"] == pytest.approx(answer["failure_probability"])
     assert set(ANSWER) >= {output.name for output in got.outputs}
 
 

@@ -20,6 +20,7 @@ from vilu.serving.address import free_port
 from vilu.serving.monitor import watch
 from vilu.serving.record import Feedback, open_record, recorder
 from vilu.serving.record.feedback import Taken, give_feedback, read_feedback
+from vilu.serving.record.postgres import PostgresRecord
 from vilu.serving.record.recorder import Recorder, RecordOptions
 from vilu.serving.record.table import SCHEMA
 
@@ -71,7 +72,7 @@ def url(database):
     import psycopg
 
     with psycopg.connect(database.url) as connection:
-        connection.execute("DROP TABLE IF EXISTS vilu_answers, vilu_feedback, vilu_references")
+        connection.execute("DROP TABLE IF EXISTS vilu_answers, vilu_feedback, vilu_references, vilu_writers")
     return database.url
 
 
@@ -84,8 +85,9 @@ def test_two_servers_share_a_database(url):
 
     def write(name):
         written = Recorder(RecordOptions(url, embeddings=True), CollectorRegistry())
+        data = reply(dim=4).SerializeToString()
         for i in range(50):
-            written.add(reply(dim=4), recorder.Recording(f"{name}{i}", []), "c" * 64, '{"samples": 3}')
+            written.add(data, recorder.Recording(f"{name}{i}", []), "c" * 64, '{"samples": 3}')
         written.close()
 
     threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
@@ -109,9 +111,36 @@ def test_feedback_and_the_monitor(url):
     assert (one.answers, one.labelled, one.risk) == (3, 2, 0.5)
 
 
+def test_a_reader_that_comes_again_gets_what_came_since_from_every_server(url):
+    one, other, reader = open_record(url, create=True), open_record(url, create=True), open_record(url)
+    done: dict[str, int] = {}
+
+    def read():
+        return sorted(name for table in reader.batches(["id"], done) for name in table["id"].to_pylist())
+
+    one.append(made_rows(2))
+    assert read() == ["r0", "r1"]
+    other.append(made_rows(1, 2))
+    one.append(made_rows(1, 3))
+    assert read() == ["r2", "r3"]
+    assert read() == []
+    assert len(rows_in(url)) == 4
+    assert [t.to_pylist() for t in reader.find(["r3", "nobody"], ["id", "label"])] == [[{"id": "r3", "label": "cat"}]]
+
+
+def test_rows_that_were_committed_before_the_connection_broke_are_not_written_twice(url):
+    record = PostgresRecord(url, create=True)
+    record.append(made_rows(2))
+    record.written -= 1  # as if the answer to the commit had not come
+    record.append(made_rows(2))
+    record.append(made_rows(1, 2))
+    assert [row["id"] for row in rows_in(url)] == ["r0", "r1", "r2"]
+
+
 def test_old_rows_are_removed(url):
     record = open_record(url, create=True)
-    record.append([*made_rows(1), {**made_rows(1, 1)[0], "time": datetime.now(timezone.utc)}])
+    record.append(made_rows(1))
+    record.append(made_rows(1, 1, datetime.now(timezone.utc)))
     record.give([Feedback("r0", True, None, datetime(2020, 1, 1, tzinfo=timezone.utc))])
     record.tidy(3)
     assert [row["id"] for row in rows_in(url)] == ["r1"]
@@ -124,11 +153,11 @@ def test_a_database_that_dies_costs_rows_which_are_counted_and_is_used_again(url
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.1)
     registry = CollectorRegistry()
     written = Recorder(RecordOptions(url), registry)
-    written.add(reply(), recorder.Recording("before", []), "")
+    written.add(reply().SerializeToString(), recorder.Recording("before", []), "")
     wait(lambda: registry.get_sample_value("vilu_record_rows_total") == 1)
     database.stop()
     for i in range(20):
-        written.add(reply(), recorder.Recording(f"r{i}", []), "")
+        written.add(reply().SerializeToString(), recorder.Recording(f"r{i}", []), "")
     wait(lambda: "postgresql:" in capfd.readouterr().err)
     with pytest.raises(UserError, match="postgresql:"):
         open_record(url)
@@ -143,7 +172,7 @@ def test_a_database_that_dies_costs_rows_which_are_counted_and_is_used_again(url
 
     wait(lambda: counted()[0] == 21)
     assert 0 < counted()[1] < 20
-    written.add(reply(), recorder.Recording("after", []), "")
+    written.add(reply().SerializeToString(), recorder.Recording("after", []), "")
     written.close()
     assert {"before", "after"} < {row["id"] for row in rows_in(url)}
 

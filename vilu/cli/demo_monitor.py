@@ -170,7 +170,7 @@ def _ask(client: Client, where: str, images: list[tuple[bytes, str]]) -> None:
     answers: list[Answer] = [answer.raise_for_error() for answer in client.stream([data for data, _ in images])]
     truth = {answer.id: name for answer, (_, name) in zip(answers, images, strict=True)}
     record, end = open_record(where), time.monotonic() + 20
-    while record.known(truth) != set(truth):  # the last rows come within half a second
+    while sum(map(len, record.find(truth, ["id"]))) < len(truth):  # the last rows come within a second
         if time.monotonic() > end:
             raise UserError(f"{where}: rows are missing")
         time.sleep(0.1)

@@ -7,27 +7,19 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from torch.nn import functional as F
 
-from tests.support.embeddings import unit_rows
-from vilu import Checkpoint, ClassSet, UserError, load_checkpoint, save_checkpoint, train_head
+from tests.support.embeddings import small_world
+from vilu import Checkpoint, ClassSet, UserError, load_checkpoint, save_checkpoint
 from vilu.cli.calibrate import calibrate_command
 from vilu.fingerprints import remembered
 from vilu.outlier import fit_outlier
-from vilu.recipes import Recipe
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A checkpoint, and held-out embeddings of the same source."""
     folder = tmp_path_factory.mktemp("world")
-    t = unit_rows(6, 24, 0).float()
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(6, (3000,), generator=generator)
-    noise = (0.02 + 0.25 * torch.rand(3000, 1, generator=generator)) * torch.randn(3000, 24, generator=generator)
-    v = F.normalize(t[labels] + noise, dim=1)
-    head = train_head(v[:1000], labels[:1000], t, recipe=Recipe(epochs=3, min_steps=0, folds=1))
-    names = tuple(f"class {i}" for i in range(6))
+    v, labels, t, head, names = small_world(3000)
     class_set = ClassSet(names, ("a {}",), t)
     save_checkpoint(Checkpoint(head, None, class_set, samples=remembered(v[:1000])), folder / "head.safetensors")
     save_checkpoint(Checkpoint(head, None, class_set), folder / "old.safetensors")

@@ -3,19 +3,18 @@
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
+import pyarrow as pa
 import pytest
-import torch
 from click.testing import CliRunner
-from torch.nn import functional as F
 
-from tests.support.embeddings import unit_rows
-from vilu import Checkpoint, ClassSet, UserError, load_checkpoint, save_checkpoint, train_head
+from tests.support.embeddings import small_world
+from vilu import Checkpoint, ClassSet, UserError, load_checkpoint, save_checkpoint
 from vilu.checkpoint import ClipSpec, digest
 from vilu.cli import group
 from vilu.evaluation.calibration import TargetNotMetError, guaranteed_risk
 from vilu.evaluation.labelled import guaranteed_risk_of_labelled
-from vilu.recipes import Recipe
 from vilu.serving.record import Feedback, ParquetRecord
+from vilu.serving.record.table import SCHEMA
 
 START = datetime(2026, 1, 2, tzinfo=timezone.utc)
 
@@ -59,13 +58,7 @@ def test_the_promise_holds_with_labels_drawn_by_a_policy():
 def world(tmp_path_factory):
     """A checkpoint, its record with embeddings and feedback, and images of the same source."""
     folder = tmp_path_factory.mktemp("recorded")
-    t = unit_rows(6, 24, 0).float()
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(6, (4000,), generator=generator)
-    noise = 0.25 * torch.rand(4000, 1, generator=generator) * torch.randn(4000, 24, generator=generator)
-    v = F.normalize(t[labels] + noise, dim=1)
-    head = train_head(v[:1000], labels[:1000], t, recipe=Recipe(epochs=3, min_steps=0, folds=1))
-    names = tuple(f"class {i}" for i in range(6))
+    v, labels, t, head, names = small_world(4000)
     made = Checkpoint(head, ClipSpec("vilu-tiny", None, 100.0, "f"), ClassSet(names, ("a {}",), t), threshold=0.3)
     save_checkpoint(made, folder / "head.safetensors")
     record, random = ParquetRecord(folder / "record", create=True), np.random.default_rng(2)
@@ -84,8 +77,14 @@ def world(tmp_path_factory):
             right = bool(predicted[i] == labels[i])
             kind = {"right": right, "label": None} if i % 2 else {"right": None, "label": names[labels[i]]}
             said.append(Feedback(f"r{i}", time=START, **kind))
-    record.append(rows)
+    record.append(pa.Table.from_pylist(rows, SCHEMA))
     record.give(said)
+    return folder, v, labels, t
+
+
+def held(world):
+    """The checkpoint's folder, and the images that are neither in the training data nor in the record."""
+    folder, v, labels, t = world
     return folder, v[3500:], labels[3500:], t
 
 
@@ -94,7 +93,7 @@ def run(*arguments):
 
 
 def test_a_threshold_is_chosen_from_a_record(world, tmp_path):
-    folder, v, labels, t = world
+    folder, v, labels, t = held(world)
     options = ["--ckpt", folder / "head.safetensors", "--from-record", folder / "record"]
     done = run("calibrate", *options, "--target-risk", 0.15, "--output", tmp_path / "a.safetensors")
     assert done.exception is None, done.exception
@@ -118,7 +117,7 @@ def test_a_threshold_is_chosen_from_a_record(world, tmp_path):
 
 
 def test_a_head_is_trained_on_a_record(world, tmp_path):
-    folder, v, labels, t = world
+    folder, v, labels, t = held(world)
     options = ["--from-record", folder / "record", "--output", tmp_path / "new.safetensors", "--epochs", 3]
     done = run("train", *options, "--ckpt", folder / "head.safetensors", "--no-estimate-images")
     assert done.exception is None, done.exception
@@ -128,5 +127,12 @@ def test_a_head_is_trained_on_a_record(world, tmp_path):
 
     right = ((v @ t.T).argmax(dim=1) == labels).numpy()
     assert auroc(-found.head.failure_probability(v, t).numpy(), right) > 0.7
+    assert found.samples is not None
+    assert len(found.samples) > 1000
+    recorded = folder / "recorded.npz"  # what it was trained on, as a service would have it from elsewhere
+    arrays = {"image_embedding": world[1][1000:3500].half(), "labels": world[2][1000:3500], "text_embeddings": t}
+    np.savez(recorded, class_names=found.class_set.names, **arrays)
+    done = run("calibrate", "--ckpt", tmp_path / "new.safetensors", "--embeddings", recorded, "--target-risk", 0.2)
+    assert "no risk can be promised" in str(done.exception)
     done = run("train", *options)
     assert "needs --ckpt" in str(done.exception)
