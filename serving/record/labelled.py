@@ -23,19 +23,19 @@ class Labelled:
     Attributes:
         failure_probability: (N,).
         class_index: (N,) predicted classes.
+        probability: (N,) with which each was to be chosen.
         embedding: (N, D) float32 image embeddings; None where not all were recorded.
         rows: (M,) which have feedback.
         correct: (M,) bool.
-        probability: (M,) with which each was chosen.
         labels: (M,) true labels; None where people only said that the answer was wrong.
     """
 
     failure_probability: np.ndarray
     class_index: np.ndarray
+    probability: np.ndarray
     embedding: np.ndarray | None
     rows: np.ndarray
     correct: np.ndarray
-    probability: np.ndarray
     labels: Sequence[str | None]
 
 
@@ -58,7 +58,7 @@ def read_labelled(
     vectors: list[np.ndarray] | None = [] if embeddings else None
     rows: list[int] = []
     correct: list[bool] = []
-    chance: list[float] = []
+    chance: list[np.ndarray] = []
     labels: list[str | None] = []
     total = 0
     for table in record.batches(COLUMNS if embeddings else COLUMNS[:-1]):
@@ -79,14 +79,14 @@ def read_labelled(
             else:
                 flat = table["embedding"].combine_chunks().flatten().to_numpy()
                 vectors.append(flat.reshape(len(table), -1).astype(np.float32))
-        columns = (table[c].to_pylist() for c in ("id", "label", "chosen", "label_probability"))
-        for at, (name, label, chosen, probability) in enumerate(zip(*columns, strict=True), total):
+        chance.append(table["label_probability"].to_numpy().astype(np.float64).round(9))
+        columns = (table[c].to_pylist() for c in ("id", "label", "chosen"))
+        for at, (name, label, chosen) in enumerate(zip(*columns, strict=True), total):
             if chosen and name in said:
                 right, true = said.pop(name)
                 rows.append(at)
                 correct.append(is_right(label, right, true))
                 labels.append(label if correct[-1] else true)
-                chance.append(probability)
         total += len(table)
     if not total:
         raise UserError("the record has no answers of this checkpoint over its own class set")
@@ -95,9 +95,9 @@ def read_labelled(
     return Labelled(
         np.concatenate(failure),
         np.concatenate(index),
+        np.concatenate(chance),
         np.concatenate(vectors) if vectors else None,
         np.array(rows),
         np.array(correct),
-        np.array(chance).round(9),
         labels,
     )

@@ -303,6 +303,14 @@ def test_siglips_sentencepiece_gets_open_clips_ids(tmp_path, varied):
     assert_same(varied[:1000], exported(named, tmp_path), named)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "length"), [("MobileCLIP2-S0", 77), ("PE-Core-T-16-384", 32)])
+def test_newer_models_have_tokenizers_that_are_exported(name, length, tmp_path, varied):
+    theirs = open_clip.get_tokenizer(name)
+    assert theirs.context_length == length
+    assert_same(varied[:500], exported(theirs, tmp_path), theirs)
+
+
 @pytest.mark.parametrize("strip", [False, True])
 def test_berts_wordpiece_gets_open_clips_ids(strip, tmp_path, varied):
     theirs = bert(tmp_path, strip_sep_token=strip)

@@ -301,3 +301,14 @@ def test_a_file_gets_the_preprocessing_of_the_models_own_weights():
     assert _preprocessing("ViT-B-16-SigLIP2")["mean"] == (0.5, 0.5, 0.5)
     assert _preprocessing("ViT-B-16-SigLIP2")["resize_mode"] == "squash"
     assert _preprocessing("ViT-L-14") == {}  # its weights differ among themselves
+
+
+def test_tags_whose_weights_were_trained_with_quick_gelu():
+    """DFN's and OpenAI's weights want it under the plain name too; DataComp's do not."""
+    from vilu.clip.load import _needs_quick_gelu
+
+    assert _needs_quick_gelu("ViT-B-16", "dfn2b")
+    assert _needs_quick_gelu("ViT-H-14", "dfn5b")
+    assert _needs_quick_gelu("ViT-B-16", "openai")
+    assert not _needs_quick_gelu("ViT-L-14", "dfn2b_s39b")
+    assert not _needs_quick_gelu("ViT-B-16", "datacomp_xl_s13b_b90k")

@@ -47,9 +47,9 @@ def calibrate(
     if checkpoint.class_set is None:
         raise UserError(f"{ckpt}: has no class set, so no answers of its own are recorded")
     found = _read(where, digest(checkpoint), since, embeddings=True)
-    failure = found.failure_probability
+    failure, chance = found.failure_probability, found.probability
     chosen = guaranteed_risk_of_labelled(
-        failure[found.rows], found.correct, found.probability, failure, target_risk, confidence
+        failure[found.rows], found.correct, chance[found.rows], failure, target_risk, confidence, chance
     )
     reference = summarise(failure, found.class_index, len(checkpoint.class_set.names), found.embedding)
     note: dict[str, Any] = {

@@ -320,8 +320,8 @@ def _counts(probability: Floats, right: Bools) -> tuple[NDArray[np.int64], NDArr
     return accepted, failed
 
 
-def _shares(target_risk: Floats) -> Floats:
-    """(M, G) the share of the level that each threshold of the grid begins with, for each target (M,)."""
+def level_shares(target_risk: Floats) -> Floats:
+    """(M, G) the share of the level that each threshold of GRID begins with, for each target risk (M,)."""
     near = [np.searchsorted(GRID, _sigmoid(_logit(target_risk) + above)).clip(max=len(GRID) - 1) for above, _ in NEAR]
     rest = 1 - sum(share for _, share in NEAR)
     shares = np.tile(rest * STARTS / STARTS.sum(), (len(target_risk), 1))
@@ -345,7 +345,7 @@ def _rejected(
     """
     from scipy.special import bdtr
 
-    shares = level * _shares(target_risk)
+    shares = level * level_shares(target_risk)
     # Between two events the counts and the level stay, and so does the decision. Where nothing is accepted, nothing is
     # rejected.
     changed = (np.diff(accepted, prepend=0) > 0) | (np.diff(failed, prepend=0) > 0) | (shares > 0).any(axis=0)
