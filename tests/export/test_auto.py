@@ -48,7 +48,7 @@ def test_what_only_the_servers_have_cannot_be_measured(monkeypatch):
 
 
 @pytest.fixture
-def exported(modern, monkeypatch):
+def stubbed(modern, monkeypatch):
     """Speeds without a measurement, and exports of which int8 is over its budget."""
     tries = []
 
@@ -69,9 +69,9 @@ def open_ways(rows):
     return {(row.precision, row.provider) for row in rows if not row.verdict}
 
 
-def test_the_fastest_within_its_budget_is_exported(exported, tmp_path, clip, checkpoint):
+def test_the_fastest_within_its_budget_is_exported(stubbed, tmp_path, clip, checkpoint):
     report = auto.export_fastest(checkpoint, tmp_path / "r", clip=clip)
-    assert exported == [("int8", "openvino"), ("float32", "cpu")]
+    assert stubbed == [("int8", "openvino"), ("float32", "cpu")]
     tried = {(row["precision"], row["provider"]): row for row in report["tried"]}
     assert tried["int8", "openvino"]["verdict"] == "export refused: too far"
     assert tried["int8", "openvino"]["images_per_second"] == 40
@@ -80,7 +80,7 @@ def test_the_fastest_within_its_budget_is_exported(exported, tmp_path, clip, che
     assert tried["bfloat16", "cpu"]["images_per_second"] is None
 
 
-def test_no_way_within_its_budget(exported, tmp_path, clip, checkpoint, monkeypatch):
+def test_no_way_within_its_budget(stubbed, tmp_path, clip, checkpoint, monkeypatch):
     monkeypatch.setattr(auto, "_time", lambda *_: {("int8", "cpu"): 5.0})
     with pytest.raises(UserError, match="no precision is within"):
         auto.export_fastest(checkpoint, tmp_path / "r", clip=clip)

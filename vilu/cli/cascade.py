@@ -245,13 +245,13 @@ def _embed(
     from vilu.class_set import DEFAULT_TEMPLATES
     from vilu.data import embed
 
+    if source.captions is not None:
+        raise UserError(f"{source.name}: a cascade answers with classes, not with captions")
     sets = []
     for path, (checkpoint, clip) in zip(paths, loaded, strict=True):
         templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
         with progress_bar() as bar:
             held = embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
-        if held.captions:
-            raise UserError(f"{held.name}: a cascade answers with classes, not with captions")
         check_fits(path, checkpoint, held)
         if checkpoint.samples is None:
             said.warn(f"{path}: does not say which samples it was trained on; {held.name} must not be among them")

@@ -62,7 +62,6 @@ def test_the_embedded_pair(ask, tmp_path):
         (("--dataset", "digits", "--dataset", "shapes"), "takes one data set"),
         (("--dataset", "digits", "--clip", "vilu-tiny"), "no other CLIP"),
         (("--dataset", "digits", "--ckpt", "{d}/vilu-tiny.safetensors"), "two or more checkpoints"),
-        (("--dataset", "shapes"), "do not match those of shapes"),
         (("--dataset", "shapes-captions"), "answers with classes, not with captions"),
         (("--dataset", "digits", "--split", "train"), "nothing can be promised on them"),
         (("--dataset", "digits", "--output", "{d}"), "not part of an earlier report"),
