@@ -26,12 +26,13 @@ from vilu.export import checks, versions
 from vilu.export.job import Progress
 from vilu.export.limits import Limits
 from vilu.export.measure import Measured
-from vilu.export.model_config import CONFIG, Step, Tensors, load_config, save_config, write_config, write_ensemble
+from vilu.export.model_config import Step, Tensors, save_config, write_config, write_ensemble
 from vilu.export.onnx_file import copy_graph
 from vilu.export.parity import Answers
 from vilu.export.precision import BUDGETS, HEAD_BUDGET
 from vilu.export.repository import Served
 from vilu.export.sample import embedded_images
+from vilu.serving.about import CONFIG, load_config
 
 FRONT = "vilu_cascade"
 ROUTER = "vilu_router"

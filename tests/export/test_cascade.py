@@ -16,9 +16,9 @@ from vilu.cli.info import info_command
 from vilu.export import export, versions
 from vilu.export.cascade import STAGE_MODELS, compare_rule, export_cascade, rule_problems
 from vilu.export.measure import Measured
-from vilu.export.model_config import load_config
 from vilu.export.parity import Answers
 from vilu.preprocess.image import Transform, decode, decode_sizes
+from vilu.serving.about import load_config
 
 
 def test_every_stage_and_the_rule_are_proven(cascade, repository):

@@ -22,8 +22,9 @@ from vilu import CascadePredictor, Predictor, UserError
 from vilu.answers import RequestRefused
 from vilu.export import export, versions
 from vilu.export.cascade import export_cascade
-from vilu.export.model_config import load_config, save_config
+from vilu.export.model_config import save_config
 from vilu.serving import Client, Server
+from vilu.serving.about import load_config
 from vilu.serving.access import Access
 from vilu.serving.classes import get_set, put_set
 from vilu.serving.door import Door, own_server

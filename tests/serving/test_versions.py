@@ -15,9 +15,10 @@ from click.testing import CliRunner
 from vilu import UserError, save_checkpoint
 from vilu.cli import group
 from vilu.export import export, versions
-from vilu.export.model_config import load_config, save_config
+from vilu.export.model_config import save_config
 from vilu.export.threshold import add_threshold
 from vilu.serving import AccessDenied, AsyncClient, Client, RequestRefused, Server
+from vilu.serving.about import load_config
 from vilu.serving.access import Access
 
 CONTROL = "control-token-4567"
