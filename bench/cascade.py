@@ -53,9 +53,9 @@ from vilu.clip import Clip
 from vilu.errors import FailedError, UserError
 from vilu.export import export, model_config
 from vilu.export.cascade import export_cascade
-from vilu.export.model_config import CONFIG, Step
+from vilu.export.model_config import Step
 from vilu.serving import Client, Server
-from vilu.serving.about import load_config
+from vilu.serving.about import CONFIG, load_config
 
 PHOTOS = 64
 AT_ONCE = 16
