@@ -38,7 +38,7 @@ from vilu.export import export
 from vilu.export.graphs import write_outlier
 from vilu.export.outlier import OutlierGraph
 from vilu.kernels import dlpack, fold
-from vilu.kernels.launch import CubinHead, Gpu, LaunchError, read_manifest
+from vilu.kernels.launch import FORMAT, CubinHead, Gpu, LaunchError, read_manifest
 from vilu.outlier import fit_outlier
 from vilu.tiny import data
 
@@ -173,7 +173,7 @@ def test_no_build_another_format_another_gpu_no_driver(tmp_path, root, folded, m
     with pytest.raises(LaunchError, match=r"manifest\.json: not a build of the fused head"):
         CubinHead(tmp_path, gpu)
     (tmp_path / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(LaunchError, match="format 2 expected"):
+    with pytest.raises(LaunchError, match=f"format {FORMAT} expected"):
         CubinHead(tmp_path, gpu)
     gpu.arch = 75
     with pytest.raises(LaunchError, match="this GPU has 75"):
