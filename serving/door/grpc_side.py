@@ -28,8 +28,7 @@ from vilu.serving.tokens import GRPC_PREFIX
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 GONE_SECONDS = 0.2  # until gRPC cancels the handler of a client that has left, after it says that there is no message
-# What feedback names, as a header and in trailing metadata; there only where the reply does not have it, as gRPC takes
-# 60 us of CPU time for it.
+# What feedback names, as a header and in trailing metadata; there only where the reply does not have it.
 ANSWER_ID = "vilu-answer-id"
 CHANGE_SECONDS = 600.0  # that a model may take to load
 
