@@ -23,7 +23,7 @@ def has_gpu() -> bool:
 
 
 def load_failure(line: bytes) -> str:
-    """What a line of the log says of a model that did not load; "" for any other line.
+    r"""What a line of the log says of a model that did not load; "" for any other line.
 
     Example:
         >>> load_failure(b"E1126 lifecycle.cc:654] \"failed to load 'clip_image' version 1: Internal: no file\"")

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 def code(*names):
     """Instructions at 0, 16, 32 ...; "BRA 0x10" branches to the second."""
-    return [Instruction(16 * i, *[*name.split(" "), ""][:2]) for i, name in enumerate(names)]
+    parts = [name.partition(" ") for name in names]
+    return [Instruction(16 * i, name, operands, guarded=False) for i, (name, _, operands) in enumerate(parts)]
 
 
 def test_executed_counts_loops_times_their_iterations():

@@ -389,6 +389,9 @@ class Names(list):
             time.sleep(0.05 if i > 6 else 0)
             yield image
 
+    def __bool__(self):
+        return True
+
 ask.find_images = lambda given: Names()
 ask.list = lambda names: names
 sys.argv = ["vilu", image, "--url", url, "--output", output, "--batch-size", "1", "--in-flight", "2", "--timeout", "2"]

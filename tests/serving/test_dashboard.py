@@ -18,7 +18,7 @@ SCRAPED = {"instance", "job"}  # labels that Prometheus adds
 
 
 @pytest.fixture(scope="module")
-def exported(front, photos):
+def scraped(front, photos):
     """Metric name -> label names, after answers, a rejected one among them, and requests that were refused."""
     with Client(front.grpc) as client:
         assert not all(answer.raise_for_error().accept for answer in client.ask(photos))
@@ -42,28 +42,28 @@ QUERIES = [
 
 
 @pytest.mark.parametrize(("query", "legend"), QUERIES)
-def test_a_panel_reads_what_the_server_exports(exported, query, legend):
+def test_a_panel_reads_what_the_server_exports(scraped, query, legend):
     selectors = re.findall(r"([a-z_]+)\{([^}]*)\}", query)
     assert selectors
     assert set(re.findall(r"\b(?:nv|vilu)_\w+", query)) == {name for name, _ in selectors}
     grouped = set(re.findall(r"\w+", " ".join(re.findall(r" by \(([^)]*)\)", query))))
     for name, chosen in selectors:
-        assert name in exported or name.startswith("nv_cpu"), f"{name} is not exported"
-        labels = exported.get(name, set()) | SCRAPED
+        assert name in scraped or name.startswith("nv_cpu"), f"{name} is not exported"
+        labels = scraped.get(name, set()) | SCRAPED
         assert set(re.findall(r'(\w+)=~?"', chosen)) <= labels
         assert grouped <= labels
     assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= grouped | SCRAPED
     assert query.count("(") == query.count(")")
 
 
-def test_variables_are_labels_that_exist_and_all_that_is_used(exported):
+def test_variables_are_labels_that_exist_and_all_that_is_used(scraped):
     variables = {one["name"]: one for one in BOARD["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
     for one in variables.values():
         if one["type"] == "query":
             metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", one["query"]["query"]).groups()
-            assert label in exported[metric] | SCRAPED
-            assert metric in exported
+            assert label in scraped[metric] | SCRAPED
+            assert metric in scraped
     used = set(re.findall(r"\$\{?([a-z]\w*)", json.dumps(BOARD["panels"])))
     assert used == set(variables)
 

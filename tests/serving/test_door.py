@@ -150,6 +150,7 @@ def models(repository):
             text_format.Parse((repository / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         )
         for name in MODELS
+        if (repository / name).is_dir()
     }
 
 
