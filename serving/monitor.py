@@ -195,7 +195,7 @@ class Watcher:
         """Bring answers and feedback together. Of several answers with one id, the first that was drawn counts."""
         names, chosen = table["id"].to_pylist(), table["chosen"].to_pylist()
         rows = [row for row, name in enumerate(names) if chosen[row] or name in self.said]
-        for row, answer in zip(rows, stream.answers(table.take(rows)), strict=True):
+        for row, answer in zip(rows, stream.answers(table.take(pa.array(rows, pa.int64()))), strict=True):
             name = names[row]
             if name in self.used:
                 continue

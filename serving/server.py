@@ -297,6 +297,11 @@ class Server:
             self._log_copy.join(1)  # the last lines
         return (f": {self._failure}" if self._failure else "") + (f"; see {self.log}" if self.log else "")
 
+    @property
+    def stub_died_loading(self) -> bool:
+        """Whether a Python model did not load because its process was killed: that says nothing against the model."""
+        return "is not healthy" in self.log_hint()
+
     def _notice(self, line: bytes) -> None:
         self._failure = self._failure or load_failure(line)
 

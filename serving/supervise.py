@@ -76,12 +76,12 @@ def _serve_once(
             if unanswered == 2 and server.process.poll() is None:
                 fault = "it does not answer"
             checked = time.monotonic()
-    again = supervise and proven
+    again = supervise and (proven or server.stub_died_loading)
     if waiter.error is not None and not again:
         raise waiter.error
     ended = server.process.poll()
     if ended is not None and not waiter.answered and not stopping.is_set() and not again:
-        raise FailedError(f"tritonserver ended at start with code {ended}")
+        raise FailedError(f"tritonserver ended at start with code {ended}{server.log_hint()}")
     code = server.stop(seconds=1 if fault else None) or 0
     return code, fault or f"it ended with code {code}", waiter.answered
 

@@ -134,6 +134,12 @@ def test_feedback_is_weighted_by_the_policy(record):
     assert one.auc == pytest.approx(auroc(-failure, ~wrong), abs=0.02)
 
 
+def test_answers_of_which_none_is_to_be_labelled_are_counted(record):
+    fill(record, np.random.default_rng(3), 500, policy=(0.0, 0.0))
+    (one,) = watch(record).watched
+    assert (one.answers, one.labelled) == (500, 0)
+
+
 def test_each_kind_of_feedback_has_its_treatment(record):
     fill(record, np.random.default_rng(6), 40, policy=(1.0, 1.0))
     before = watch(record).feedback

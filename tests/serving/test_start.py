@@ -209,3 +209,17 @@ def test_a_log_that_nobody_reads_does_not_hold_up_the_server():
             pipe.write(b"a line\n" * 100_000)
     thread.join(30)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("reason", "died"),
+    [("Stub process 'preprocess_0_0' is not healthy.", True), ("ModuleNotFoundError: No module named 'head'", False)],
+)
+def test_a_process_killed_while_it_loads_says_nothing_against_its_model(repository, reason, died):
+    """A supervisor starts such a server again; one whose model is wrong it does not."""
+    server = Server(repository)
+    server._notice(
+        f"E1126 model_lifecycle.cc:642] \"failed to load 'preprocess' version 1: Internal: {reason}\"".encode()
+    )
+    assert server.stub_died_loading == died
+    assert "preprocess did not load" in server.log_hint()
