@@ -311,6 +311,8 @@ class Kernel:
         return lambda warp: np.broadcast_to(value, 32)
 
     def _writer(self, text: str):
+        if text == "_":  # half of a pair that nobody needs
+            return lambda warp, value, mask: None
         found = re.match(r"%(p|rs|r|rd)(\d+)$", text)
         bank, number = found[1], int(found[2])
 
@@ -408,13 +410,10 @@ class Kernel:
 
     def _touch_global(self, warp, addresses, size, rows=None):
         """(tensor, lanes, bytes) of global memory, checked; rows: what is about to be written there."""
-        memory, now = self.memory, len(self.memory.waited)
+        memory = self.memory
         found = memory.place(addresses, size)
         for tensor, lanes, places in found:
-            earlier = memory.launch[tensor][places]
-            earlier = earlier[(earlier >= 0) & (earlier < now)]
-            if len(earlier) and not (warp.joined and all(memory.waited[int(earlier.min()) + 1 :])):
-                raise RaceError(f"memory of launch {int(earlier.min())}, which may still run")
+            self._waited_for(warp, tensor, places)
             if tensor in memory.clocks:
                 words = places[:, ::4] // 4
                 same = None
@@ -428,6 +427,14 @@ class Kernel:
             raise RaceError("a counter, without an atomic")
         return found
 
+    def _waited_for(self, warp, tensor, places):
+        """Check that the launches which wrote there have ended for this warp."""
+        memory, now = self.memory, len(self.memory.waited)
+        earlier = memory.launch[tensor][places]
+        earlier = earlier[(earlier >= 0) & (earlier < now)]
+        if len(earlier) and not (warp.joined and all(memory.waited[int(earlier.min()) + 1 :])):
+            raise RaceError(f"memory of launch {int(earlier.min())}, which may still run")
+
     def _counter(self, warp, addresses):
         """(value, address) of a counter, the same for all lanes."""
         address = int(addresses[0])
@@ -435,6 +442,8 @@ class Kernel:
         if address not in self.memory.signals:
             self._touch_global(warp, addresses[:1], 4)
             self.memory.signals[address] = np.zeros(self.warps, np.int64)
+        for tensor, _, places in self.memory.place(addresses[:1], 4):
+            self._waited_for(warp, tensor, places)
         return self.memory.get(address, np.uint32, 1), address
 
     def _atom(self, parts, operands):

@@ -173,7 +173,9 @@ def test_every_wait_for_earlier_kernels_is_needed(kernel, B):
     """Without it a kernel meets the one before; or, of the attention, `tail` no longer waits for `project`."""
     head = (90, F32, "folded", "shared")
     ptx = compiled(*head, f"{kernel}-fp32").ptx
-    for _, changed in mutants(ptx, r"griddepcontrol\.wait"):
+    for number, changed in mutants(ptx, r"griddepcontrol\.wait"):
+        if (kernel, number) == ("tail_few", 2):
+            continue  # of programs for images beyond the batch: there are none where a program has one image
         with pytest.raises(RaceError, match="may still run"):
             run_batch(*head, unit_rows(B, DIM, 1).float(), change={kernel: changed})
 
@@ -216,9 +218,20 @@ def test_programs_need_not_all_fit_on_the_gpu_at_once():
 
 # Barriers of a kernel that may go, by number, and why: a block's warps need no other warp there.
 REDUNDANT: dict[str, dict[int, str]] = {
-    "attend_image": {},
+    "attend_image": {
+        0: "the first copies are under way: nobody has read a buffer that the next ones fill",
+        1: "in the loop, a warp waits for its own copies and reads no other's",
+        2: "in the loop, a warp's next copies go where this warp alone has read",
+        10: "the last one: every warp has itself written all that it reads, as the layout is replicated",
+    },
     "attend_few": {},
-    "tail_few": {},
+    "tail_few": {
+        17: "h's columns of the first layer: every warp has itself written all that it reads",
+        19: "before a count: warp 0 alone has stored outputs, and a lane of it counts",
+        21: "before a count: as above, a layer later",
+        25: "what was read before lies elsewhere in shared memory than what is written after",
+        28: "before a count: warp 0 alone has stored the scores or columns, and a lane of it counts",
+    },
 }
 
 

@@ -135,7 +135,7 @@ def test_feedback_is_weighted_by_the_policy(record):
 
 
 def test_answers_of_which_none_is_to_be_labelled_are_counted(record):
-    fill(record, np.random.default_rng(3), 500, policy=(0.0, 0.0))
+    fill(record, np.random.default_rng(3), 500, policy=(1e-9, 1e-9))
     (one,) = watch(record).watched
     assert (one.answers, one.labelled) == (500, 0)
 
