@@ -1,12 +1,15 @@
 """A folder of transformers' CLIPModel or SiglipModel answers as transformers does."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from vilu import UserError, load_clip
 from vilu.checkpoint import Checkpoint
@@ -179,3 +182,34 @@ def test_shards_and_a_pickle(tmp_path):
     (tmp_path / "pickle" / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
     prints = {load_clip(f"hf-dir:{tmp_path / kind}").spec.fingerprint for kind in ("whole", "shards", "pickle")}
     assert len(prints) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.parametrize("make", [clip, siglip])
+def test_a_folder_is_trained_on_exported_and_served(tmp_path, make):
+    from vilu import Predictor
+    from vilu.serving import Client, Server
+
+    write(tmp_path / "model", make())
+    random = np.random.default_rng(0)
+    for i, name in enumerate(NAMES):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for n in range(60):
+            pixels = random.integers(0, 160, (20, 24, 3)) + 40 * i
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{n}.png")
+    head, served = tmp_path / "head.safetensors", tmp_path / "served"
+    made = ["--clip", f"hf-dir:{tmp_path / 'model'}", "--data", tmp_path / "photos", "--epochs", "2", "--output", head]
+    for words in (["train", *made], ["export", "--ckpt", head, "--output", served, "--allow-loss"]):
+        done = subprocess.run([sys.executable, "-m", "vilu", *words], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    images = sorted((tmp_path / "photos").rglob("1*.png"))
+    with Server(served, log=tmp_path / "log") as server, Client(server.grpc_url) as client:
+        answers = client.ask(images)
+        own = client.ask(images[:2], labels=["a small cat", "dog"])
+    eager = Predictor(head)
+    for found, wanted in ((answers, eager(images)), (own, eager(images[:2], labels=["a small cat", "dog"]))):
+        assert [one.label for one in found] == [one.label for one in wanted]
+        np.testing.assert_allclose(
+            [one.failure_probability for one in found], [one.failure_probability for one in wanted], atol=1e-4
+        )
