@@ -40,14 +40,14 @@ def find_tritonserver(explicit: str | os.PathLike[str] | None = None) -> Tritons
     """
     if explicit is not None:
         path = Path(explicit)
-        if not (path.is_file() and os.access(path, os.X_OK)):
+        if not _executable(path):
             raise UserError(f"{path}: not an executable tritonserver")
         return _known(path)
     for folder in os.environ.get("PATH", "").split(os.pathsep):
         path = Path(folder or ".") / "tritonserver"
-        if path.is_file() and os.access(path, os.X_OK) and not _is_script(path):
+        if _executable(path) and not _is_script(path):
             return _known(path)
-    if CONTAINER.is_file():
+    if _executable(CONTAINER):
         return _known(CONTAINER)
     spec = importlib.util.find_spec("pytriton")
     if spec is not None and spec.origin is not None:
@@ -55,6 +55,10 @@ def find_tritonserver(explicit: str | os.PathLike[str] | None = None) -> Tritons
         if (wheel / "bin" / "tritonserver").is_file():
             return _known(wheel / "bin" / "tritonserver")
     raise UserError("no tritonserver found: give --tritonserver PATH, or pip install --no-deps nvidia-pytriton")
+
+
+def _executable(path: Path) -> bool:
+    return os.path.isfile(path) and os.access(path, os.X_OK)  # Path.is_file raises where a folder may not be searched
 
 
 def _is_script(path: Path) -> bool:

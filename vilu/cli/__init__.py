@@ -103,6 +103,11 @@ def run(command: click.Command, name: str) -> None:
         if kept:
             output.failed(f"{name}: {kept}")
         sys.exit(130)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        output.failed(f"{name}: {os.fsdecode(error.filename)}: {error.strerror}")
+        sys.exit(2)
     except OSError as error:
         if error.filename is not None or error.errno not in FULL:
             raise

@@ -3,6 +3,7 @@
 import getpass
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,20 @@ def test_a_folder_that_hides_the_package(tmp_path):
     run = subprocess.run([sys.executable, "-E", "-S", "-m", "vilu"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr == "vilu: a folder 'vilu' here hides the installed package; start Python in another folder\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root, and setpriv of util-linux")
+def test_a_folder_that_may_not_be_searched_is_one_line_or_left_out(tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    os.chown(closed, 54321, 54321)
+    rights = "-dac_override,-dac_read_search"  # what lets root search it
+    drop = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", sys.executable]
+    asked = subprocess.run([*drop, "-m", "vilu", "info", closed / "head.safetensors"], capture_output=True, text=True)
+    assert (asked.returncode, len(asked.stderr.splitlines())) == (2, 1), asked.stderr
+    assert str(closed / "head.safetensors") in asked.stderr
+    find = "from vilu.serving.tritonserver import find_tritonserver as find\nfrom vilu import UserError\n"
+    find += "try: find()\nexcept UserError: pass"
+    path = {"PATH": f"{closed}:{os.environ['PATH']}"}
+    found = subprocess.run([*drop, "-c", find], env=os.environ | path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
