@@ -218,12 +218,18 @@ class AsyncClient:
         stage: bool | None = None,
     ) -> AsyncIterator[Answer]:
         """`ask` for any number of images: answers come in order while later images are read and asked."""
-        staged = self.model == CASCADE if stage is None else stage
-        question = Question(labels, class_set, details, embedding, outlier_score, staged)
+        chosen = {"details": details, "embedding": embedding, "outlier_score": outlier_score}
+        question = self.question(labels, class_set, stage, **chosen)
         work = (self.ask_batch(batch, question) for batch in batches(images, self.batch_size))
         async with contextlib.aclosing(self._in_order(work)) as found:
             async for answer in found:
                 yield answer
+
+    def question(
+        self, labels: Sequence[str] | None, class_set: str | None, stage: bool | None, **chosen: bool
+    ) -> Question:
+        """What is asked about every image. stage: None: whether `vilu_cascade` is asked. Raises as `Question`."""
+        return Question(labels, class_set, stage=self.model == CASCADE if stage is None else stage, **chosen)
 
     async def _in_order(self, work: Iterable[Coroutine[Any, Any, list[Answer]]]) -> AsyncGenerator[Answer, None]:
         """Answers in the order of the requests, of which `in_flight` are under way at a time."""

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vilu.answers import Answer, ImageLike
 from vilu.errors import UserError
 from vilu.serving.address import DEFAULT_URL
-from vilu.serving.answers import Question
-from vilu.serving.async_client import CASCADE, CLOSE_SECONDS, AsyncClient, ClientOptions
+from vilu.serving.async_client import CLOSE_SECONDS, AsyncClient, ClientOptions
 from vilu.serving.image_input import batches
 
 if TYPE_CHECKING:
@@ -144,8 +143,8 @@ class Client:
         stage: bool | None = None,
     ) -> Iterator[Answer]:
         """As `AsyncClient.stream`; the images are read in the caller's thread."""
-        staged = self._asker.model == CASCADE if stage is None else stage
-        question = Question(labels, class_set, details, embedding, outlier_score, staged)
+        chosen = {"details": details, "embedding": embedding, "outlier_score": outlier_score}
+        question = self._asker.question(labels, class_set, stage, **chosen)
         pending: deque[concurrent.futures.Future[list[Answer]]] = deque()
         try:
             for batch in batches(images, self._asker.batch_size):

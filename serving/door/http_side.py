@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from tritonclient.grpc import InferResult
 from tritonclient.grpc import service_pb2 as pb
 
+from vilu.serving.answer_file import DETAILS, STAGES
 from vilu.serving.answers import Answer, Question, read_answers
 from vilu.serving.async_client import CASCADE, CASCADE_OPEN, OPEN
 from vilu.serving.door.check import named
@@ -50,8 +51,6 @@ from vilu.serving.door.uploads import check_parameters, read_upload, utf8
 LINGER_SECONDS, LINGER_BYTES = 1.0, 4 << 20  # that a refused sender may go on sending, so that it reads the refusal
 HEADER_LENGTH = "inference-header-content-length"
 FIELDS = ("label", "class_index", "confidence", "failure_probability", "accept")
-STAGED = ("stage", "escalation_failed")
-DETAILED = ("class_set", "top", "entropy", "doctor", "concepts")
 Handler = Callable[[Request, Seen], Awaitable[Response]]
 
 
@@ -351,8 +350,8 @@ class Lingering(Response):
 
 def described(answer: Answer, question: Question) -> dict[str, Any]:
     """An answer as /ask gives it."""
-    names = (*FIELDS, *(STAGED if question.stage else ()))
-    names += DETAILED if question.details else ("class_set",) if question.class_set is not None else ()
+    names = (*FIELDS, *(STAGES if question.stage else ()))
+    names += DETAILS if question.details else ("class_set",) if question.class_set is not None else ()
     found = {name: getattr(answer, name) for name in names}
     if question.embedding and answer.embedding is not None:
         found["embedding"] = plain(answer.embedding).tolist()

@@ -2,13 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 from bench import cross
-from tests.support.evaluation import closed
+from tests.support.evaluation import closed, write_npz
 from vilu.evaluation.metrics import auroc
 from vilu.recipes import Recipe
 from vilu.training.batches import clip_answers
@@ -53,8 +52,7 @@ def test_kept_is_a_share_of_the_gain():
 
 def test_the_command(tmp_path):
     data = closed(240, classes=8)
-    arrays = {"image_embedding": data.image.normalised, "text_embeddings": data.text.normalised, "labels": data.labels}
-    np.savez(tmp_path / "a.npz", class_names=data.class_names, **arrays)
+    write_npz(tmp_path / "a.npz", data, class_names=data.class_names)
     options = [str(tmp_path / "a.npz"), "--few", "20", "--splits", "2", "--output", str(tmp_path / "out.json")]
     result = CliRunner().invoke(cross.main, options, catch_exceptions=False)
     assert result.exit_code == 0
@@ -63,7 +61,6 @@ def test_the_command(tmp_path):
     assert names == ["MCM", "old, linear", "20 new, linear", "old + 20 new", "old + 20 new, even", "all new, linear"]
     assert all(f"| {name} |" in result.output for name in names)
     few = closed(40, classes=3)
-    arrays = {"image_embedding": few.image.normalised, "text_embeddings": few.text.normalised, "labels": few.labels}
-    np.savez(tmp_path / "b.npz", **arrays)
+    write_npz(tmp_path / "b.npz", few)
     result = CliRunner().invoke(cross.main, [str(tmp_path / "b.npz")])
     assert (result.exit_code, "too few to cut" in result.output) == (1, True)

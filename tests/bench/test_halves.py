@@ -2,13 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 from bench import halves
-from tests.support.evaluation import closed
+from tests.support.evaluation import closed, write_npz
 
 
 def test_train_and_test_share_no_image():
@@ -43,8 +42,7 @@ def test_the_rows_and_what_differs_significantly():
 
 def test_the_command(tmp_path):
     data = closed(200, classes=8)
-    arrays = {"image_embedding": data.image.normalised, "text_embeddings": data.text.normalised, "labels": data.labels}
-    np.savez(tmp_path / "a.npz", class_names=data.class_names, **arrays)
+    write_npz(tmp_path / "a.npz", data, class_names=data.class_names)
     options = [str(tmp_path / "a.npz"), "--rows", "class bias", "--sizes", "half", "--splits", "2"]
     result = CliRunner().invoke(halves.main, [*options, "--output", str(tmp_path / "out")], catch_exceptions=False)
     assert result.exit_code == 0

@@ -2,12 +2,11 @@
 
 import json
 
-import numpy as np
 import torch
 from click.testing import CliRunner
 
 from bench import outside
-from tests.support.evaluation import closed
+from tests.support.evaluation import closed, write_npz
 
 
 def test_no_image_of_a_class_left_out_is_seen_before():
@@ -29,8 +28,7 @@ def test_no_image_of_a_class_left_out_is_seen_before():
 
 def test_the_command(tmp_path):
     data = closed(400, classes=8)
-    arrays = {"image_embedding": data.image.normalised, "text_embeddings": data.text.normalised, "labels": data.labels}
-    np.savez(tmp_path / "a.npz", class_names=data.class_names, **arrays)
+    write_npz(tmp_path / "a.npz", data, class_names=data.class_names)
     options = [str(tmp_path / "a.npz"), "--cuts", "1", "--refuse", "0.2", "--output", str(tmp_path / "out.json")]
     result = CliRunner().invoke(outside.main, options, catch_exceptions=False)
     assert result.exit_code == 0
@@ -40,7 +38,6 @@ def test_the_command(tmp_path):
     assert all(f"| {name} |" in result.output for name in rows)
     assert 0.5 < rows["outlier score"]["inside_accepted"] < 1
     few = closed(40, classes=2)
-    arrays = {"image_embedding": few.image.normalised, "text_embeddings": few.text.normalised, "labels": few.labels}
-    np.savez(tmp_path / "b.npz", **arrays)
+    write_npz(tmp_path / "b.npz", few)
     result = CliRunner().invoke(outside.main, [str(tmp_path / "b.npz")])
     assert (result.exit_code, "too few to leave some out" in result.output) == (1, True)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 
 from tests.support.embeddings import unit_rows
@@ -32,6 +33,12 @@ def closed(count=80, classes=5, dim=12, noise=0.7, seed=0, name="world", project
 
     names = tuple(f"class {i}" for i in range(classes)) if names is None else names
     return EmbeddedSet(name, embeddings(image), embeddings(text), labels, names)
+
+
+def write_npz(path, data, **more):
+    """Write a data set as --embeddings reads it."""
+    arrays = {"image_embedding": data.image.normalised, "text_embeddings": data.text.normalised, "labels": data.labels}
+    np.savez(path, **more, **arrays)
 
 
 def captioned(count=70, dim=8, noise=0.6, seed=0, distinct=None, projection=False):

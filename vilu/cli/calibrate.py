@@ -17,11 +17,13 @@ from vilu.cli.from_record import record_data_options
 from vilu.cli.held_out import held_out
 from vilu.cli.options import (
     PATH,
+    check_stages,
     clip_options,
     data_options,
     drop_known_option,
     dtype_option,
     embeddings_option,
+    stages_argument,
 )
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @click.command("calibrate", cls=Command, extra="train")
-@click.argument("stages", nargs=-1, type=PATH, metavar="[CHECKPOINT]...")
+@stages_argument
 @click.option("--ckpt", type=PATH, help="Checkpoint to calibrate.")
 @click.option(
     "--cascade",
@@ -140,10 +142,7 @@ def calibrate_command(
         from vilu.cli.cascade import choose_threshold
         from vilu.data import open_source
 
-        if ckpt is not None or len(stages) < 2:
-            raise UserError(
-                "--cascade takes two or more checkpoints, as in --cascade small.safetensors large.safetensors"
-            )
+        check_stages(() if ckpt is not None else stages, cascade)
         others = (embeddings, clip_name, pretrained, target_coverage, target_tpr, refuse_outliers)
         if any(value is not None for value in others) or probability != "none":
             raise UserError("--cascade takes --data or --dataset, and --margin or --target-risk")
@@ -160,8 +159,7 @@ def calibrate_command(
             as_json=as_json,
         )
         return
-    if stages:
-        raise UserError(f"{stages[0]}: name the checkpoint with --ckpt, or give --cascade")
+    check_stages(stages, cascade)
     if ckpt is None:
         raise UserError("give --ckpt")
     import numpy as np

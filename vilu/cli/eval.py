@@ -14,7 +14,15 @@ import click
 from vilu.cli import output as said
 from vilu.cli.command import Command
 from vilu.cli.held_out import held_out
-from vilu.cli.options import PATH, clip_options, column_options, drop_known_option, dtype_option
+from vilu.cli.options import (
+    PATH,
+    check_stages,
+    clip_options,
+    column_options,
+    drop_known_option,
+    dtype_option,
+    stages_argument,
+)
 from vilu.cli.progress import progress_bar
 from vilu.cli.reader import Reader
 from vilu.errors import UserError
@@ -32,7 +40,7 @@ CURVE_RESAMPLES = 400  # the most for a learning curve, which resamples for ever
 
 
 @click.command("eval", cls=Command, extra="train")
-@click.argument("stages", nargs=-1, type=PATH, metavar="[CHECKPOINT]...")
+@stages_argument
 @click.option(
     "--cascade",
     is_flag=True,
@@ -185,10 +193,7 @@ def eval_command(
         from vilu.cli.cascade import compare
         from vilu.data import open_source
 
-        if ckpts or len(stages) < 2:
-            raise UserError(
-                "--cascade takes two or more checkpoints, as in --cascade small.safetensors large.safetensors"
-            )
+        check_stages(() if ckpts else stages, cascade)
         others = (embeddings, train_data, train_datasets, train_embeddings, outside_data, outside_datasets)
         if any((*others, outside_embeddings, clip_name, pretrained, curve)) or len((*data, *datasets)) != 1:
             raise UserError("--cascade takes one data set, --data or --dataset, and no other CLIP or data")
@@ -213,8 +218,7 @@ def eval_command(
             as_json=as_json,
         )
         return
-    if stages:
-        raise UserError(f"{stages[0]}: name the checkpoint with --ckpt, or give --cascade")
+    check_stages(stages, cascade)
     if not ckpts:
         raise UserError("give --ckpt")
     from vilu.checkpoint import check_fits, load_checkpoint

@@ -10,7 +10,16 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command, RenamedOption
-from vilu.cli.options import PATH, REPOSITORY, SECONDS, clip_options, default_cache, template_option
+from vilu.cli.options import (
+    PATH,
+    REPOSITORY,
+    SECONDS,
+    check_stages,
+    clip_options,
+    default_cache,
+    stages_argument,
+    template_option,
+)
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -22,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @click.command("export", cls=Command, extra="export")
-@click.argument("stages", nargs=-1, type=PATH, metavar="[CHECKPOINT]...")
+@stages_argument
 @click.option("--ckpt", type=PATH, help="Checkpoint of a ViLU head.")
 @click.option(
     "--cascade",
@@ -250,8 +259,7 @@ def export_command(
             stages, output, cascade_threshold, images, wanted, export_fastest if automatic else export, target
         )
         return
-    if stages:
-        raise UserError(f"{stages[0]}: name the checkpoint with --ckpt, or give --cascade")
+    check_stages(stages, cascade)
     for name, value in (
         ("--cascade-threshold", cascade_threshold),
         ("--cascade-default", cascade_default),
@@ -294,13 +302,8 @@ def export_command(
     for note in report["notes"]:
         if note.startswith("int8"):
             said.warn(note)
-    cost = report["answers"][next(iter(report["answers"]))]
-    said.result(
-        f"{output}: {report['precision']}, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
-        f"P(failure) within {cost['failure_probability_error']['max']:.1e}"
-    )
-    for problem in report["over_budget"]:
-        said.warn(f"over budget, kept by --allow-loss: {problem}")
+    said.result(f"{output}: {report['precision']}, {_parity(report)}")
+    _warn_over_budget(report)
 
 
 def _export_cascade(
@@ -318,8 +321,7 @@ def _export_cascade(
     from vilu.export.checks import require_clip_and_class_set
     from vilu.export.sample import from_folder
 
-    if len(paths) < 2:
-        raise UserError("--cascade takes two or more checkpoints, as in --cascade small.safetensors large.safetensors")
+    check_stages(paths, cascade=True)
     if threshold is None:
         raise UserError(
             "a cascade needs --cascade-threshold: the file that `vilu calibrate --cascade --output FILE` writes"
@@ -338,17 +340,24 @@ def _export_cascade(
         )
     cascade = summary["cascade"]
     for stage, (path, report) in enumerate(zip(paths, (summary, *cascade["stages"]), strict=True), 1):
-        cost = report["answers"][next(iter(report["answers"]))]
-        said.result(
-            f"stage {stage}, {path}: {report['precision']}, {cost['argmax_agreement']:.2%} of the answers as the eager "
-            f"model's, P(failure) within {cost['failure_probability_error']['max']:.1e}"
-        )
+        said.result(f"stage {stage}, {path}: {report['precision']}, {_parity(report)}")
     rule = cascade["rule"]
     said.result(
         f"{output}: {cascade['front']} goes on where P(failure) > {number:g}; of {rule['images']} images "
         f"{rule['routed_differently']} go another way than with the eager models"
     )
-    for problem in summary["over_budget"]:
+    _warn_over_budget(summary)
+
+
+def _parity(report: dict[str, Any]) -> str:
+    """What the serving provider, which is the first, changes."""
+    cost = report["answers"][next(iter(report["answers"]))]
+    error = cost["failure_probability_error"]["max"]
+    return f"{cost['argmax_agreement']:.2%} of the answers as the eager model's, P(failure) within {error:.1e}"
+
+
+def _warn_over_budget(report: dict[str, Any]) -> None:
+    for problem in report["over_budget"]:
         said.warn(f"over budget, kept by --allow-loss: {problem}")
 
 
@@ -388,11 +397,7 @@ def _export_head(
     common = {"max_batch_size": max_batch_size, "version": target["version"], "limits": target["limits"]}
     with progress_bar() as bar:
         report = export_head(checkpoint, output, embeddings=measured, **common, progress=bar)
-    cost = report["answers"]["cpu"]
-    said.result(
-        f"{output}: the head alone, {cost['argmax_agreement']:.2%} of the answers as the eager model's, "
-        f"P(failure) within {cost['failure_probability_error']['max']:.1e}; ask it with `vilu ask --embeddings FILE`"
-    )
+    said.result(f"{output}: the head alone, {_parity(report)}; ask it with `vilu ask --embeddings FILE`")
 
 
 def _over(checkpoint: Checkpoint, class_set: ClassSet, threshold: float | None) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -192,6 +192,18 @@ resume_option = click.option(
     is_flag=True,
     help="Go on where an earlier run with this --output stopped: ask only what is left.",
 )
+
+# Commands with --cascade share these: a command receives the argument as `stages`.
+stages_argument = click.argument("stages", nargs=-1, type=PATH, metavar="[CHECKPOINT]...")
+
+
+def check_stages(stages: Sequence[Path], cascade: bool) -> None:
+    """Refuse --cascade with fewer than two checkpoints, and checkpoints without --cascade. Raises UserError."""
+    if cascade and len(stages) < 2:
+        raise UserError("--cascade takes two or more checkpoints, as in --cascade small.safetensors large.safetensors")
+    if stages and not cascade:
+        raise UserError(f"{stages[0]}: name the checkpoint with --ckpt, or give --cascade")
+
 
 host_option = click.option(
     "--host",
