@@ -58,9 +58,12 @@ class Clock:
 
     def __init__(self, pid: int) -> None:
         self.pid, self.seen = pid, list[tuple[float, float, int]]()
+        self.ticks = dict[tuple[int, int], int]()  # of each process seen: Ray ends idle ones, and their time counts
 
     def add(self, rows: int, bad: int = 0) -> None:
-        self.seen.append((time.perf_counter(), _cpu_seconds(self.pid), rows))
+        self.ticks |= _ticks(self.pid)
+        cpu = sum(self.ticks.values()) / os.sysconf("SC_CLK_TCK")
+        self.seen.append((time.perf_counter(), cpu, rows))
 
     def found(self, workers: int = 1) -> dict[str, float]:
         """Images per second, and CPU seconds an image. The first quarter is left out: some workers still load then."""
@@ -133,13 +136,14 @@ def _consume(dataset: Any, clock: Any, workers: int) -> dict[str, float]:
     return found
 
 
-def _cpu_seconds(pid: int) -> float:
-    """CPU seconds of a process and all below it; also of those that have ended and were waited for."""
-    ticks = 0
+def _ticks(pid: int) -> dict[tuple[int, int], int]:
+    """Ticks of CPU time of a process and all below it, by id and start: the system uses an id again."""
+    found = {}
     for one in _family(pid):
         with suppress(OSError):
-            ticks += sum(map(int, Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+            stat = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            found[one, int(stat[19])] = int(stat[11]) + int(stat[12])
+    return found
 
 
 class Memory(threading.Thread):

@@ -1,6 +1,8 @@
 """The Python backend named `onnxruntime`: one bad request in a batch costs the others nothing, and is logged."""
 
 import asyncio
+import os
+import threading
 
 import numpy as np
 import onnx
@@ -10,6 +12,7 @@ from tritonclient.grpc import aio
 from tritonclient.utils import InferenceServerException
 
 from vilu.serving import Server
+from vilu.serving.backends.onnxruntime import session
 
 pytestmark = pytest.mark.server
 CONFIG = """
@@ -58,3 +61,32 @@ def test_a_request_that_spoils_a_batch_gets_its_error_and_the_others_their_answe
     assert (zero, one, two) == (10.0, 20.0, 30.0)
     assert "7" in bad
     assert "gather: a batch of 4 requests failed" in gathering.log.read_text()
+
+
+@pytest.mark.skipif(session.cores() < 2 or not session.has_openvino(), reason="needs two cores and OpenVINO")
+def test_a_session_with_fewer_threads_than_cores_is_tied_to_none(tmp_path):
+    """OpenVINO ties threads to the first cores, the same in each process: two workers would share one core."""
+    side = 1500
+    weight = helper.make_tensor("W", TensorProto.FLOAT, [side, side], np.ones((side, side), np.float32).tobytes(), True)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["X", "W"], ["Y"])],
+        "product",
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, [side, side])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [side, side])],
+        [weight],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    opened = session.open_session(tmp_path / "m.onnx", "openvino", threads=1)
+    allowed, ended, caller = set[frozenset[int]](), threading.Event(), threading.get_native_id()
+
+    def look():
+        while not ended.wait(0.001):
+            allowed.add(frozenset(os.sched_getaffinity(caller)))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for _ in range(5):
+        opened.run(["Y"], {"X": np.ones((side, side), np.float32)})
+    ended.set()
+    watcher.join()
+    assert allowed == {frozenset(os.sched_getaffinity(0))}

@@ -124,5 +124,7 @@ def open_session(
         return OnnxRuntime(path, threads)
     hint = "bf16" if precision == "bfloat16" and has_bfloat16() else "f32"  # OpenVINO's own choice would be bf16
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-    options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    if threads:
+        # OpenVINO would pin the threads to the first cores, in each process to the same ones.
+        options |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": "NO" if threads < cores() else "YES"}
     return OnnxRuntime(path, threads, options) if openvino_cpu() else OpenVino(path, options)
