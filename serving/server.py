@@ -51,6 +51,8 @@ SHARED_MEMORY = Path("/dev/shm")
 STUB_MEMORY = 1 << 20  # of /dev/shm, that each process of a Python model takes at its start
 _STUB = "triton_python_backend_stub"  # a process's name has 15 characters
 STUB_DEAD_SECONDS, OTHER_DEAD_SECONDS = 1.0, 5.0
+STARTS = 3  # of a server that its own fault ends before its first answer: seen about once in a thousand starts
+CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 PROBE_TIMEOUT = 2.0  # seconds for a supervised server to answer
 
 # Outlives its launcher: the pipe on its standard input ends when the launcher does, however that came about, and the
@@ -144,6 +146,7 @@ class Server:
         self._log_copy: threading.Thread | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._failure = ""  # of the first model that did not load
+        self._crashes = 0  # before a first answer
         self._dead_since: dict[int, float] = {}
         # Names of its own distinguish a killed server's shared memory from other servers'.
         self.prefix = f"vilu_{os.getpid()}_{self.grpc_port}_"
@@ -158,13 +161,16 @@ class Server:
         return f"http://{join_host_port(reachable_host(self.access.http_host(self.host)), self.http_port)}"
 
     def __enter__(self) -> Server:
-        try:
-            self.start()
-            self.wait_until_answering()
-        except BaseException:
-            self.stop()
-            raise
-        return self
+        while True:
+            try:
+                self.start()
+                self.wait_until_answering()
+                return self
+            except BaseException as error:
+                again = isinstance(error, FailedError) and self.start_again()
+                self.stop()
+                if not again:
+                    raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -301,6 +307,15 @@ class Server:
     def stub_died_loading(self) -> bool:
         """Whether a Python model did not load because its process was killed: that says nothing against the model."""
         return "is not healthy" in self.log_hint()
+
+    def start_again(self) -> bool:
+        """Whether another start is worth trying after one that failed: a crash of tritonserver itself ended it, which
+        is no mistake of its user's, and this is not the last of `STARTS`. Each call counts as one.
+        """
+        if self.process is None or self.process.poll() not in CRASHES:
+            return False
+        self._crashes += 1
+        return self._crashes < STARTS
 
     def _notice(self, line: bytes) -> None:
         self._failure = self._failure or load_failure(line)

@@ -35,7 +35,7 @@ def serve(server: Server, *, supervise: bool = False) -> int:
         while True:
             code, fault, answered = _serve_once(server, stopping, supervise, proven)
             proven |= answered
-            if stopping.is_set() or not supervise:
+            if stopping.is_set() or (answered and not supervise):
                 return code
             restarts.append(time.monotonic())
             while restarts[0] < time.monotonic() - RESTART_SECONDS:
@@ -80,7 +80,7 @@ def _serve_once(
     if waiter.error is not None and not again:
         raise waiter.error
     ended = server.process.poll()
-    if ended is not None and not waiter.answered and not stopping.is_set() and not again:
+    if ended is not None and not waiter.answered and not stopping.is_set() and not again and not server.start_again():
         raise FailedError(f"tritonserver ended at start with code {ended}{server.log_hint()}")
     code = server.stop(seconds=1 if fault else None) or 0
     return code, fault or f"it ended with code {code}", waiter.answered

@@ -216,7 +216,7 @@ class Door:
     # The tritonserver behind
 
     async def _start(self, *, proven: bool) -> None:
-        """Start it, again where a supervised one fails, until it answers.
+        """Start it, again where a supervised one fails or its own fault ends it, until it answers.
 
         Args:
             proven: it has answered before, so that no failure is its user's mistake.
@@ -234,7 +234,7 @@ class Door:
             died = bool(self.server.dead_stubs())
             if not fault:
                 return
-            if not self.supervise or not (proven or died):
+            if not (self.supervise and (proven or died)) and not self.server.start_again():
                 raise FailedError(f"tritonserver: {fault}{self.server.log_hint()}")
 
     async def _first_answer(self) -> str:

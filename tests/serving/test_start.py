@@ -223,3 +223,54 @@ def test_a_process_killed_while_it_loads_says_nothing_against_its_model(reposito
     )
     assert server.stub_died_loading == died
     assert "preprocess did not load" in server.log_hint()
+
+
+CRASH = """
+import os, pathlib, signal
+at_start = pathlib.Path({mark!r})
+if len(at_start.read_bytes()) < {times}:
+    with at_start.open("ab") as file:
+        file.write(b"x")
+    above = os.getppid()
+    while pathlib.Path(f"/proc/{{above}}/comm").read_text().strip() != "tritonserver":
+        above = int(pathlib.Path(f"/proc/{{above}}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(above, signal.SIGABRT)
+"""
+
+
+def crashing(repository: Path, folder: Path, times: int) -> tuple[Path, Path]:
+    """A copy whose preprocessing ends tritonserver at so many starts, and the file that counts them."""
+    root, mark = folder / "model_repository", folder / "crashes"
+    shutil.copytree(repository, root)
+    mark.touch()
+    model = root / "preprocess" / "1" / "model.py"
+    model.write_text(CRASH.format(mark=str(mark), times=times) + model.read_text())
+    return root, mark
+
+
+@pytest.mark.parametrize("way", [[], pytest.param(["--direct"], marks=pytest.mark.slow)], ids=["door", "direct"])
+def test_a_crash_of_tritonserver_at_its_start_is_tried_again(repository, photos, tmp_path, way):
+    """Its own start fails once in about a thousand times; that is no reason to end."""
+    root, mark = crashing(repository, tmp_path, times=1)
+    at = ports()
+    free = [f"--{kind}-port={port}" for kind, port in at.items()]
+    command = [BIN / "vilu", "serve", *way, "--model-repository", root, *free]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            wait_for(f"http://127.0.0.1:{at['http']}", process, 60)
+            with Client(f"127.0.0.1:{at['grpc']}", timeout=30) as client:
+                assert client.ask(photos[:1])[0].error is None
+        finally:
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=30)
+    assert "tritonserver: it ended at start with code -6; restarting it" in errors or way
+    assert "tritonserver: it ended with code -6; restarting it" in errors or not way
+    assert mark.read_bytes() == b"x"
+
+
+@pytest.mark.slow
+def test_a_server_that_crashes_at_every_start_is_given_up(repository, tmp_path):
+    root, mark = crashing(repository, tmp_path, times=9)
+    with pytest.raises(UserError, match="ended at start with code -6"), Server(root, log=tmp_path / "log"):
+        pytest.fail("it started")
+    assert mark.read_bytes() == b"xxx"
