@@ -51,7 +51,7 @@ SHARED_MEMORY = Path("/dev/shm")
 STUB_MEMORY = 1 << 20  # of /dev/shm, that each process of a Python model takes at its start
 _STUB = "triton_python_backend_stub"  # a process's name has 15 characters
 STUB_DEAD_SECONDS, OTHER_DEAD_SECONDS = 1.0, 5.0
-STARTS = 3  # of a server that its own fault ends before its first answer: seen about once in a thousand starts
+STARTS = 3  # of a server that its own fault ends before its first answer (rare)
 CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 PROBE_TIMEOUT = 2.0  # seconds for a supervised server to answer
 

@@ -250,7 +250,7 @@ def crashing(repository: Path, folder: Path, times: int) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("way", [[], pytest.param(["--direct"], marks=pytest.mark.slow)], ids=["door", "direct"])
 def test_a_crash_of_tritonserver_at_its_start_is_tried_again(repository, photos, tmp_path, way):
-    """Its own start fails once in about a thousand times; that is no reason to end."""
+    """That is rare and nobody's mistake, so it is no reason to end."""
     root, mark = crashing(repository, tmp_path, times=1)
     at = ports()
     free = [f"--{kind}-port={port}" for kind, port in at.items()]
