@@ -2,7 +2,8 @@
 
 Each tower, in a process of its own so that memory is bounded and a failure costs one row, is exported with random
 weights, compared with the eager tower, and timed with ONNX Runtime's CPU provider.
-Writes OUTPUT.json (with versions, commit and machine) and OUTPUT.md.
+Writes OUTPUT.json (with versions, machine and each row's commit) and OUTPUT.md; what OUTPUT.json holds of other CLIPs
+stays.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
 
-from bench.common import markdown_table, origin, package_versions, write_results
+from bench.common import commit, markdown_table, origin, package_versions, write_results
 
 NAMES = (
     "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "RN50", "ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP", "EVA02-B-16",
-    "convnext_base_w", "MobileCLIP-S1", "coca_ViT-B-32",
+    "convnext_base_w", "MobileCLIP-S1", "coca_ViT-B-32", "ViT-B-16-SigLIP2", "MobileCLIP2-S0", "MobileCLIP2-B",
+    "MobileCLIP2-S4", "PE-Core-S-16-384", "PE-Core-B-16",
 )  # fmt: skip
 FUSED = ("MultiHeadAttention", "LayerNormalization", "Gelu", "QuickGelu")
 BATCHES = (1, 16)
@@ -64,7 +66,9 @@ def main(
         with tempfile.TemporaryDirectory(prefix="vilu-zoo-") as folder:
             click.echo(json.dumps(measure(*one, Path(folder), images, threads, fused=not plain)))
         return
-    rows: list[dict[str, Any]] = []
+    file = output.with_name(f"{output.name}.json")
+    held = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows: list[dict[str, Any]] = [row for row in held if row["clip"] not in names]
     towers = [(name, tower) for name in names for tower in ("image", "text")]
     for k, (name, tower) in enumerate(towers, 1):
         click.echo(f"[{k}/{len(towers)}] {name}, {tower}", err=True)
@@ -74,9 +78,10 @@ def main(
         run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         if run.returncode:
             reason = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
-            row = {"clip": name, "tower": tower, "error": reason}
+            row: dict[str, Any] = {"clip": name, "tower": tower, "error": reason}
         else:
             row = json.loads(run.stdout.splitlines()[-1])
+        row["commit"] = commit(7)
         click.echo(json.dumps(row))
         rows.append(row)
         write(rows, output, threads)
