@@ -214,8 +214,10 @@ def _join(
         for number, stage in enumerate(stages[1:], 2)
     ]
     models.write_class_sets(root / "class_sets", stages[0], later)
-    sizes = {name: transform.size for transform, name in names.items()}
-    wanted = {name: sizes[name] for name in pixels[1:]}
+    # Pixels of the first stage's kind are there; a later stage makes others from the file of an image that goes on.
+    size = clips[0].transform.size
+    kinds: Tensors = {"PIXELS": ("TYPE_UINT8", [size, size, 3]), "IMAGE": ("TYPE_STRING", [1])}
+    wanted = {name: kinds[name] for name in sorted({"PIXELS" if one == "PIXELS" else "IMAGE" for one in pixels[1:]})}
     about = [
         {"prefix": _prefix(number), "dim": stage.dim, "pixels": name}
         for number, (stage, name) in enumerate(zip(stages, pixels, strict=True), 1)
@@ -235,7 +237,7 @@ def _write_router(
     folder: Path,
     stages: Sequence[Served],
     about: Sequence[dict[str, Any]],
-    pixels: dict[str, int],
+    image: Tensors,
     threshold: float,
     seconds: float,
 ) -> None:
@@ -244,7 +246,7 @@ def _write_router(
     inputs: Tensors = {
         **models.HEAD_TENSORS,
         "IMAGE_EMBEDDING": ("TYPE_FP32", [stages[0].dim]),
-        **{name: ("TYPE_UINT8", [size, size, 3]) for name, size in pixels.items()},
+        **image,
         **models.LABELS,
         "ANSWERED": ("TYPE_FP32", [2 + dim]),
     }
@@ -270,21 +272,22 @@ def _write_router(
     )
 
 
-def _write_front(folder: Path, served: Served, pixels: dict[str, int], *, head: str | None, candidates: bool) -> None:
+def _write_front(folder: Path, served: Served, image: Tensors, *, head: str | None, candidates: bool) -> None:
     """Write the ensemble that a client asks. As in `repository.write_answering`, a step waits for the one before, and
     the details are a step of their own, which Triton skips where no output of it is asked for.
 
     Args:
+        image: what the router takes of an image, besides its embedding.
         head: the model that answers for stage 1; None: the router does.
     """
     own = models.LABELS if candidates else {}
     first = {name: f"first_{name}" for name in models.HEAD_TENSORS} if head else {}
     labels = dict.fromkeys(own, "LABELS")
     answer = {name: name for name in (*models.ANSWER_TENSORS, *models.CLASS_SET, *STAGE)} | {"ANSWERED": "answered"}
-    made = {name: name.lower() for name in ("PIXELS", *pixels)}
-    carried = {"IMAGE_EMBEDDING": "embedding", **{name: made[name] for name in pixels}, **labels}
+    places = {"PIXELS": "pixels", "IMAGE": "IMAGE"}
+    carried = {"IMAGE_EMBEDDING": "embedding", **{name: places[name] for name in image}, **labels}
     steps = [
-        Step("preprocess", {"IMAGE": "IMAGE"}, made),
+        Step("preprocess", {"IMAGE": "IMAGE"}, {"PIXELS": "pixels"}),
         Step("clip_image", {"PIXELS": "pixels"}, {"IMAGE_EMBEDDING": "embedding"}),
         Step(ROUTER, first | carried, answer),
         Step(ROUTER, {"ANSWERED": "answered", **labels}, {name: name for name in DETAILS}),

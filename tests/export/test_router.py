@@ -39,7 +39,8 @@ class Error(str):
 
 
 class Towers:
-    """What the calls of later stages meet: an image's pixels are its number, and so is its embedding's first value."""
+    """What the router's calls meet: an image's file and its pixels are its number, and so is its embedding's first
+    value."""
 
     def __init__(self, failure: np.ndarray) -> None:
         self.failure = failure  # (stages, images)
@@ -54,6 +55,10 @@ class Towers:
         self.hold.wait(5)
         if model in self.broken:
             raise RuntimeError("not loaded")
+        if model == "preprocess":
+            return {
+                name: first.reshape(-1, 1, 1, 1).astype(np.uint8) + np.zeros((1, 2, 2, 3), np.uint8) for name in outputs
+            }
         prefix, _, kind = model.partition("_")
         stage = int(prefix.removeprefix("stage"))
         number = first.reshape(len(first), -1)[:, 0].astype(int)
@@ -125,9 +130,10 @@ class Request:
         self.done = threading.Event()
         self.numbers, self.later = numbers, False
         pixels = np.array(numbers, np.uint8)[:, None, None, None] + np.zeros((1, 2, 2, 3), np.uint8)
+        files = np.array([[b"%d" % number] for number in numbers], object)
         embedding = np.zeros((len(numbers), DIMS[0]), np.float32)
         self.tensors = {name: Tensor(name, value) for name, value in answer(1, np.array(numbers), failure).items()}
-        for name, value in (("PIXELS_2", pixels), ("PIXELS_3", pixels), ("IMAGE_EMBEDDING", embedding)):
+        for name, value in (("PIXELS", pixels), ("IMAGE", files), ("IMAGE_EMBEDDING", embedding)):
             self.tensors[name] = Tensor(name, value)
 
     def requested_output_names(self):
@@ -203,7 +209,8 @@ def make(monkeypatch, tmp_path):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         about = [{"prefix": "", "dim": DIMS[0], "pixels": "PIXELS"}]
-        about += [{"prefix": f"stage{n}_", "dim": DIMS[n - 1], "pixels": f"PIXELS_{n}"} for n in range(2, stages + 1)]
+        pixels = {2: "PIXELS_2", 3: "PIXELS"}  # the third sees images as the first does
+        about += [{"prefix": f"stage{n}_", "dim": DIMS[n - 1], "pixels": pixels[n]} for n in range(2, stages + 1)]
         given = {"cascade_threshold": repr(THRESHOLD), "stages": json.dumps(about), "max_waiting": "0"}
         given |= {"escalation_seconds": "5", "threshold": "0.9", "fingerprint": "", "intra_op_thread_count": "1"}
         given |= parameters
@@ -247,6 +254,9 @@ def test_the_rule_is_that_of_the_calibration(make, stages):
         assert counted["vilu_escalated_total", str(number), "pets"] == sum(
             (truth[i] >= number - 1).sum() for i in asked
         )
+    assert {model for model, _ in towers.asked if not model.startswith("stage")} == {"preprocess"}
+    prepared = sum(size for model, size in towers.asked if model == "preprocess")
+    assert prepared == sum((truth[i] >= 1).sum() for i in asked), "no image that stays, and none for stage 3"
     assert max(size for _, size in towers.asked) <= 4
     assert max(size for _, size in towers.asked) > 1, "doubtful images of several requests share a call"
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,13 +82,9 @@ class Transform:
         """
         if isinstance(image, bytes):
             return decode(image, self)
-        try:
+        with _one_message():
             image.load()  # so that `pixels` leaves the caller's image as it is
             return pixels(image, self)
-        except ImageError:
-            raise
-        except Exception as error:  # as in `decode`
-            raise ImageError(f"image cannot be decoded ({type(error).__name__})") from None
 
 
 def decode(data: bytes, transform: Transform) -> np.ndarray:
@@ -110,36 +107,52 @@ def decode(data: bytes, transform: Transform) -> np.ndarray:
         >>> pixels.shape, pixels[0, 0].tolist()
         ((32, 32, 3), [255, 0, 0])
     """
-    (found,) = decode_sizes(data, (transform,))
-    return found
+    return resized(opened(data, transform), transform)
 
 
-def decode_sizes(data: bytes, transforms: Sequence[Transform]) -> list[np.ndarray]:
-    """Decode an image once for several transforms, and do as `decode` for each.
+def opened(data: bytes, transform: Transform) -> Image.Image:
+    """Check an encoded image against a transform's limits and open it, so that `resized` can decode it.
 
-    The limits are those of the first transform. In mode "fast" the largest size says how far a large JPEG is reduced,
-    so the pixels of a smaller one may differ slightly from those that `decode` gives.
+    Raises:
+        ImageError: as `decode` raises it.
     """
-    transform = transforms[0]
     if not data:
         raise ImageError("image is empty (0 bytes)")
     if len(data) > transform.max_bytes:
         raise ImageError(f"image has {len(data)} bytes, the limit is {transform.max_bytes}")
-    try:
+    with _one_message():
         _check(data, transform)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(*image.size, transform)
-            frames = getattr(image, "n_frames", 1)
-            if frames > transform.max_frames:
-                raise ImageError(f"image has {frames} frames, the limit is {transform.max_frames}")
-            largest_first = sorted(range(len(transforms)), key=lambda i: -transforms[i].size)
-            made = {i: pixels(image, transforms[i]) for i in largest_first}
-            return [made[i] for i in range(len(transforms))]
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(*image.size, transform)
+        frames = getattr(image, "n_frames", 1)
+        if frames > transform.max_frames:
+            raise ImageError(f"image has {frames} frames, the limit is {transform.max_frames}")
+        return image
+
+
+def resized(image: Image.Image, transform: Transform) -> np.ndarray:
+    """Return the pixels (S, S, 3) uint8 of an opened image. The first call decodes it.
+
+    In mode "exact" the image stays as the file has it, for other transforms. In mode "fast" it may be reduced: open it
+    again for each transform.
+
+    Raises:
+        ImageError: as `decode` raises it.
+    """
+    with _one_message():
+        return pixels(image, transform)
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    """Decoders raise many types on hostile bytes; the client gets one message for all."""
+    try:
+        yield
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
         raise ImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
-    except Exception as error:  # decoders raise many types on hostile bytes; the client gets one message for all
+    except Exception as error:
         raise ImageError(f"image cannot be decoded ({type(error).__name__})") from None
 
 

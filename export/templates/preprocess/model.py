@@ -1,10 +1,13 @@
 """This Triton Python model turns encoded images into the uint8 pixels of CLIP's image tower. It needs no torch.
 
-For a cascade it makes the pixels of several towers from one decoded image: PIXELS, PIXELS_2, ...
+For a cascade it makes the pixels of several towers: PIXELS of every image, and PIXELS_2, ... when a later stage asks
+for them. It keeps the latest decoded images meanwhile, so that an image that goes on is decoded once.
 """
 
 import json
 import os
+import threading
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +17,39 @@ import triton_python_backend_utils as pb_utils
 from PIL.Image import core
 
 WORKERS = len(os.sched_getaffinity(0))  # CPU cores that this process may use
+KEPT_BYTES = 64 * 1024 * 1024  # of decoded images whose later sizes nobody has asked for yet
+
+
+class Kept:
+    """The latest decoded images by their encoded bytes, up to KEPT_BYTES."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.images: OrderedDict[bytes, Any] = OrderedDict()
+        self.bytes = 0
+
+    def put(self, data: bytes, picture: Any) -> None:
+        with self.lock:
+            self._drop(data)
+            self.images[data] = picture
+            self.bytes += _bytes(data, picture)
+            while self.bytes > KEPT_BYTES:
+                self._drop(next(iter(self.images)))
+
+    def take(self, data: bytes) -> Any:
+        """Return the decoded image, no longer kept; None if it is not here."""
+        with self.lock:
+            return self._drop(data)
+
+    def _drop(self, data: bytes) -> Any:
+        picture = self.images.pop(data, None)
+        if picture is not None:
+            self.bytes -= _bytes(data, picture)
+        return picture
+
+
+def _bytes(data: bytes, picture: Any) -> int:
+    return len(data) + 4 * picture.width * picture.height  # Pillow takes four bytes for a pixel
 
 
 class TritonPythonModel:
@@ -22,6 +58,9 @@ class TritonPythonModel:
         self.transforms = {"PIXELS": _transform(parameters)}
         for name, given in json.loads(parameters.get("more", "{}")).items():
             self.transforms[name] = _transform(given)
+        self.kept = Kept()
+        self.last = max(self.transforms)  # no later stage asks for more
+        self.exact = self.transforms["PIXELS"].mode == "exact"  # else a decoded image is reduced for its own size
         # Pillow keeps this many freed blocks of 16 MiB, as new pages are slow. A photo of 12 megapixels needs three.
         core.set_blocks_max(4 * WORKERS)
         # Pillow releases the interpreter's lock while it decodes and resizes.
@@ -41,7 +80,15 @@ class TritonPythonModel:
         """Return pixels (S, S, 3) uint8 for each name, or the error that says why there are none."""
         data, names = asked
         try:
-            decoded: list[np.ndarray] = image.decode_sizes(data, [self.transforms[name] for name in names])
+            # A first stage does not look: it is to cost the same for an image that was asked about before.
+            picture = None if "PIXELS" in names else self.kept.take(data)
+            decoded = []
+            for name in names:
+                if picture is None or not self.exact:
+                    picture = image.opened(data, self.transforms[name])
+                decoded.append(image.resized(picture, self.transforms[name]))
+            if self.exact and self.last not in names:
+                self.kept.put(data, picture)
             return decoded
         except image.ImageError as error:
             refusal: Exception = error

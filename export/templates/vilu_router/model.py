@@ -100,10 +100,13 @@ class Question:
 
 
 class Going:
-    """An image that goes on: its place in its question, and what later stages need of it."""
+    """An image that goes on: its place in its question, and what later stages need of it.
 
-    def __init__(self, question: Question, row: int, pixels: dict[str, np.ndarray], labels: Any) -> None:
-        self.question, self.row, self.pixels, self.labels = question, row, pixels, labels
+    data: input -> the image: IMAGE, its file, and PIXELS, where a later stage has the pixels of the first.
+    """
+
+    def __init__(self, question: Question, row: int, data: dict[str, Any], labels: Any) -> None:
+        self.question, self.row, self.data, self.labels = question, row, data, labels
 
 
 class Escalations:
@@ -141,6 +144,7 @@ class TritonPythonModel(head.Head):
         super().initialize(args)
         self.threshold = float(self.parameters["cascade_threshold"])
         self.stages = json.loads(self.parameters["stages"])  # of each stage: prefix of its models, its pixels, its dim
+        self.given = {"PIXELS" if stage["pixels"] == "PIXELS" else "IMAGE" for stage in self.stages[1:]}
         self.dim = max(stage["dim"] for stage in self.stages)
         self.most = int(self.parameters["max_waiting"])
         self.seconds = float(self.parameters["escalation_seconds"])
@@ -202,12 +206,12 @@ class TritonPythonModel(head.Head):
         return responses
 
     def _going(self, request: Any, question: Question) -> list[Going]:
-        pixels = {stage["pixels"]: _input(request, stage["pixels"]) for stage in self.stages[1:]}
         labels = pb_utils.get_input_tensor_by_name(request, "LABELS")
         own = None if labels is None else labels.as_numpy()
+        # A request's memory is the server's again once `execute` has returned.
+        given = {name: _input(request, name).copy() for name in self.given}
         return [
-            # A request's memory is the server's again once `execute` has returned.
-            Going(question, row, {k: v[row].copy() for k, v in pixels.items()}, None if own is None else own[row])
+            Going(question, row, {k: v[row] for k, v in given.items()}, None if own is None else own[row])
             for row in sorted(question.open)
         ]
 
@@ -262,7 +266,7 @@ class TritonPythonModel(head.Head):
 
     def _answers(self, stage: dict[str, Any], class_set: str, images: list[Going]) -> dict[str, np.ndarray]:
         """Return a stage's answers and embeddings for these images."""
-        pixels = np.stack([image.pixels[stage["pixels"]] for image in images])
+        pixels = self._pixels(stage["pixels"], images)
         tower = stage["prefix"] + "clip_image"
         embedding = self._call(tower, {"PIXELS": pixels}, ["IMAGE_EMBEDDING"])["IMAGE_EMBEDDING"]
         inputs, head = {"IMAGE_EMBEDDING": embedding}, "vilu_head"
@@ -270,6 +274,13 @@ class TritonPythonModel(head.Head):
             inputs["LABELS"], head = np.array([image.labels.tolist() for image in images], object), "vilu_embeddings"
         answers = self._call(stage["prefix"] + head, inputs, ASKED, class_set)
         return answers | {"IMAGE_EMBEDDING": embedding}
+
+    def _pixels(self, name: str, images: list[Going]) -> np.ndarray:
+        """Return pixels (N, S, S, 3) of a size. Those of a later stage alone are made here, as most images stay."""
+        if name in self.given:
+            return np.stack([image.data[name] for image in images])
+        files = np.stack([image.data["IMAGE"] for image in images])
+        return self._call("preprocess", {"IMAGE": files}, [name])[name]
 
     def _call(
         self, model: str, inputs: dict[str, np.ndarray], outputs: list[str], class_set: str = ""
