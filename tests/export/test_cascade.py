@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from vilu import UserError, save_checkpoint
 from vilu.checkpoint import digest
 from vilu.cli.export import export_command
 from vilu.cli.info import info_command
-from vilu.export import export, versions
+from vilu.export import auto, export, versions
 from vilu.export.cascade import STAGE_MODELS, compare_rule, export_cascade, rule_problems
 from vilu.export.measure import Measured
 from vilu.export.parity import Answers
@@ -120,6 +121,28 @@ def test_bad_input_is_one_line_and_writes_nothing(cascade, tmp_path, larger):
     ):
         with pytest.raises(UserError, match=message):
             CliRunner().invoke(export_command, arguments, catch_exceptions=False, standalone_mode=False)
+
+
+@pytest.mark.slow
+def test_the_precision_of_each_stage_is_measured(cascade, tmp_path, monkeypatch, tower_cache):
+    monkeypatch.setattr(auto, "SECONDS", 0.1)
+    paths = [tmp_path / f"{number}.safetensors" for number in (1, 2)]
+    for path, checkpoint in zip(paths, cascade.checkpoints, strict=True):
+        save_checkpoint(checkpoint, path)
+    given = [*map(str, paths), "--cascade-threshold", str(cascade.threshold), "--output", str(tmp_path / "r")]
+    given += ["--precision", "auto", "--provider", "cpu", "--cpu-flags", "avx2", "--max-batch-size", "8"]
+    given += ["--cache", str(tower_cache.parent)]
+    done = CliRunner().invoke(export_command, ["--cascade", *given], catch_exceptions=False)
+    assert done.exit_code == 0
+    report = json.loads((tmp_path / "r" / "parity.json").read_text())
+    for number, one in enumerate((report, *report["cascade"]["stages"]), 1):
+        ways = {(row["precision"], row["provider"]): row for row in one["tried"]}
+        assert ways["float32", "cpu"]["images_per_second"] > 0
+        assert "lacks VNNI" in ways["int8", "cpu"]["verdict"]
+        assert re.search(rf"^stage {number}: float32 cpu: [\d.]+ images/s, chosen$", done.output, re.MULTILINE)
+        assert f"stage {number}: int8 cpu: not faster: the processor lacks VNNI" in done.output
+    text = (tmp_path / "r" / "parity.md").read_text()
+    assert text.count("## Why this precision") == 2
 
 
 @pytest.mark.slow

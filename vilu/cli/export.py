@@ -296,12 +296,7 @@ def export_command(
             target["images"], target["labels"] = from_folder(images, class_set.names, wanted)
         write = export_fastest if automatic else export
         report = write(checkpoint, output, clip=clip, max_batch_size=max_batch_size, **target, progress=bar)
-    for row in report.get("tried", ()):
-        speed = "" if row["images_per_second"] is None else f"{row['images_per_second']:.1f} images/s, "
-        said.result(f"{row['precision']} {row['provider']}: {speed}{row['verdict']}")
-    for note in report["notes"]:
-        if note.startswith("int8"):
-            said.warn(note)
+    _show_choice(report)
     said.result(f"{output}: {report['precision']}, {_parity(report)}")
     _warn_over_budget(report)
 
@@ -340,6 +335,7 @@ def _export_cascade(
         )
     cascade = summary["cascade"]
     for stage, (path, report) in enumerate(zip(paths, (summary, *cascade["stages"]), strict=True), 1):
+        _show_choice(report, f"stage {stage}: ")
         said.result(f"stage {stage}, {path}: {report['precision']}, {_parity(report)}")
     rule = cascade["rule"]
     said.result(
@@ -347,6 +343,16 @@ def _export_cascade(
         f"{rule['routed_differently']} go another way than with the eager models"
     )
     _warn_over_budget(summary)
+
+
+def _show_choice(report: dict[str, Any], before: str = "") -> None:
+    """Print what --precision auto tried, and what int8 costs here; each line starts with `before`."""
+    for row in report.get("tried", ()):
+        speed = "" if row["images_per_second"] is None else f"{row['images_per_second']:.1f} images/s, "
+        said.result(f"{before}{row['precision']} {row['provider']}: {speed}{row['verdict']}")
+    for note in report["notes"]:
+        if note.startswith("int8"):
+            said.warn(f"{before}{note}")
 
 
 def _parity(report: dict[str, Any]) -> str:
