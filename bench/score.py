@@ -286,7 +286,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "machine": machine("cpu"),
         "clip": arguments.clip,
         "batch": BATCH,
-        "provider": scorer.tower.provider,
+        "provider": scorer.stages[0].tower.provider,
         "medians": medians(rounds),
         "rounds": rounds,
         "small": small_rows,

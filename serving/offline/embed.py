@@ -29,7 +29,7 @@ def run_embed(
     label_column: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Embed the images of a labelled data set with a repository's image tower.
+    """Embed the images of a labelled data set with a repository's image tower; of a cascade with the first stage's.
 
     OUTPUT/rows is the job's own data set, which goes on after a kill. OUTPUT/embeddings holds image_embedding.npy
     (N, D) float16, labels.npy (N,), text_embeddings.npy (K, D) and class_names.txt. Only these arrays' row numbers are
@@ -52,9 +52,9 @@ def run_embed(
     if files.is_uri(os.fspath(output)):
         raise UserError(f"{output}: the arrays are mapped from disk, so the folder must be local")
     root = Path(output)
-    asked = Answers(class_set, labels, embeddings=True)
+    asked = Answers(class_set, labels, embeddings=True, cascade=False)
     columns = [label_column] if label_column else []
-    scorer = Scorer(repository, class_set=class_set, labels=labels)
+    scorer = Scorer(repository, class_set=class_set, labels=labels, cascade=False)
     classes = [name.decode() for name in scorer.bank.labels]
 
     def check(source: Input) -> None:

@@ -45,6 +45,7 @@ class Answers:
     details: bool = False
     embeddings: bool = False
     outlier_score: bool = False
+    cascade: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def score(
     details: bool = False,
     embeddings: bool = False,
     outlier_score: bool = False,
+    cascade: bool = True,
     column: str | None = None,
     columns: Sequence[str] = (),
     limit: int | None = None,
@@ -88,7 +90,7 @@ def score(
     Args:
         names: folders, patterns, images, lists, WebDataset shards, Parquet or CSV files (see `open_input`).
         repository: the model repository; every node needs it at this path.
-        class_set, labels, details, embeddings, outlier_score: see `Scorer`.
+        class_set, labels, details, embeddings, outlier_score, cascade: see `Scorer`.
         column, columns, limit: see `open_input`.
         workers: how many actors answer, and with what.
 
@@ -100,7 +102,7 @@ def score(
     """
     given = [names] if isinstance(names, str | os.PathLike) else list(names)
     source = open_input([os.fspath(one) for one in given], column=column, columns=columns, limit=limit)
-    asked = Answers(class_set, labels, details, embeddings, outlier_score)
+    asked = Answers(class_set, labels, details, embeddings, outlier_score, cascade)
     scorer = Scorer(repository, **vars(asked))
     _check_columns(source, scorer)
     return dataset_of(source, scorer, asked, workers or Workers())
@@ -134,7 +136,7 @@ def dataset_of(
     if workers.gpus:
         resources["num_gpus"] = workers.gpus
     dataset = ray.data.read_datasource(Rows(source), num_cpus=LIGHT, override_num_blocks=max(len(source.tasks()), 1))
-    size = workers.batch_size or scorer.batch_size
+    size = workers.batch_size or scorer.group_size
     # Ray makes blocks of many megabytes, which hold a million paths. A block is what a task answers, and what a lost
     # node costs.
     dataset = dataset.repartition(target_num_rows_per_block=max(BLOCK_ROWS // size, 1) * size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,21 +13,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from vilu.data.tables import first_line
 from vilu.errors import UserError
 from vilu.serving.offline.files import read_image
-from vilu.serving.offline.triton import InferenceRequest, Tensor, load_model, read_config, version_folder
+from vilu.serving.offline.stage import DETAILS, EMBEDDING, OUTLIER, Stage, question
+from vilu.serving.offline.triton import load_model, read_config, version_folder
 from vilu.serving.repository import check_repository
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ANSWER = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT", "CLASS_SET")
-DETAILS = ("TOP_LABELS", "TOP_PROBABILITIES", "CONCEPTS", "CONCEPT_WEIGHTS", "ENTROPY", "DOCTOR")
-EMBEDDING, OUTLIER = "IMAGE_EMBEDDING", "OUTLIER_SCORE"
-MAX_LABELS = 100_000  # as many as a class set may have
 READERS = 16  # files read at a time, as each may be far away
 INPUTS = ("image", "path")  # columns of a batch: the encoded image, else the file that holds it
+ROUTER = "vilu_router"  # the model that a repository of a cascade has
+GROUP = 128  # images whose doubtful ones go on to a later stage of a cascade together
+# Images in one run of a later stage, on CPUs and on GPUs. Each image has a place of its own in its run, and few of a
+# group go on, so a run of many would mostly be empty.
+LATER, LATER_GPU = 2, 8
 
 
 class Scorer:
@@ -35,6 +37,9 @@ class Scorer:
     The preprocessing, the towers' graphs and the head are the repository's own, so an answer equals the server's bit
     for bit on the same machine, provider and batch size. A repository for GPU servers is an exception: its head is a
     kernel for the server's GPU memory, so the head's ONNX graph answers instead.
+
+    A repository of a cascade answers as the cascade does: the first stage answers every image, and those whose failure
+    probability is above the cascade's threshold go on to the next stage.
 
     Use it on its own, or with a Ray Dataset of your own that has a column `image` (encoded bytes) or `path`:
 
@@ -46,13 +51,15 @@ class Scorer:
             now is used for all batches.
         labels: class names of your own in place of a class set. They are put into the exported prompts.
         details: whether to give the likeliest labels, the labels the head looks at, and other confidences.
-        embeddings: whether to give the image embedding, in float16.
-        outlier_score: whether to give the outlier score.
-        threads: threads of the image tower; None is what the repository says.
+        embeddings: whether to give the image embedding, in float16; of a cascade the first stage's, for every image.
+        outlier_score: whether to give the outlier score; of a cascade the first stage's, for every image.
+        cascade: whether a repository of a cascade answers as the cascade; else its first stage answers alone.
+        threads: threads of each image tower; None is what the repository says.
         expected: the `identity` that the repository must have here; None accepts any.
 
     Attributes:
         batch_size: the largest batch that the server forms. Larger ones are split.
+        group_size: how many images are best given at once: a batch, or with a cascade several.
         identity: SHA-256, in hexadecimal, of the files, the class set and the threshold that decide the answers.
         schema: Arrow schema of the answers.
 
@@ -70,6 +77,7 @@ class Scorer:
         details: bool = False,
         embeddings: bool = False,
         outlier_score: bool = False,
+        cascade: bool = True,
         threads: int | None = None,
         expected: str | None = None,
     ) -> None:
@@ -78,55 +86,48 @@ class Scorer:
         self.root = Path(repository).absolute()
         check_repository(self.root)
         self.report = _report(self.root)
-        config = read_config(self.root / "clip_image")
-        gpu = config.get("instance_group", [{}])[0].get("kind") == "KIND_GPU"
-        head = "vilu_head" if labels is None and not gpu else "vilu_embeddings"
-        python = ["preprocess", head, *(["vilu_details"] if details and head == "vilu_head" else [])]
-        graphs = ["clip_image"]
-        if labels is not None:
-            python.append("tokenize")
-            graphs.append("clip_text")
-        self.files = _digest(self.root, [*python, *graphs])
         self.models: dict[str, Any] = {}
-        for name in python:
-            self.models[name] = load_model(self.root / name, self.models)
-        self.tower = _graph(self.root / "clip_image", threads)
-        self.head = self.models[head]
-        if outlier_score and "outlier" not in self.head.graphs:
+        self.cascade = _cascade(self.root) if cascade else None
+        about = [("", "PIXELS")] if self.cascade is None else self.cascade[1]
+        self.pixels = [name for _, name in about]
+        self.preprocess = load_model(self.root / "preprocess", self.models)
+        self.stages: list[Stage] = []
+        for prefix, _ in about:
+            version = self.bank.version if self.stages and class_set else None
+            options: dict[str, Any] = {"class_set": class_set, "labels": labels, "details": details}
+            self.stages.append(Stage(self.root, prefix, self.models, **options, threads=threads, version=version))
+        first = self.stages[0]
+        if outlier_score and "outlier" not in first.head.graphs:
             raise UserError(f"{self.root}: has no outlier score; export a checkpoint that was trained with one")
-        self.details_from = self.models.get("vilu_details", self.head)
-        if labels is not None:
-            self.models["vilu_text"] = _Text(self.models["tokenize"], _graph(self.root / "clip_text", threads))
-        self.batch_size = max(int(config["max_batch_size"]), 1)
-        self.bank = self._bank(class_set, labels)
-        for model in (self.head, self.details_from):
-            # Every batch is answered from this version of the class set, though a newer one may be put meanwhile.
-            model.candidates = lambda request, images, made: [self.bank] * images
-        self.own = labels is not None
-        more = (*((EMBEDDING,) if embeddings else ()), *((OUTLIER,) if outlier_score else ()))
-        self.wanted = (*ANSWER, *(DETAILS if details else ()), *more)
-        self.schema = schema(details, self.bank.rows.shape[1] if embeddings else 0, outlier_score)
+        self.files = _digest(self.root, ["preprocess", *(name for stage in self.stages for name in stage.used)])
+        self.batch_size = first.batch_size
+        self.group_size = self.batch_size
+        if self.cascade is not None:
+            self.group_size *= max(GROUP // self.batch_size, 1)
+        self.details = DETAILS if details else ()
+        self.first_alone = (*((EMBEDDING,) if embeddings else ()), *((OUTLIER,) if outlier_score else ()))
+        dim = self.bank.rows.shape[1] if embeddings else 0
+        self.schema = schema(details, dim, outlier_score, stage=self.cascade is not None)
         self.identity = self._identity()
         if expected is not None and self.identity != expected:
             raise UserError(f"{self.root}: is another repository here, or has changed since the job began")
         self.readers = ThreadPoolExecutor(READERS)
 
-    def _bank(self, class_set: str | None, labels: Sequence[str] | None) -> Any:
-        try:
-            if labels is None:
-                return self.head.store.get(class_set or "")
-            self.head.max_labels = MAX_LABELS
-            return self.head._from_labels(np.array([label.encode() for label in labels], object), {})
-        except UnicodeEncodeError:
-            raise UserError("a label is not UTF-8") from None
-        except ValueError as error:  # the model's own refusal of a request
-            raise UserError(f"{self.root}: {first_line(error)}") from None
+    @property
+    def bank(self) -> Any:
+        """The first stage's candidates. Those of later stages have the same labels."""
+        return self.stages[0].bank
 
     def _identity(self) -> str:
-        names, bank = b"\n".join(self.bank.labels), self.bank
-        digest = hashlib.sha256(repr((self.files, bank.qualified_name, bank.threshold, len(bank.labels))).encode())
-        digest.update(names)
-        digest.update(bank.rows.tobytes())
+        digest = hashlib.sha256()
+        for stage in self.stages:
+            bank = stage.bank
+            decided = (self.files, bank.qualified_name, bank.threshold, len(bank.labels))
+            digest.update(repr(decided).encode())
+            digest.update(b"\n".join(bank.labels))
+            digest.update(bank.rows.tobytes())
+        if self.cascade is not None:
+            digest.update(repr(self.cascade).encode())
         return digest.hexdigest()
 
     @property
@@ -134,7 +135,7 @@ class Scorer:
         """What decided the answers, for a file's metadata: repository, checkpoint, class set, threshold, versions."""
         import onnxruntime
 
-        return {
+        about = {
             "repository": self.identity,
             "checkpoint": self.report.get("head"),
             "clip": self.report.get("clip"),
@@ -142,15 +143,34 @@ class Scorer:
             "class_set": self.bank.qualified_name or "labels",
             "classes": len(self.bank.labels),
             "threshold": float(self.bank.threshold),
-            "provider": self.tower.provider,
+            "provider": self.stages[0].tower.provider,
             "versions": {**self.report.get("versions", {}), "onnxruntime": onnxruntime.__version__},
         }
+        if self.cascade is not None:
+            later = (self.report.get("cascade") or {}).get("stages") or []
+            said = [self.report, *later, *({} for _ in self.stages)]
+            about["cascade"] = {
+                "threshold": self.cascade[0],
+                "stages": [
+                    {
+                        "checkpoint": one.get("head"),
+                        "clip": one.get("clip"),
+                        "precision": one.get("precision"),
+                        "threshold": float(stage.bank.threshold),
+                        "provider": stage.tower.provider,
+                    }
+                    for one, stage in zip(said, self.stages, strict=False)
+                ],
+            }
+        return about
 
     def answers(self, images: Sequence[bytes | str], places: Sequence[int] | None = None) -> pa.Table:
         """Return one row an image, in order, with the columns of `schema`.
 
         The last bits of an answer depend on the size of the batch and on the image's place in it. With `places` they
-        depend on the image alone: every batch is filled up to `batch_size`, and image i sits at places[i] modulo it.
+        depend on the image alone: every batch is filled up, and image i sits at places[i] modulo the batch's size.
+        That size is `batch_size`, and smaller in later stages of a cascade. Without `places` the doubtful images of a
+        batch are a later stage's batch, as the server has it where the batch was one request.
 
         Args:
             images: encoded bytes; or a string that says why there are none, which becomes the row's error.
@@ -158,48 +178,82 @@ class Scorer:
         """
         import pyarrow as pa
 
-        size = self.batch_size
-        if places is None:
-            tables = [self._batch(images[i : i + size], None) for i in range(0, len(images), size)]
-        else:
-            parts = _by_slot(images, [place % size for place in places])
-            tables = [self._batch(part, slots) for part, slots in parts]
+        tables = []
+        size = self.batch_size if places is None else self.group_size
+        for start in range(0, len(images), size):
+            chosen = slice(start, start + size)
+            tables.append(self._group(images[chosen], None if places is None else places[chosen]))
         return pa.concat_tables(tables) if tables else self.schema.empty_table()
 
-    def _batch(self, images: Sequence[bytes | str], slots: Sequence[int] | None) -> pa.Table:
+    def _group(self, images: Sequence[bytes | str], places: Sequence[int] | None) -> pa.Table:
         errors: list[str | None] = [image if isinstance(image, str) else None for image in images]
         given = [row for row, error in enumerate(errors) if error is None]
-        requests = [_request({"IMAGE": np.array([[images[row]]], object)}, ["PIXELS"]) for row in given]
-        pixels = []
-        for row, response in zip(given, self.models["preprocess"].execute(requests) if requests else (), strict=True):
+        names = sorted(set(self.pixels))
+        requests = [question({"IMAGE": np.array([[images[row]]], object)}, names) for row in given]
+        decoded: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        good = []
+        for row, response in zip(given, self.preprocess.execute(requests) if requests else (), strict=True):
             if response.has_error():
                 errors[row] = response.error().message()
-            else:
-                pixels.append(response.output_tensors()[0].as_numpy()[0])
+                continue
+            good.append(row)
+            for tensor in response.output_tensors():
+                decoded[tensor.name()].append(tensor.as_numpy()[0])
         found: dict[str, np.ndarray] = {}
-        if pixels and slots is None:
-            found = self._answer(np.stack(pixels))
-        elif pixels and slots is not None:
-            rows = [slots[row] for row in given if errors[row] is None]
-            whole = np.repeat(pixels[0][None], self.batch_size, axis=0)
-            whole[rows] = pixels
-            found = {name: values[rows] for name, values in self._answer(whole).items()}
+        if good:
+            pixels = {name: np.stack(column) for name, column in decoded.items()}
+            found = self._answer(pixels, None if places is None else [places[row] for row in good])
         return self._table(errors, found)
 
-    def _answer(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Return output tensors by name for pixels (B, S, S, 3) uint8."""
-        embedding = np.asarray(self.tower.run([EMBEDDING], {"PIXELS": pixels})[0])
-        bad = ~np.isfinite(embedding).all(axis=1)
-        if bad.any():
-            raise ValueError(f"the image tower gave {int(bad.sum())} embeddings that are not finite")
-        found = _run(self.head, {EMBEDDING: embedding}, (*ANSWER, *((EMBEDDING,) if self.own else ())))
-        if self.own:  # in the server's ensemble `vilu_open` the details come from the embedding that was answered
-            embedding = found.pop(EMBEDDING)
-        if len(self.wanted) > len(ANSWER):
-            version = np.full((len(pixels), 1), self.bank.version, np.int32)
-            more = [name for name in self.wanted if name not in ANSWER]
-            found |= _run(self.details_from, {EMBEDDING: embedding, "CLASS_SET_VERSION": version}, more)
-        return found
+    def _answer(self, pixels: Mapping[str, np.ndarray], places: Sequence[int] | None) -> dict[str, np.ndarray]:
+        """Return output tensors by name for N decoded images: pixels (N, S, S, 3) uint8 of each size."""
+        columns: dict[str, np.ndarray] = {}
+        count = len(pixels[self.pixels[0]])
+        rows = np.arange(count)
+        for number, (stage, name) in enumerate(zip(self.stages, self.pixels, strict=True), 1):
+            size = self.batch_size
+            if number > 1 and places is not None:
+                size = min(size, LATER_GPU if stage.gpu else LATER)
+            on = []
+            for mine, slots in _batches(rows, places, size):
+                batch = pixels[name][mine]
+                if slots is not None:
+                    whole = np.repeat(batch[:1], size, axis=0)
+                    whole[slots] = batch
+                    batch = whole
+                found, doubtful = self._answer_batch(number, batch, slots)
+                for tensor, values in found.items():
+                    _put(columns, tensor, values, mine, count)
+                on.append(mine[doubtful])
+            rows = np.sort(np.concatenate(on))
+            if not len(rows):
+                break
+        return columns
+
+    def _answer_batch(
+        self, number: int, pixels: np.ndarray, slots: np.ndarray | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return a stage's output tensors for a batch, or its rows `slots`, and which of these rows go on (n,) bool."""
+        stage = self.stages[number - 1]
+        embedding = stage.embed(pixels)
+        found = stage.answer(embedding)
+        read = found.pop(EMBEDDING)
+        rows = np.arange(len(pixels)) if slots is None else slots
+        on = np.zeros(len(pixels), bool)
+        if self.cascade is not None:
+            found["STAGE"] = np.full((len(pixels), 1), number, np.int32)
+            if number < len(self.stages):
+                on = found["FAILURE_PROBABILITY"][:, 0].astype(np.float64) > self.cascade[0]
+        else:
+            embedding = read  # the server's `vilu_open` gives the details of the embedding that its head read
+        if number == 1 and self.first_alone:
+            found |= stage.more(read, self.first_alone)
+        if self.details and not on[rows].all():
+            # The server asks for the details of what a stage answers at last. A batch with slots is asked for whole.
+            asked = np.flatnonzero(~on) if slots is None else np.arange(len(pixels))
+            for name, values in stage.more(embedding[asked], self.details).items():
+                _put(found, name, values, asked, len(pixels))
+        return {name: values[rows] for name, values in found.items()}, on[rows]
 
     def _table(self, errors: Sequence[str | None], found: Mapping[str, np.ndarray]) -> pa.Table:
         import pyarrow as pa
@@ -243,31 +297,9 @@ def beside(table: pa.Table, answers: pa.Table) -> pa.Table:
     return table
 
 
-class _Text:
-    """The ensemble `vilu_text`: prompts to their embeddings."""
-
-    def __init__(self, tokenize: Any, graph: Any) -> None:
-        self.tokenize, self.graph = tokenize, graph
-
-    def execute(self, requests: list[Any]) -> list[Any]:
-        from vilu.serving.offline.triton import InferenceResponse
-
-        responses = []
-        for request, tokens in zip(requests, self.tokenize.execute(requests), strict=True):
-            if not tokens.has_error():
-                ids = tokens.output_tensors()[0].as_numpy()
-                tokens = InferenceResponse(
-                    [
-                        Tensor(name, self.graph.run([name], {"TOKENS": ids})[0])
-                        for name in request.requested_output_names()
-                    ]
-                )
-            responses.append(tokens)
-        return responses
-
-
-def schema(details: bool = False, dim: int = 0, outlier_score: bool = False) -> pa.Schema:
-    """Return the Arrow schema of the answers; `dim`: length D of the image embedding, 0 without it."""
+def schema(details: bool = False, dim: int = 0, outlier_score: bool = False, *, stage: bool = False) -> pa.Schema:
+    """Return the Arrow schema of the answers; `dim`: length D of the image embedding, 0 without it; `stage`: whether
+    they say which stage of a cascade answered."""
     import pyarrow as pa
 
     columns: dict[str, Any] = {
@@ -279,6 +311,8 @@ def schema(details: bool = False, dim: int = 0, outlier_score: bool = False) -> 
         "class_set": pa.string(),
         "error": pa.string(),
     }
+    if stage:
+        columns["stage"] = pa.int32()
     if details:
         columns |= {"top_labels": pa.list_(pa.string()), "top_probabilities": pa.list_(pa.float32())}
         columns |= {"concepts": pa.list_(pa.string()), "concept_weights": pa.list_(pa.float32())}
@@ -298,38 +332,6 @@ def _arrow(values: np.ndarray, kind: Any) -> pa.Array:
         return pa.array([value.decode() for value in flat] if flat.dtype == object else flat, kind)
     flat = _arrow(values.astype(np.float16) if kind.value_type == pa.float16() else values, kind.value_type)
     return pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1], flat)
-
-
-def _request(inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> InferenceRequest:
-    return InferenceRequest("", [Tensor(name, array) for name, array in inputs.items()], wanted)
-
-
-def _run(model: Any, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
-    (response,) = model.execute([_request(inputs, wanted)])
-    if response.has_error():
-        raise ValueError(response.error().message())
-    return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-
-
-def _graph(folder: Path, threads: int | None) -> Any:
-    """Open a tower as the server of its config does: on a CPU with the backend's own code, else on CUDA."""
-    import onnxruntime
-
-    from vilu.serving.backends.onnxruntime import session
-
-    config = read_config(folder)
-    path = version_folder(folder, config) / (config.get("default_model_filename") or "model.onnx")
-    asked = {key: value["string_value"] for key, value in config["parameters"].items()}
-    try:
-        if "provider" in asked or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            count = int(asked.get("intra_op_thread_count", 0)) if threads is None else threads
-            return session.open_session(path, asked.get("provider", "cpu"), asked.get("precision", "float32"), count)
-        opened = session.OnnxRuntime(path)
-        opened.session.set_providers(["CUDAExecutionProvider", "CPUExecutionProvider"], [{"use_tf32": "0"}, {}])
-        opened.provider = "ONNX Runtime, CUDA provider"
-        return opened
-    except Exception as error:  # the runtimes have no common type
-        raise UserError(f"{path}: does not load ({type(error).__name__}: {first_line(error)})") from None
 
 
 def _digest(root: Path, models: Sequence[str]) -> str:
@@ -354,18 +356,38 @@ def _report(root: Path) -> dict[str, Any]:
         return {}
 
 
-def _by_slot(
-    images: Sequence[bytes | str], slots: Sequence[int]
-) -> Iterator[tuple[Sequence[bytes | str], Sequence[int]]]:
-    """Yield runs of images, in order, with their slots; no slot is twice in a run."""
-    start, used = 0, set[int]()
-    for row, slot in enumerate(slots):
-        if slot in used:
-            yield images[start:row], slots[start:row]
-            start, used = row, set()
-        used.add(slot)
-    if start < len(images):
-        yield images[start:], slots[start:]
+def _put(columns: dict[str, np.ndarray], name: str, values: np.ndarray, rows: np.ndarray, count: int) -> None:
+    """Put a tensor's values (n, ...) into the rows (n,) of the column (count, ...) that has its name."""
+    column = columns.setdefault(name, np.empty((count, *values.shape[1:]), values.dtype))
+    column[rows] = values
+
+
+def _cascade(root: Path) -> tuple[float, list[tuple[str, str]]] | None:
+    """The cascade's threshold, and each stage's prefix and the name of its pixels; None where there is no cascade."""
+    if not (root / ROUTER).is_dir():
+        return None
+    parameters = read_config(root / ROUTER)["parameters"]
+    try:
+        stages = json.loads(parameters["stages"]["string_value"])
+        threshold = float(parameters["cascade_threshold"]["string_value"])
+        return threshold, [(stage["prefix"], stage["pixels"]) for stage in stages]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{root / ROUTER / 'config.pbtxt'}: does not describe a cascade") from None
+
+
+def _batches(
+    rows: np.ndarray, places: Sequence[int] | None, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield the rows (n,) of each batch, and their slots in it; a row's slot is its place modulo `size`."""
+    if places is None:
+        yield from ((rows[start : start + size], None) for start in range(0, len(rows), size))
+        return
+    waiting: list[list[int]] = [[] for _ in range(size)]
+    for row in rows.tolist():
+        waiting[places[row] % size].append(row)
+    for taken in itertools.zip_longest(*waiting):
+        slots = np.array([slot for slot, row in enumerate(taken) if row is not None])
+        yield np.array([taken[slot] for slot in slots]), slots
 
 
 def _content(image: bytes | None, path: str | bytes | None, missing: str) -> bytes | str:

@@ -28,6 +28,7 @@ class Counts:
         rows: how many there are.
         accepted: how many answers are accepted.
         reasons: reason of a bad image -> how many.
+        stages: stage of a cascade -> how many answers it gave.
         histogram: failure probabilities in BINS equal bins.
         seen: for each file of the input, a bit for each row that the output holds.
         twice: row ids that the output holds more than once.
@@ -37,6 +38,7 @@ class Counts:
     rows: int = 0
     accepted: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    stages: Counter[int] = field(default_factory=Counter)
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     seen: dict[int, np.ndarray] = field(default_factory=dict)
     twice: int = 0
@@ -95,8 +97,9 @@ def count(
     paths = [path for path, name in names.items() if name.endswith(".parquet") and not name.startswith(without)]
     if not paths:
         return counts
-    columns = ["error", *(["row_id", "accept", "failure_probability"] if pictured else [])]
     table = ds.dataset(paths, filesystem=system, format="parquet")
+    staged = pictured and "stage" in table.schema.names
+    columns = ["error", *(["row_id", "accept", "failure_probability"] if pictured else []), *["stage"] * staged]
     for batch in table.to_batches(columns=columns):
         counts.rows += len(batch)
         for error in batch.column("error").drop_null().to_pylist():
@@ -106,6 +109,8 @@ def count(
             counts.accepted += batch.column("accept").true_count
             failure = batch.column("failure_probability").drop_null().to_numpy()
             counts.histogram += np.histogram(failure, BINS, (0.0, 1.0))[0]
+        if staged:
+            counts.stages.update(batch.column("stage").drop_null().to_pylist())
     return counts
 
 
@@ -113,11 +118,13 @@ def summarise(after: Counts, before: Counts, seconds: float, job: dict[str, Any]
     """Return the summary of a finished job; `before` counts what earlier runs left, `seconds` is this run's time."""
     answered = after.rows - after.bad
     now = after.rows - before.rows
+    stages = len((job.get("cascade") or {}).get("stages", ()))
     return {
         "rows": after.rows,
         "answered": answered,
         "accepted": after.accepted,
         "accept_rate": after.accepted / answered if answered else None,
+        **({"stages": {str(n): after.stages[n] for n in range(1, stages + 1)}} if stages else {}),
         "bad_images": after.bad,
         "reasons": dict(after.reasons.most_common(REASONS)),
         "failure_probability_histogram": {
@@ -127,6 +134,12 @@ def summarise(after: Counts, before: Counts, seconds: float, job: dict[str, Any]
         "this_run": {"rows": now, "seconds": round(seconds, 3), "images_per_second": round(now / seconds, 2)},
         "job": job,
     }
+
+
+def stage_shares(summary: dict[str, Any]) -> str:
+    """Say which share of a summary's answers each stage of a cascade gave; "" without a cascade."""
+    shares = [f"{n / summary['answered']:.1%} by stage {stage}" for stage, n in summary.get("stages", {}).items() if n]
+    return f", {', '.join(shares)}" if shares else ""
 
 
 def draw(summary: dict[str, Any], counts: Counts) -> bytes:
@@ -145,7 +158,7 @@ def draw(summary: dict[str, Any], counts: Counts) -> bytes:
     axes[0].set(xlabel="failure probability", ylabel="images", xlim=(0, 1))
     rate = summary["accept_rate"]
     accepted = "" if rate is None else f", {rate:.1%} of the answers accepted"
-    axes[0].set_title(f"{summary['rows']:,} rows{accepted}")
+    axes[0].set_title(f"{summary['rows']:,} rows{accepted}{stage_shares(summary)}")
     axes[0].legend()
     if reasons:
         axes[1].barh(

@@ -1,6 +1,7 @@
 """One real server over the embedded default for the whole folder."""
 
 import io
+import shutil
 
 import grpc
 import numpy as np
@@ -11,7 +12,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from bench.loadtest.questions import QuestionMaker
 from bench.loadtest.world import World, digits_and_shapes, label_sets
-from tests.serving.helpers import opened, options
+from tests.serving.helpers import door_over, opened, options
 from vilu.preprocess.image import decode
 from vilu.serving import Server
 from vilu.serving.door import Door, own_server
@@ -34,6 +35,19 @@ def front_server(repository, tmp_path_factory):
 def front(front_server):
     """The ports of a door with a server of its own, as `vilu serve` makes it."""
     with opened(Door(options(), front_server)) as ports:
+        yield ports
+
+
+@pytest.fixture(scope="session")
+def cascade_root(cascade, tmp_path_factory):
+    """The repository of `cascade_served`, where class sets are put."""
+    return shutil.copytree(cascade.root, tmp_path_factory.mktemp("cascade-served") / "model_repository")
+
+
+@pytest.fixture(scope="session")
+def cascade_served(cascade_root, tmp_path_factory):
+    """The ports of a door over a cascade."""
+    with door_over(cascade_root, tmp_path_factory.mktemp("cascade-log")) as (ports, _):
         yield ports
 
 

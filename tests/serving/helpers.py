@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
+from vilu.serving.access import Access
 from vilu.serving.address import free_port, open_directly
-from vilu.serving.door import Options
+from vilu.serving.door import Door, Options, own_server
 
 BIN = Path(sys.executable).parent
 ASK, STEER = "inference-token-0123", "control-token-4567"
@@ -33,6 +35,26 @@ def agree(answers, photos, eager):
         assert answer.confidence == pytest.approx(confidence, abs=1e-4)
         assert answer.failure_probability == pytest.approx(failure, abs=1e-4)
         assert answer.accept == (answer.failure_probability < 0.505)
+
+
+def same_bits(rows, answers):
+    """Whether a Scorer's rows are the server's answers, to the last bit."""
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer.error is None
+        for name in ("label", "class_index", "confidence", "failure_probability", "accept"):
+            assert row[name] == getattr(answer, name), name
+        if answer.top:
+            assert tuple(zip(row["top_labels"], row["top_probabilities"], strict=True)) == answer.top
+            assert tuple(zip(row["concepts"], row["concept_weights"], strict=True)) == answer.concepts
+            assert (row["entropy"], row["doctor"]) == (answer.entropy, answer.doctor)
+            assert row["class_set"] == answer.class_set
+        if answer.stage is not None:
+            assert (row["stage"], answer.escalation_failed) == (answer.stage, False)
+        if answer.outlier_score is not None:
+            assert row["outlier_score"] == answer.outlier_score
+        if answer.embedding is not None:
+            kept = np.array(row["image_embedding"], np.float16)
+            assert np.array_equal(kept, answer.embedding.astype(np.float16))
 
 
 def descendants(pid):
@@ -151,6 +173,14 @@ def opened(door):
 def options(**given):
     """Options of a door on free ports of loopback."""
     return Options(**{"grpc_port": 0, "http_port": 0, "metrics_port": 0} | given)
+
+
+@contextlib.contextmanager
+def door_over(root, folder, **more):
+    """The ports of a door over a repository, which takes the control token STEER, and its tritonserver."""
+    server = own_server(root, log=folder / "tritonserver.log")
+    with opened(Door(options(access=lambda: Access(control_token=STEER), **more), server)) as ports:
+        yield ports, server
 
 
 def strings(*words):

@@ -1,6 +1,5 @@
 """A cascade on the real server: the answers of the eager models and the rule, and what happens where stage 2 fails."""
 
-import contextlib
 import io
 import json
 import os
@@ -11,28 +10,28 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from tests.serving.helpers import metrics, opened, options, send, stub_of, vilu, wait
+from tests.serving.helpers import STEER, door_over, metrics, same_bits, send, stub_of, vilu, wait
 from tests.support.cascade import Cascade, failures, stage
 from vilu import CascadePredictor, Predictor, UserError
 from vilu.answers import RequestRefused
 from vilu.export import export, versions
 from vilu.export.cascade import export_cascade
 from vilu.export.model_config import save_config
-from vilu.serving import Client, Server
+from vilu.serving import Client, Scorer, Server
 from vilu.serving.about import load_config
-from vilu.serving.access import Access
 from vilu.serving.classes import get_set, put_set
-from vilu.serving.door import Door, own_server
+from vilu.serving.door import own_server
+from vilu.serving.monitor import watch
+from vilu.serving.record import open_record
 from vilu.serving.record.recorder import RecordOptions
+from vilu.serving.record.table import SCHEMA
 from vilu.tiny import data
 
 pytestmark = pytest.mark.server
-CONTROL = "control-token-4567"
 NAMES = ("red circle", "blue star", "a cat", "smörgåsbord")
 TOLERANCE = 1e-4
 
@@ -45,22 +44,6 @@ def images() -> list[bytes]:
         Image.fromarray(np.asarray(image)).resize((64 + i, 80)).save(buffer, ("JPEG", "PNG", "WEBP")[i % 3])
         out.append(buffer.getvalue())
     return out
-
-
-@contextlib.contextmanager
-def serving(root, folder, **more):
-    """The ports of a door over a cascade, and its tritonserver."""
-    (folder / "control").write_text(CONTROL)
-    server = own_server(root, log=folder / "tritonserver.log")
-    with opened(Door(options(access=lambda: Access(control_token=CONTROL), **more), server)) as ports:
-        yield ports, server
-
-
-@pytest.fixture(scope="module")
-def served(cascade, tmp_path_factory):
-    root = shutil.copytree(cascade.root, tmp_path_factory.mktemp("served") / "model_repository")
-    with serving(root, tmp_path_factory.mktemp("log")) as (ports, _):
-        yield ports
 
 
 def same(answers, images, cascade, names=None):
@@ -82,8 +65,8 @@ def same(answers, images, cascade, names=None):
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_the_answers_are_those_of_the_eager_models_and_the_rule(served, cascade, images, protocol):
-    url = served.grpc if protocol == "grpc" else f"http://{served.http}"
+def test_the_answers_are_those_of_the_eager_models_and_the_rule(cascade_served, cascade, images, protocol):
+    url = cascade_served.grpc if protocol == "grpc" else f"http://{cascade_served.http}"
     with Client(url, model="vilu_cascade", batch_size=5) as client:
         answers = client.ask(images)
     stages = same(answers, images, cascade)
@@ -114,13 +97,13 @@ def test_the_answers_without_a_server_are_the_same(cascade, images):
         CascadePredictor([stages[0], Predictor(cascade.checkpoints[1], clip=cascade.clips[1], classes=["a", "b"])], 0.5)
 
 
-def test_requests_ride_together_in_every_stage(served, cascade, images):
+def test_requests_ride_together_in_every_stage(cascade_served, cascade, images):
     """One image a request, from many clients: both stages answer batches."""
-    with Client(served.grpc, model="vilu_cascade", batch_size=1, in_flight=32) as client:
+    with Client(cascade_served.grpc, model="vilu_cascade", batch_size=1, in_flight=32) as client:
         asked = images * 4
         answers = client.ask(asked)
     assert len(same(answers, asked, cascade)) >= len(asked) - 4
-    text = metrics(served).decode()
+    text = metrics(cascade_served).decode()
 
     def count(name, model):
         return float(re.search(rf'^{name}{{model="{model}",.*}} (\S+)', text, re.MULTILINE)[1])
@@ -129,8 +112,8 @@ def test_requests_ride_together_in_every_stage(served, cascade, images):
         assert count("nv_inference_exec_count", model) < count("nv_inference_count", model)
 
 
-def test_labels_of_ones_own_and_details(served, cascade, images):
-    with Client(served.grpc, model="vilu_cascade", batch_size=7) as client:
+def test_labels_of_ones_own_and_details(cascade_served, cascade, images):
+    with Client(cascade_served.grpc, model="vilu_cascade", batch_size=7) as client:
         stages = same(client.ask(images[:16], NAMES), images[:16], cascade, NAMES)
         answers = client.ask(images, details=True)
     assert len(stages) >= 15
@@ -141,29 +124,88 @@ def test_labels_of_ones_own_and_details(served, cascade, images):
         assert len(answer.concepts) == 5
         assert answer.entropy is not None
         assert -1 <= answer.entropy <= 0
-    with Client(served.grpc, model="vilu_cascade") as client:
+    with Client(cascade_served.grpc, model="vilu_cascade") as client:
         (answer,) = client.ask(images[:1], NAMES, details=True)
         assert {name for name, _ in answer.top} == set(NAMES)
         (refused,) = client.ask(images[:1], embedding=True)
     assert "IMAGE_EMBEDDING" in str(refused.error)
 
 
-def test_a_class_set_put_live_is_answered_by_both_stages(served, cascade, images, tmp_path):
+def test_offline_answers_equal_the_servers_to_the_last_bit(cascade_served, cascade, images):
+    with Client(cascade_served.grpc, model="vilu_cascade", batch_size=8, in_flight=1) as client:
+        answers = client.ask(images, details=True)
+        rows = Scorer(cascade.root, details=True).answers(images).to_pylist()
+        same_bits(rows, answers)
+        own = Scorer(cascade.root, labels=NAMES, details=True).answers(images).to_pylist()
+        same_bits(own, client.ask(images, NAMES, details=True))
+    assert {row["stage"] for row in rows} == {1, 2}
+    with Client(cascade_served.grpc, batch_size=8, in_flight=1) as client:  # stage 1 alone
+        alone = client.ask(images, embedding=True, outlier_score=True)
+    first = Scorer(cascade.root, cascade=False, embeddings=True, outlier_score=True)
+    same_bits(first.answers(images).to_pylist(), alone)
+    both = Scorer(cascade.root, embeddings=True, outlier_score=True).answers(images)
+    for name in ("image_embedding", "outlier_score"):  # stage 1's for every image
+        assert both[name].equals(first.answers(images)[name])
+
+
+def test_an_offline_answer_of_a_cascade_depends_on_its_place_alone(cascade, images):
+    scorer = Scorer(cascade.root, details=True)
+    asked = [*images[:20], b"no image", "no path", *images[20:]]
+    whole = scorer.answers(asked, range(len(asked)))
+    assert [error is None for error in whole["error"].to_pylist()] == [i not in (20, 21) for i in range(len(asked))]
+    assert whole["stage"].to_pylist()[20:22] == [None, None]
+    kept = [1, 2, 3, 7, 11, 20, 30, 31, 45]
+    assert scorer.answers([asked[i] for i in kept], kept).equals(whole.take(kept))
+    for row, image in zip(whole.to_pylist(), asked, strict=True):
+        if row["error"] is None:
+            number, label, confidence, failure, near = cascade.eager(image)
+            assert near or (row["stage"], row["label"]) == (number, label)
+            if not near:
+                assert row["confidence"] == pytest.approx(confidence, abs=TOLERANCE)
+                assert row["failure_probability"] == pytest.approx(failure, abs=TOLERANCE)
+
+
+def test_an_offline_identity_covers_every_stage_and_the_rule(cascade, tmp_path):
+    root = shutil.copytree(cascade.root, tmp_path / "r")
+    found = Scorer(root)
+    assert found.metadata["cascade"]["threshold"] == cascade.threshold
+    assert len({one["checkpoint"] for one in found.metadata["cascade"]["stages"]}) == 2
+    config = load_config(root / "vilu_router" / "config.pbtxt")
+    config.parameters["cascade_threshold"].string_value = repr(cascade.threshold + 0.01)
+    save_config(root / "vilu_router", config)
+    with pytest.raises(UserError, match="has changed since the job began"):
+        Scorer(root, expected=found.identity)
+    config.parameters["cascade_threshold"].string_value = repr(cascade.threshold)
+    config.parameters["escalation_seconds"].string_value = "1"  # decides no answer
+    save_config(root / "vilu_router", config)
+    Scorer(root, expected=found.identity)
+    with (root / "stage2_vilu_head" / "1" / "labels.txt").open("a") as labels:
+        labels.write("more\n")
+    assert Scorer(root, cascade=False).identity == Scorer(cascade.root, cascade=False).identity
+    with pytest.raises(UserError, match="has changed since the job began"):
+        Scorer(root, expected=found.identity)
+    config.parameters["stages"].string_value = "[{}]"
+    save_config(root / "vilu_router", config)
+    with pytest.raises(UserError, match="does not name the stages of its cascade"):
+        Scorer(root)
+
+
+def test_a_class_set_put_live_is_answered_by_both_stages(cascade_served, cascade_root, cascade, images, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join(NAMES) + "\n", "utf-8")
-    (tmp_path / "token").write_text(CONTROL)
-    put = ("classes", "put", "pets", names, "--url", served.grpc, "--control-token", f"@{tmp_path / 'token'}")
+    (tmp_path / "token").write_text(STEER)
+    put = ("classes", "put", "pets", names, "--url", cascade_served.grpc, "--control-token", f"@{tmp_path / 'token'}")
     done = vilu(*put)
     assert (done.returncode, done.stderr) == (0, "")
-    with Client(served.grpc, model="vilu_cascade", batch_size=4) as client:
+    with Client(cascade_served.grpc, model="vilu_cascade", batch_size=4) as client:
         answers = client.ask(images, class_set="pets")
         assert client.run(get_set, "pets").classes == 4
         rows = np.eye(4, 128, dtype=np.float32)
         with pytest.raises(Exception, match="cascade has 2 CLIPs"):
-            client.run(put_set, "pets", NAMES, text_embeddings=rows, control_token=CONTROL)
+            client.run(put_set, "pets", NAMES, text_embeddings=rows, control_token=STEER)
     same(answers, images, cascade, NAMES)
     assert {answer.class_set for answer in answers} == {"pets@1"}
-    text = metrics(served).decode()
+    text = metrics(cascade_served).decode()
     for name in ("default", "open", "pets"):
         found = re.search(rf'^vilu_escalated_total{{[^}}]*class_set="{name}"[^}}]*}} (\S+)', text, re.MULTILINE)
         if name != "open":  # all of the few images may be answered by stage 1
@@ -171,27 +213,35 @@ def test_a_class_set_put_live_is_answered_by_both_stages(served, cascade, images
     counted = re.search(r'^vilu_escalated_total{[^}]*class_set="pets"[^}]*} (\S+)', text, re.MULTILINE)
     assert counted is not None
     assert float(counted[1]) == sum(answer.stage == 2 for answer in answers)
-    with Client(served.grpc, model="vilu_cascade") as client, pytest.raises(RequestRefused, match="is not served"):
+    with Client(cascade_served.grpc, model="vilu_cascade", batch_size=8, in_flight=1) as client:
+        same_bits(
+            Scorer(cascade_root, class_set="pets", details=True).answers(images).to_pylist(),
+            client.ask(images, class_set="pets", details=True),
+        )
+    with (
+        Client(cascade_served.grpc, model="vilu_cascade") as client,
+        pytest.raises(RequestRefused, match="is not served"),
+    ):
         client.ask(images[:1], class_set="none")[0].raise_for_error()
 
 
-def test_ask_over_http_and_by_the_command(served, cascade, images, tmp_path):
+def test_ask_over_http_and_by_the_command(cascade_served, cascade, images, tmp_path):
     by_stage = {cascade.eager(image)[0]: image for image in images if not cascade.eager(image)[4]}
     for number, image in by_stage.items():
-        status, _, found = send(served, "/ask?cascade=true", image)
+        status, _, found = send(cascade_served, "/ask?cascade=true", image)
         assert (status, found["stage"], found["escalation_failed"]) == (200, number, False)
         path = tmp_path / f"{number}.img"
         path.write_bytes(image)
-        asked = vilu("ask", path, "--model", "vilu_cascade", "--json", "--url", served.grpc)
+        asked = vilu("ask", path, "--model", "vilu_cascade", "--json", "--url", cascade_served.grpc)
         (answer,) = json.loads(asked.stdout)
         assert (answer["stage"], answer["label"]) == (number, found["label"])
-    status, _, found = send(served, "/ask", by_stage[2])
+    status, _, found = send(cascade_served, "/ask", by_stage[2])
     assert "stage" not in found
-    assert send(served, "/ask?cascade=2", by_stage[1])[0] == 400
+    assert send(cascade_served, "/ask?cascade=2", by_stage[1])[0] == 400
 
 
-def test_a_damaged_image_costs_the_others_nothing(served, cascade, images):
-    with Client(served.grpc, model="vilu_cascade", batch_size=4) as client:
+def test_a_damaged_image_costs_the_others_nothing(cascade_served, cascade, images):
+    with Client(cascade_served.grpc, model="vilu_cascade", batch_size=4) as client:
         answers = client.ask([images[0], b"no image", images[1]])
     assert "not a JPEG" in str(answers[1].error)
     same([answers[0], answers[2]], images[:2], cascade)
@@ -211,7 +261,7 @@ def test_three_stages_served_as_vilu_and_recorded(cascade, larger, images, tmp_p
     three = Cascade(root, checkpoints, clips, threshold, report)
     assert len(report["cascade"]["stages"]) == 2
     assert (versions.versions(root), versions.served(root)) == ([4], 4)
-    with serving(root, tmp_path, record=RecordOptions(str(tmp_path / "record"))) as (ports, _):
+    with door_over(root, tmp_path, record=RecordOptions(str(tmp_path / "record"))) as (ports, _):
         with Client(ports.grpc, batch_size=4) as client:
             answers = client.ask(images, stage=True, details=True)
             stages = same(answers, images, three)
@@ -219,9 +269,14 @@ def test_three_stages_served_as_vilu_and_recorded(cascade, larger, images, tmp_p
         assert send(ports, "/ask", images[0])[2]["stage"] == answers[0].stage
     assert set(stages) == {1, 2, 3}
     assert {answer.class_set for answer in answers} == {"default@4"}
-    rows = [row for path in sorted((tmp_path / "record").rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    rows = [row for part in open_record(str(tmp_path / "record")).batches(SCHEMA.names) for row in part.to_pylist()]
     router = load_config(root / "vilu_router" / "config.pbtxt").parameters["checkpoint"].string_value
-    assert {row["checkpoint"] for row in rows if "checkpoint" in row} == {router}
+    assert {row["checkpoint"] for row in rows} == {router}
+    recorded = {row["id"]: (row["stage"], row["escalation_failed"]) for row in rows}
+    for answer in answers:
+        assert recorded[answer.id] == (answer.stage, False)
+    (watched,) = watch(open_record(str(tmp_path / "record"))).watched
+    assert sum(watched.stages.values()) == len(rows) == len(images) + 2
 
 
 def test_a_stage_that_does_not_load_is_one_line(cascade, tmp_path):
@@ -243,7 +298,7 @@ def weak(cascade, tmp_path):
     config.parameters["escalation_seconds"].string_value = "3"
     config.parameters["max_waiting"].string_value = "8"
     save_config(root / "vilu_router", config)
-    with serving(root, tmp_path) as (ports, server):
+    with door_over(root, tmp_path) as (ports, server):
         yield ports, server
 
 

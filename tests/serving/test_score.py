@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.serving.helpers import same_bits
 from vilu.errors import UserError
 from vilu.serving import Client, Scorer
 from vilu.serving.offline import blocks, run_job
@@ -38,33 +39,15 @@ def png(value: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def same(rows, answers):
-    """Whether rows are the server's answers, to the last bit."""
-    for row, answer in zip(rows, answers, strict=True):
-        assert answer.error is None
-        for name in ("label", "class_index", "confidence", "failure_probability", "accept"):
-            assert row[name] == getattr(answer, name), name
-        if answer.top is not None:
-            assert tuple(zip(row["top_labels"], row["top_probabilities"], strict=True)) == answer.top
-            assert tuple(zip(row["concepts"], row["concept_weights"], strict=True)) == answer.concepts
-            assert (row["entropy"], row["doctor"]) == (answer.entropy, answer.doctor)
-            assert row["class_set"] == answer.class_set
-        if answer.outlier_score is not None:
-            assert row["outlier_score"] == answer.outlier_score
-        if answer.embedding is not None:
-            kept = np.array(row["image_embedding"], np.float16)
-            assert np.array_equal(kept, answer.embedding.astype(np.float16))
-
-
 @pytest.mark.server
 def test_answers_equal_the_servers_to_the_last_bit(server, scorer, repository, photos):
     images = photos[:BATCH]
     own = Scorer(repository, labels=["seven", "smörgåsbord"], details=True)
     with Client(server.grpc_url, batch_size=BATCH) as client:
         served = client.ask(images, details=True, embedding=True, outlier_score=True)
-        same(scorer.answers(images).to_pylist(), served)
-        same(scorer.answers(images, range(BATCH)).to_pylist(), served)
-        same(own.answers(images).to_pylist(), client.ask(images, ["seven", "smörgåsbord"], details=True))
+        same_bits(scorer.answers(images).to_pylist(), served)
+        same_bits(scorer.answers(images, range(BATCH)).to_pylist(), served)
+        same_bits(own.answers(images).to_pylist(), client.ask(images, ["seven", "smörgåsbord"], details=True))
         refused = client.ask([b"no image"])[0]
     assert scorer.answers([b"no image"])["error"].to_pylist() == [refused.error]
 

@@ -143,6 +143,22 @@ def test_a_job_here_is_quiet_and_is_not_done_twice(images, repository, expected,
     assert "was begun with another state of the input" in err
 
 
+def test_a_cascade_answers_with_every_stage(images, cascade, tmp_path):
+    job = [images, "--model-repository", cascade.root, "--output", tmp_path / "out", *SMALL, "--limit", 200]
+    code, out, err = score(*job)
+    assert (code, err) == (0, "")
+    paths = sorted(images.iterdir())[:200]
+    table = Scorer(cascade.root).answers([path.read_bytes() for path in paths], range(200))
+    assert written(tmp_path / "out") == dict(zip(map(str, paths), table.to_pylist(), strict=True))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    stages = table["stage"].to_pylist()
+    assert summary["stages"] == {str(number): stages.count(number) for number in (1, 2)}
+    assert f"{stages.count(2) / 200:.1%} by stage 2" in out
+    code, _, err = score(*job, "--first-stage")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "was begun with another state of the model repository" in err
+
+
 def test_bad_inputs_are_one_line_and_write_nothing(repository, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()

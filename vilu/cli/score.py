@@ -51,6 +51,7 @@ job_options = all_of(
 @click.option(
     "--outlier-score", is_flag=True, help="Also write the outlier score, where the repository's checkpoint has one."
 )
+@click.option("--first-stage", is_flag=True, help="Answer with the first stage of a cascade alone.")
 @click.option("--columns", default="", help="Columns to carry into the output, as a,b; of shards: txt, cls.")
 @click.option("--accept-only", is_flag=True, help="Keep only the rows whose answer is accepted.")
 @click.option(
@@ -67,6 +68,7 @@ def score_command(
     details: bool,
     embeddings: bool,
     outlier_score: bool,
+    first_stage: bool,
     columns: str,
     accept_only: bool,
     rows_per_file: int,
@@ -87,16 +89,20 @@ def score_command(
     INPUT is a folder of images, a pattern, a text file that lists images, WebDataset shards ('shards/{000..010}.tar'),
     or Parquet or CSV files with a column of paths or encoded images; local, or a URI such as s3://bucket/images.
 
+    A repository of a cascade answers as the cascade does, and the column `stage` says which stage answered.
+
     The output is a Parquet data set in OUTPUT/data, and a summary. A job that was killed goes on with the same command.
     """
     from vilu.class_set import read_names
     from vilu.serving.offline import Answers, run_job
+    from vilu.serving.offline.summary import stage_shares
 
+    names = read_names(labels) if labels else None
     summary = run_job(
         inputs,
         model_repository,
         output,
-        asked=Answers(class_set, read_names(labels) if labels else None, details, embeddings, outlier_score),
+        asked=Answers(class_set, names, details, embeddings, outlier_score, not first_stage),
         column=column,
         columns=[name.strip() for name in columns.split(",") if name.strip()],
         limit=limit,
@@ -113,7 +119,9 @@ def score_command(
         return
     run = summary["this_run"]
     accepted = "" if summary["accept_rate"] is None else f", {summary['accept_rate']:.1%} accepted"
-    said.result(f"{output}: {summary['rows']} rows{accepted}, {summary['bad_images']} bad images")
+    said.result(
+        f"{output}: {summary['rows']} rows{accepted}{stage_shares(summary)}, {summary['bad_images']} bad images"
+    )
     for reason, number in summary["reasons"].items():
         said.result(f"  {number}: {reason}")
     said.result(f"  this run: {run['rows']} rows, {run['images_per_second']:g} images/s")
