@@ -52,6 +52,10 @@ class Towers:
     def __call__(self, model, inputs, outputs):
         (first, *_) = inputs.values()
         self.asked.append((model, len(first)))
+        if model.endswith("vilu_details"):
+            if model.startswith("stage"):  # the first stage's come at once
+                self.hold.wait(5)
+            return {name: np.full((len(first), 1), len(model), np.float32) for name in outputs}
         self.hold.wait(5)
         if model in self.broken:
             raise RuntimeError("not loaded")
@@ -129,6 +133,7 @@ class Request:
     def __init__(self, numbers, failure):
         self.done = threading.Event()
         self.numbers, self.later = numbers, False
+        self.outputs = ["LABEL", "ACCEPT", "FAILURE_PROBABILITY", "STAGE", "ESCALATION_FAILED", "ANSWERED"]
         pixels = np.array(numbers, np.uint8)[:, None, None, None] + np.zeros((1, 2, 2, 3), np.uint8)
         files = np.array([[b"%d" % number] for number in numbers], object)
         embedding = np.zeros((len(numbers), DIMS[0]), np.float32)
@@ -137,14 +142,7 @@ class Request:
             self.tensors[name] = Tensor(name, value)
 
     def requested_output_names(self):
-        return [
-            "LABEL",
-            "ACCEPT",
-            "FAILURE_PROBABILITY",
-            "STAGE",
-            "ESCALATION_FAILED",
-            "ANSWERED",
-        ]
+        return self.outputs
 
     def parameters(self):
         return '{"class_set": "pets"}'
@@ -159,6 +157,16 @@ class Request:
             self.done.set()
 
         return SimpleNamespace(send=send)
+
+    @classmethod
+    def for_details(cls, stages):
+        """A request for the details of one answer of each of these stages."""
+        made = cls([0] * len(stages), np.zeros((len(DIMS), 1), np.float32))
+        made.tensors = {
+            "ANSWERED": Tensor("ANSWERED", np.array([[s, 7, *[0] * max(DIMS)] for s in stages], np.float32))
+        }
+        made.outputs = ["ENTROPY"]
+        return made
 
     @staticmethod
     def run(router, requests):
@@ -301,3 +309,22 @@ def test_a_stage_that_hangs_costs_its_own_images_alone(make):
     again = Request([3], failure)
     Request.run(router, [again])
     assert again.answered()["STAGE"].tolist() == [[2]]
+
+
+def test_a_stage_whose_details_hang_holds_up_no_others_for_long(make):
+    towers = Towers(np.zeros((3, 1), np.float32))
+    towers.hold.clear()
+    router, _ = make(towers, stages=2, escalation_seconds="1")
+    hanging = [Request.for_details([1, 2]) for _ in range(8)]
+    Request.run(router, hanging)
+    first = Request.for_details([1, 1])
+    Request.run(router, [first])
+    assert first.answered()["ENTROPY"].tolist() == [[len("vilu_details")]] * 2
+    assert not any(one.done.is_set() for one in hanging)
+    for one in hanging:
+        assert one.done.wait(10)
+        assert one.response.error.message() == "stage 2 gave no details in 1 s"
+    towers.hold.set()  # late details change nothing: a request has one response
+    again = Request.for_details([2])
+    Request.run(router, [again])
+    assert again.answered()["ENTROPY"].tolist() == [[len("stage2_vilu_details")]]

@@ -139,6 +139,25 @@ class Escalations:
             self.metrics[key].increment(by)
 
 
+class Details:
+    """The response to a request for details, which a thread sends, or the deadline in its place."""
+
+    def __init__(self, sender: Any, stage: int) -> None:
+        self.sender, self.stage = sender, stage  # the last stage that is asked
+        self.lock = threading.Lock()
+
+    def send(self, response: Any) -> None:
+        """Send a response, unless one was sent."""
+        with self.lock:
+            sender, self.sender = self.sender, None
+        if sender is not None:
+            _send(sender, response)
+
+    def expire(self, seconds: float) -> None:
+        text = f"stage {self.stage} gave no details in {seconds:g} s"
+        self.send(sets.error_response(sets.RequestError(text, pb_utils.TritonError.UNAVAILABLE)))
+
+
 class TritonPythonModel(head.Head):
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
@@ -150,7 +169,8 @@ class TritonPythonModel(head.Head):
         self.seconds = float(self.parameters["escalation_seconds"])
         self.batch = max(1, json.loads(args["model_config"])["max_batch_size"])
         self.pool = ThreadPoolExecutor(WORKERS)
-        self.details_pool = ThreadPoolExecutor(4)  # a stage that hangs does not hold up the others' details
+        # One for each stage: a stage that hangs does not hold up the details of those before it.
+        self.details_pools = [ThreadPoolExecutor(4) for _ in self.stages]
         self.counters = Escalations(args)
         self.lock = threading.Lock()
         self.waiting = 0  # requests that wait for later stages
@@ -314,6 +334,9 @@ class TritonPythonModel(head.Head):
         while (item := self.deadlines.get()) is not None:
             end, question = item
             time.sleep(max(0.0, end - time.monotonic()))
+            if isinstance(question, Details):
+                question.expire(self.seconds)
+                continue
             for row in sorted(question.open):
                 name, stage = question.name(row), int(question.stage[row, 0]) + 1
                 given = question.give_up([row])
@@ -330,9 +353,12 @@ class TritonPythonModel(head.Head):
         labels = pb_utils.get_input_tensor_by_name(request, "LABELS")
         own = None if labels is None else labels.as_numpy()
         wanted = list(request.requested_output_names())
-        self.details_pool.submit(self._send_details, request.get_response_sender(), name, answered, own, wanted)
+        reply = Details(request.get_response_sender(), int(answered[:, 0].max()))
+        self.deadlines.put((time.monotonic() + self.seconds, reply))
+        pool = self.details_pools[reply.stage - 1]
+        pool.submit(self._send_details, reply, name, answered, own, wanted)
 
-    def _send_details(self, sender: Any, class_set: str, answered: np.ndarray, own: Any, wanted: list[str]) -> None:
+    def _send_details(self, reply: Any, class_set: str, answered: np.ndarray, own: Any, wanted: list[str]) -> None:
         try:
             columns: dict[str, np.ndarray] = {}
             for number in sorted(set(answered[:, 0].astype(int).tolist())):
@@ -347,13 +373,13 @@ class TritonPythonModel(head.Head):
                     whole = columns.setdefault(name, np.empty((len(answered), *rows.shape[1:]), rows.dtype))
                     whole[mine] = rows
             tensors = [pb_utils.Tensor(name, columns[name]) for name in wanted]
-            _send(sender, pb_utils.InferenceResponse(output_tensors=tensors))
+            reply.send(pb_utils.InferenceResponse(output_tensors=tensors))
         except Exception as error:
-            _send(sender, sets.error_response(error))
+            reply.send(sets.error_response(error))
 
     def finalize(self) -> None:
         self.deadlines.put(None)
-        for pool in (self.pool, self.details_pool):
+        for pool in (self.pool, *self.details_pools):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
