@@ -23,7 +23,7 @@ from vilu.serving.record.table import Feedback, Record
 
 STREAM = ("class_set", "class_set_version", "model_version", "checkpoint")
 MATCHED = (*STREAM, "id", "time", "label", "failure_probability", "accept", "label_probability", "chosen")
-COLUMNS = (*MATCHED, "class_index", "embedding")
+COLUMNS = (*MATCHED, "class_index", "stage", "escalation_failed", "embedding")
 ENOUGH = 20  # right and wrong answers with labels, from which AUC and FPR95 are shown
 WAITING = 100_000  # answers without feedback that are kept in memory; others are looked up in the record
 LATEST = 20  # rejected answers that are shown
@@ -35,7 +35,10 @@ Verdict = tuple[bool | None, str | None]  # of Feedback: right, label
 
 @dataclass(frozen=True)
 class Window:
-    """One stretch of time. Times are in seconds since 1970; shares and risks are fractions, NaN where unknown."""
+    """One stretch of time. Times are in seconds since 1970; shares and risks are fractions, NaN where unknown.
+
+    escalated: share of the answers of a cascade that a later stage gave or was to give; NaN without a cascade.
+    """
 
     start: float
     answers: int
@@ -45,6 +48,7 @@ class Window:
     risk: float
     low: float
     high: float
+    escalated: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Watched:
         alarms: "risk", "drift", both or none.
         windows: the same over time.
         rejected: the latest rejected answers.
+        stages: stage of a cascade, as text -> how many answers it gave; empty without a cascade.
+        escalation_failed: answers that a later stage was to give and could not.
     """
 
     class_set: str
@@ -83,6 +89,8 @@ class Watched:
     alarms: tuple[str, ...]
     windows: tuple[Window, ...]
     rejected: tuple[dict[str, Any], ...]
+    stages: dict[str, int]
+    escalation_failed: int
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,8 @@ class _Sums:
     answers: int = 0
     accepted: int = 0
     expected: float = 0.0
+    staged: int = 0
+    escalated: int = 0
     labels: Counter[tuple[float, float]] = field(default_factory=Counter)
 
 
@@ -262,6 +272,8 @@ class _Stream:
         self.least = 1.0  # probability with which an accepted answer was chosen
         self.last = 0.0
         self.rejected: deque[dict[str, Any]] = deque(maxlen=LATEST)
+        self.stages: Counter[int] = Counter()
+        self.failed = 0
         self.scored: Counter[tuple[float, float, float]] = Counter()  # (P(failure), wrong, weight) of what was labelled
         self.reference = json.loads(reference) if reference else {}
         self.drift: dict[str, Drift] = {}
@@ -277,6 +289,10 @@ class _Stream:
         seconds = table["time"].cast(pa.int64()).to_numpy() / 1e6
         self.last = max(self.last, float(seconds.max()))
         at = (seconds // self.window).astype(np.int64)
+        stage = table["stage"].fill_null(0).to_numpy()
+        failed = table["escalation_failed"].fill_null(False).to_numpy()
+        self.stages.update(stage[stage > 0].tolist())
+        self.failed += int(failed.sum())
         if accept.any():
             self.least = min(self.least, float(_chances(table)[accept].min()))
         for number in np.unique(at).tolist():
@@ -284,6 +300,8 @@ class _Stream:
             sums.answers += int(here.sum())
             sums.accepted += int((here & accept).sum())
             sums.expected += float(failure[here & accept].sum(dtype=np.float64))
+            sums.staged += int((here & (stage > 0)).sum())
+            sums.escalated += int((here & ((stage > 1) | failed)).sum())
         self._see_drift(table, failure)
         for row in np.flatnonzero(~accept)[-LATEST:].tolist():
             self.rejected.append(
@@ -340,6 +358,7 @@ class _Stream:
                     bound.estimate,
                     low,
                     high,
+                    sums.escalated / sums.staged if sums.staged else math.nan,
                 )
             )
         low, high = whole.interval(level)
@@ -364,6 +383,8 @@ class _Stream:
             alarms=(*(("risk",) if over else ()), *(("drift",) if drifted else ())),
             windows=tuple(windows),
             rejected=tuple(self.rejected),
+            stages={str(stage): number for stage, number in sorted(self.stages.items())},
+            escalation_failed=self.failed,
         )
 
 

@@ -88,6 +88,8 @@ class Monitor:
             "target_risk": gauge("target_risk_ratio", "Error rate that was promised."),
         }
         self.drift = gauge("drift_log_evidence", "Log of the evidence against no drift.", (*LABELS, "statistic"))
+        self.stages = gauge("stage_answers", "Recorded answers by the stage of a cascade.", (*LABELS, "stage"))
+        self.failed = gauge("escalation_failed_answers", "Answers that a later stage was to give and could not.")
         self.alarm = gauge("alarm", "1 where there is an alarm.", (*LABELS, "reason"))
         self.fed = Counter("vilu_monitor_feedback", "Feedback by what became of it.", ("result",), registry=registry)
         self.failures = Counter("vilu_monitor_read_failures", "Readings that failed.", registry=registry)
@@ -125,7 +127,7 @@ class Monitor:
         self._show(self.report)
 
     def _show(self, report: Report) -> None:
-        for one in (*self.gauges.values(), self.drift, self.alarm):
+        for one in (*self.gauges.values(), self.drift, self.alarm, self.stages, self.failed):
             one.clear()
         for watched in report.watched:
             labels = [str(getattr(watched, name)) for name in LABELS]
@@ -135,6 +137,10 @@ class Monitor:
                     gauge.labels(*labels).set(value)
             for statistic, evidence in watched.drift.items():
                 self.drift.labels(*labels, statistic).set(evidence)
+            for stage, number in watched.stages.items():
+                self.stages.labels(*labels, stage).set(number)
+            if watched.stages:
+                self.failed.labels(*labels).set(watched.escalation_failed)
             for reason in ("risk", "drift"):
                 self.alarm.labels(*labels, reason).set(reason in watched.alarms)
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
+import pyarrow.compute as pc
 
 from vilu.errors import UserError
 from vilu.serving.record.feedback import is_right
 from vilu.serving.record.table import Record
 
 COLUMNS = ("id", "time", "checkpoint", "class_set", "class_index", "label", "failure_probability",
-           "label_probability", "chosen", "embedding")  # fmt: skip
+           "label_probability", "chosen", "stage", "embedding")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def read_labelled(
         since: leave out answers that are older.
         embeddings: read the embeddings, too.
 
+    Answers of a cascade are left out: a stage answers the images that it does not doubt, so what is recorded of one
+    stage is no sample of the images that its checkpoint alone would answer.
+
     Raises:
         UserError: the record has no such answers, or none of them with feedback that counts.
     """
@@ -60,8 +64,13 @@ def read_labelled(
     correct: list[bool] = []
     chance: list[np.ndarray] = []
     labels: list[str | None] = []
-    total = 0
+    total = cascaded = 0
     for table in record.batches(COLUMNS if embeddings else COLUMNS[:-1]):
+        mine = table["stage"].is_null()
+        cascaded += len(table) - pc.sum(mine).as_py()
+        table = table.filter(mine)
+        if not len(table):
+            continue
         keep = [
             one == checkpoint and name == "default" and (since is None or time >= since)
             for one, name, time in zip(
@@ -89,7 +98,10 @@ def read_labelled(
                 labels.append(label if correct[-1] else true)
         total += len(table)
     if not total:
-        raise UserError("the record has no answers of this checkpoint over its own class set")
+        more = (
+            f"; it has {cascaded} of a cascade, whose threshold `vilu calibrate --cascade` chooses" if cascaded else ""
+        )
+        raise UserError(f"the record has no answers of this checkpoint over its own class set{more}")
     if not rows:
         raise UserError(f"the record has {total} answers of this checkpoint, but no feedback that counts")
     return Labelled(

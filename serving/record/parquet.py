@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from vilu import atomic
 from vilu.errors import UserError
-from vilu.serving.record.table import SCHEMA, Feedback
+from vilu.serving.record.table import SCHEMA, Feedback, with_all
 
 MERGED = 64
 LEVELS = 2  # of merges: with a write about once a second, a file holds at most an hour
@@ -139,8 +139,9 @@ class ParquetRecord:
                     break
                 except (OSError, pa.ArrowException) as error:
                     raise UserError(f"{file.path}: cannot be read ({str(error).splitlines()[0]})") from None
-                for batch in opened.iter_batches(ROWS, columns=[*columns, "part"]):
-                    table = pa.Table.from_batches([batch])
+                there = [name for name in columns if name in opened.schema_arrow.names]
+                for batch in opened.iter_batches(ROWS, columns=[*there, "part"]):
+                    table = with_all(pa.Table.from_batches([batch]), columns)
                     if file.first <= after:
                         table = table.filter(pc.greater(table["part"], after))
                     if len(table):

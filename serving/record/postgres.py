@@ -34,6 +34,8 @@ CREATE TABLE IF NOT EXISTS vilu_answers (
     accept boolean NOT NULL, entropy real, label_probability real NOT NULL, chosen boolean NOT NULL, embedding bytea);
 ALTER TABLE vilu_answers ADD COLUMN IF NOT EXISTS writer text NOT NULL DEFAULT '';
 ALTER TABLE vilu_answers ADD COLUMN IF NOT EXISTS part integer NOT NULL DEFAULT 0;
+ALTER TABLE vilu_answers ADD COLUMN IF NOT EXISTS stage integer;
+ALTER TABLE vilu_answers ADD COLUMN IF NOT EXISTS escalation_failed boolean;
 CREATE TABLE IF NOT EXISTS vilu_writers (writer text PRIMARY KEY, part integer NOT NULL);
 INSERT INTO vilu_writers VALUES ('', 0) ON CONFLICT DO NOTHING;
 CREATE INDEX IF NOT EXISTS vilu_answers_part ON vilu_answers (writer, part);
@@ -127,7 +129,11 @@ class PostgresRecord:
         self, connection: psycopg.Connection[Any], columns: Sequence[str], where: str, given: Sequence[Any]
     ) -> Iterator[pa.Table]:
         schema = pa.schema([SCHEMA.field(name) for name in columns])
-        names = ", ".join(f"a.{name}" for name in schema.names)  # of SCHEMA: nothing that a user wrote
+        # An older version of vilu made the table without the last columns, and only a server adds them.
+        probe = connection.execute("SELECT * FROM vilu_answers LIMIT 0").description or ()
+        there = {column.name for column in probe}
+        # The names are those of SCHEMA: nothing that a user wrote.
+        names = ", ".join(f"a.{name}" if name in there else f"NULL AS {name}" for name in schema.names)
         with connection.cursor("vilu_rows") as cursor:
             cursor.itersize = ROWS
             cursor.execute(f"SELECT {names} FROM {where} ORDER BY a.time", given)

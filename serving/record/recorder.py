@@ -23,7 +23,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from vilu.errors import UserError
 from vilu.serving.record import open_record
-from vilu.serving.record.table import ANSWER, SCHEMA, Reply, table_of
+from vilu.serving.record.table import ANSWER, SCHEMA, STAGE, Reply, table_of
 from vilu.serving.server import PROBE_IMAGE
 
 MOST_REPLIES = 8192  # that wait to be written; more are dropped
@@ -120,6 +120,7 @@ class Recorder:
             more += ["IMAGE_EMBEDDING", "ENTROPY"]
         elif self.options.entropy:
             more += ["ENTROPY"]
+        more += STAGE  # of a cascade
         asked = {output.name for output in request.outputs}
         missing = [name for name in (*ANSWER, *more) if name in model["outputs"] and name not in asked]
         given = request.id if _ID.fullmatch(request.id) else secrets.token_hex(16)

@@ -16,6 +16,8 @@ from vilu.serving.answers import answer_ids
 
 # An answer. class_set and its version: "" and 0 for candidates of the request's own. label_probability: the chance with
 # which the answer was chosen to be labelled by a person; chosen: whether it was. part: which write of its writer's.
+# stage: of a cascade, the stage that answered, from 1; escalation_failed: whether a later one was to answer and could
+# not; both are null without a cascade, and in records of before there were any.
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -33,9 +35,12 @@ SCHEMA = pa.schema(
         ("entropy", pa.float32()),
         ("label_probability", pa.float32()),
         ("chosen", pa.bool_()),
+        ("stage", pa.int32()),
+        ("escalation_failed", pa.bool_()),
         ("embedding", pa.list_(pa.float16())),
     ]
 )
+STAGE = ("STAGE", "ESCALATION_FAILED")
 ANSWER = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 _NUMBERS = {"CLASS_INDEX": "<i4", "CONFIDENCE": "<f4", "FAILURE_PROBABILITY": "<f4", "ACCEPT": "?"}
 # A reply that waits to be written: its bytes, the id of its answers, microseconds since 1970, the checkpoint's digest,
@@ -106,8 +111,10 @@ def table_of(
         random: draws which answers are to be labelled.
         label_accepted, label_rejected: the probability of that.
     """
-    raw: dict[str, list[bytes]] = {name: [] for name in (*_NUMBERS, "ENTROPY", "IMAGE_EMBEDDING")}
-    rows: list[tuple[object, ...]] = []  # (id, ..., class_set_version, label, whether there is an entropy, width)
+    raw: dict[str, list[bytes]] = {name: [] for name in (*_NUMBERS, "ENTROPY", *STAGE, "IMAGE_EMBEDDING")}
+    rows: list[
+        tuple[object, ...]
+    ] = []  # (id, ..., class_set_version, label, whether there are entropy and stage, width)
     for data, request_id, time, checkpoint, class_set in replies:
         reply = pb.ModelInferResponse.FromString(data)
         given = dict(zip([output.name for output in reply.outputs], reply.raw_output_contents, strict=True))
@@ -117,6 +124,9 @@ def table_of(
             raw[name].append(given[name])
         entropy, embedding = given.get("ENTROPY"), given.get("IMAGE_EMBEDDING")
         raw["ENTROPY"].append(bytes(4 * number) if entropy is None else entropy)
+        staged = given.keys() >= set(STAGE)
+        raw["STAGE"].append(given["STAGE"] if staged else bytes(4 * number))
+        raw["ESCALATION_FAILED"].append(given["ESCALATION_FAILED"] if staged else bytes(number))
         raw["IMAGE_EMBEDDING"].append(embedding or b"")
         width = -1 if embedding is None else len(embedding) // (4 * number)
         sets = (
@@ -125,10 +135,10 @@ def table_of(
             else [_named(text) for text in _strings(given["CLASS_SET"])]
         )
         for answer_id, of, label in zip(answer_ids(request_id, number), sets, labels, strict=True):
-            rows.append((answer_id, time, model, version, checkpoint, *of, label, entropy is not None, width))
+            rows.append((answer_id, time, model, version, checkpoint, *of, label, entropy is not None, staged, width))
     if not rows:
         return SCHEMA.empty_table()
-    *columns, labelled, known, widths = zip(*rows, strict=True)
+    *columns, labelled, known, by_stage, widths = zip(*rows, strict=True)
     numbers = {name: np.frombuffer(b"".join(raw[name]), kind) for name, kind in _NUMBERS.items()}
     dims = np.array(widths)
     vectors = np.frombuffer(b"".join(raw["IMAGE_EMBEDDING"]), "<f4").astype(np.float16)
@@ -145,10 +155,20 @@ def table_of(
             pa.array(np.frombuffer(b"".join(raw["ENTROPY"]), "<f4"), mask=~np.array(known)),
             chance.astype(np.float32),
             random.random(len(rows)) < chance,
+            pa.array(np.frombuffer(b"".join(raw["STAGE"]), "<i4"), mask=~np.array(by_stage)),
+            pa.array(np.frombuffer(b"".join(raw["ESCALATION_FAILED"]), "?"), mask=~np.array(by_stage)),
             pa.ListArray.from_arrays(ends, pa.array(vectors), mask=pa.array(dims < 0)),
         ],
         schema=SCHEMA,
     )
+
+
+def with_all(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """The table with these columns of SCHEMA: nulls where an older version of vilu wrote none."""
+    for name in columns:
+        if name not in table.column_names:
+            table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
+    return table
 
 
 def _strings(raw: bytes) -> list[str]:

@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 from starlette.testclient import TestClient
 
 from tests.serving.browser import Browser, find_chromium, web
 from tests.serving.helpers import BIN
+from vilu.cli.monitor import monitor_command
 from vilu.errors import UserError
 from vilu.evaluation.reference import summarise
 from vilu.serving.monitor import Watcher, watch
 from vilu.serving.monitor_service import Monitor, as_plain
 from vilu.serving.record import ParquetRecord, parquet
 from vilu.serving.record.feedback import Taken, give_feedback, read_feedback, to_label
+from vilu.serving.record.labelled import read_labelled
 from vilu.serving.record.table import SCHEMA
 
 START = datetime(2026, 1, 2, tzinfo=timezone.utc)
@@ -38,8 +41,10 @@ def world(random, n, shift=0.0):
     return failure, wrong, random.integers(0, 5, n), random.normal(shift, 1, (n, 8))
 
 
-def fill(record, random, n, *, start=0, shift=0.0, policy=(0.2, 1.0), version=1, threshold=0.3, feedback=True):
-    """Record n answers and the feedback that the policy asks for."""
+def fill(
+    record, random, n, *, start=0, shift=0.0, policy=(0.2, 1.0), version=1, threshold=0.3, feedback=True, later=None
+):
+    """Record n answers and the feedback that the policy asks for. later: share of a cascade's that stage 2 gives."""
     failure, wrong, index, embedding = world(random, n, shift)
     rows, lines = [], []
     for i in range(n):
@@ -63,6 +68,8 @@ def fill(record, random, n, *, start=0, shift=0.0, policy=(0.2, 1.0), version=1,
                 "entropy": None,
                 "label_probability": chance,
                 "chosen": chosen,
+                "stage": None if later is None else 1 + (i < later * n),
+                "escalation_failed": None if later is None else i == n - 1,
                 "embedding": embedding[i].astype(np.float16),
             }
         )
@@ -132,6 +139,31 @@ def test_feedback_is_weighted_by_the_policy(record):
 
     (one,) = watch(record).watched
     assert one.auc == pytest.approx(auroc(-failure, ~wrong), abs=0.02)
+
+
+def test_the_stages_of_a_cascade_are_counted_over_time(record):
+    random = np.random.default_rng(18)
+    fill(record, random, 100, later=0.2)
+    fill(record, random, 100, start=100, later=0.5)
+    report = watch(record, window=100)
+    (one,) = report.watched
+    assert (one.stages, one.escalation_failed) == ({"1": 130, "2": 70}, 2)
+    assert [window.escalated for window in one.windows] == [0.21, 0.51]  # a failed one was to go on
+    monitor = Monitor(record)
+    with TestClient(monitor.app) as client:
+        client.portal.call(monitor.read)
+        text = client.get("/metrics").text
+    labels = 'class_set="default",class_set_version="1",model_version="1"'
+    assert f'vilu_monitor_stage_answers{{{labels},stage="2"}} 70.0' in text
+    assert f"vilu_monitor_escalation_failed_answers{{{labels}}} 2.0" in text
+    table = CliRunner().invoke(monitor_command, ["--once", "--record", str(record.folder)], env={"COLUMNS": "200"})
+    assert "35.0%, 1.0% failed" in table.output
+    with pytest.raises(UserError, match=r"no answers of this .*; it has 200 of a cascade, whose threshold"):
+        read_labelled(record, CHECKPOINT)
+    fill(record, random, 50, start=200, policy=(1.0, 1.0))  # of stage 1 alone, served beside the cascade
+    assert len(read_labelled(record, CHECKPOINT).failure_probability) == 50
+    (one,) = watch(record, window=100).watched
+    assert one.windows[-1].escalated != one.windows[-1].escalated  # there is no cascade in this window
 
 
 def test_answers_of_which_none_is_to_be_labelled_are_counted(record):

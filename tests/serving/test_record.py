@@ -14,6 +14,7 @@ from datetime import datetime, timedelta, timezone
 
 import grpc
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from prometheus_client import CollectorRegistry
 from tritonclient.grpc import service_pb2 as pb
@@ -24,6 +25,7 @@ from vilu import atomic
 from vilu.errors import UserError
 from vilu.serving import Client
 from vilu.serving.door import Door
+from vilu.serving.monitor import watch
 from vilu.serving.record import Feedback, ParquetRecord, open_record, parquet, recorder
 from vilu.serving.record.recorder import Recorder, RecordOptions
 from vilu.serving.record.table import ANSWER, SCHEMA, table_of
@@ -32,8 +34,8 @@ from vilu.serving.server import probe
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 
 
-def reply(labels=("cat",), *, class_set="pets@3", dim=0):
-    """A reply about as many images as there are labels; the even ones are accepted."""
+def reply(labels=("cat",), *, class_set="pets@3", dim=0, stages=()):
+    """A reply about as many images as there are labels; the even ones are accepted. stages: a cascade's, from 1."""
     n = len(labels)
     out = pb.ModelInferResponse(model_name="vilu", model_version="2")
     columns = {
@@ -44,6 +46,9 @@ def reply(labels=("cat",), *, class_set="pets@3", dim=0):
         "ACCEPT": ("BOOL", (np.arange(n) % 2 == 0).tobytes()),
         "CLASS_SET": ("BYTES", strings(*[class_set.encode()] * n)),
     }
+    if stages:
+        columns["STAGE"] = ("INT32", np.array(stages, "<i4").tobytes())
+        columns["ESCALATION_FAILED"] = ("BOOL", np.zeros(n, bool).tobytes())
     if dim:
         columns["IMAGE_EMBEDDING"] = ("FP32", np.ones((n, dim), "<f4").tobytes())
     for name, (kind, raw) in columns.items():
@@ -76,6 +81,22 @@ def test_rows_of_replies():
     assert {(row["model_version"], row["time"], row["entropy"]) for row in rows} == {(2, NOW, None)}
     assert [row["embedding"] for row in rows] == [[1.0] * 4, [1.0] * 4, None]
     assert table().schema == SCHEMA
+    staged = table((own, "a", NOW), (reply(("cat", "dog"), stages=(2, 1)), "b", NOW)).to_pylist()
+    assert [(row["stage"], row["escalation_failed"]) for row in staged] == [(None, None), (2, False), (1, False)]
+
+
+def test_a_record_that_an_older_version_wrote_is_read(tmp_path):
+    record = ParquetRecord(tmp_path, create=True)
+    record.append(made_rows(2))
+    (path,) = tmp_path.glob("answers-*")
+    pq.write_table(pq.read_table(path).drop_columns(["stage", "escalation_failed"]), path)
+    record.append(table((reply(stages=(2,)), "new", NOW)))
+    columns = ["id", "stage", "escalation_failed"]
+    found = {row["id"]: row["stage"] for part in record.batches(columns) for row in part.to_pylist()}
+    assert found == {"r0": None, "r1": None, "new": 2}
+    (part,) = record.find(["r0"], columns)
+    assert part.column_names == columns
+    assert watch(record).watched[0].answers == 3
 
 
 def test_small_files_become_large_ones_and_no_row_is_lost_or_doubled(tmp_path, monkeypatch):

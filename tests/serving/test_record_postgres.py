@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from tests.serving.helpers import wait
-from tests.serving.test_record import made_rows, reply
+from tests.serving.test_record import NOW, made_rows, reply, table
 from vilu.errors import UserError
 from vilu.serving.address import free_port
 from vilu.serving.monitor import watch
@@ -109,6 +109,21 @@ def test_feedback_and_the_monitor(url):
     assert give_feedback(record, said[:1]) == Taken(repeated=1)
     (one,) = watch(record).watched
     assert (one.answers, one.labelled, one.risk) == (3, 2, 0.5)
+
+
+def test_a_table_that_an_older_version_made_is_read_and_gets_its_new_columns_from_a_server(url):
+    open_record(url, create=True).append(made_rows(1))
+    import psycopg
+
+    new = "stage", "escalation_failed"
+    with psycopg.connect(url) as connection:
+        for name in new:
+            connection.execute(f"ALTER TABLE vilu_answers DROP COLUMN {name}")
+    (row,) = rows_in(url)
+    assert [row[name] for name in new] == [None, None]
+    assert watch(open_record(url)).watched[0].answers == 1
+    open_record(url, create=True).append(table((reply(stages=(2,)), "new", NOW)))
+    assert {row["id"]: row["stage"] for row in rows_in(url)} == {"r0": None, "new": 2}
 
 
 def test_a_reader_that_comes_again_gets_what_came_since_from_every_server(url):

@@ -11,7 +11,7 @@ from vilu.cli.command import Command
 from vilu.cli.options import SECONDS, host_option, record_option
 
 if TYPE_CHECKING:
-    from vilu.serving.monitor import Report
+    from vilu.serving.monitor import Report, Watched
 
 
 @click.command("monitor", cls=Command, extra="record")
@@ -77,6 +77,18 @@ def monitor_command(
     return 1 if report.alarm else 0
 
 
+ALL = ("accepted", "labelled", "risk", "target", "expected", "drift")  # columns of the table
+
+
+def _escalated(one: Watched) -> str:
+    """The share of a cascade's answers that later stages gave, and of those that they could not give."""
+    answered = sum(one.stages.values())
+    if not answered:
+        return ""
+    failed = f", {one.escalation_failed / answered:.1%} failed" if one.escalation_failed else ""
+    return f"{1 - one.stages.get('1', 0) / answered:.1%}{failed}"
+
+
 def _print(report: Report) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -85,7 +97,8 @@ def _print(report: Report) -> None:
     def percent(value: float | None) -> str:
         return "" if value is None or value != value else f"{value:.1%}"
 
-    table = Table("class set", "version", "answers", "accepted", "labelled", "risk", "target", "expected", "drift", "")
+    staged = ["later stages"] if any(one.stages for one in report.watched) else []
+    table = Table("class set", "version", "answers", *staged, *ALL, "")
     for one in report.watched:
         risk = f"{percent(one.risk)} ({percent(one.low)}–{percent(one.high)})" if one.labelled else ""
         drift = max(one.drift.values(), default=None)
@@ -93,6 +106,7 @@ def _print(report: Report) -> None:
             escape(f"{one.class_set}@{one.class_set_version}" if one.class_set else "own labels"),
             str(one.model_version),
             str(one.answers),
+            *[_escalated(one) for _ in staged],
             percent(one.accepted / one.answers),
             str(one.labelled),
             risk,
