@@ -319,6 +319,14 @@ def test_where_stage_2_is_slow_overloaded_or_dead_stage_1_answers_rejected(weak,
         )
         return sum(map(float, found))
 
+    details = stub_of(server.process.pid, "stage2_vilu_details")
+    os.kill(details, signal.SIGSTOP)
+    try:  # who asks for details that a stage does not give hears so; stage 1's details come
+        status, _, found = send(ports, "/ask?cascade=true&details=true", doubtful[0])
+        assert (status, "stage 2" in str(found) or "stage2" in str(found)) == (503, True), found
+        assert send(ports, "/ask?cascade=true&details=true", good[0])[0] == 200
+    finally:
+        os.kill(details, signal.SIGCONT)
     with Client(ports.grpc, model="vilu_cascade", batch_size=1, in_flight=8) as client:
         same(client.ask(doubtful), doubtful, cascade)
         os.kill(stub, signal.SIGSTOP)
