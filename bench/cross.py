@@ -41,19 +41,30 @@ from vilu.evaluation.metrics import auroc
 from vilu.recipes import Recipe
 from vilu.train import fit
 from vilu.training.batches import clip_answers, make_batch
-from vilu.training.linear import Linear, fit_linear
+from vilu.training.linear import Classes, Linear, fit_linear
 from vilu.training.loss import failure_weights, head_columns
 
 
 class Answers(NamedTuple):
-    """What a linear start reads of N images: log-odds (N,), columns (N, D) by part, and CLIP's mistakes (N,)."""
+    """What a linear start reads of N images: log-odds (N,), columns (N, D) by part, CLIP's mistakes (N,), the classes.
+
+    probability: (K,) the mean of CLIP's probabilities.
+    """
 
     odds: Tensor
     columns: dict[str, Tensor]
     wrong: Tensor
+    predicted: Tensor
+    text: Tensor
+    probability: Tensor
 
     def some(self, rows: Tensor) -> Answers:
-        return Answers(self.odds[rows], {part: c[rows] for part, c in self.columns.items()}, self.wrong[rows])
+        return self._replace(
+            odds=self.odds[rows],
+            columns={part: c[rows] for part, c in self.columns.items()},
+            wrong=self.wrong[rows],
+            predicted=self.predicted[rows],
+        )
 
 
 def answers_of(data: EmbeddedSet) -> Answers:
@@ -62,7 +73,8 @@ def answers_of(data: EmbeddedSet) -> Answers:
     assert found is not None
     batch = make_batch(data, found, torch.arange(len(data)), recipe)
     columns = head_columns(ViLUHead(data.text.normalised.shape[1], projection="identity"), batch)
-    return Answers(found.log_odds, columns, found.wrong)
+    text, probability = data.text.normalised, found.mass / len(data)
+    return Answers(found.log_odds, columns, found.wrong, found.predicted, text, probability)
 
 
 def linear(parts: Sequence[Answers], seed: int, even: bool = False) -> Linear:
@@ -73,7 +85,14 @@ def linear(parts: Sequence[Answers], seed: int, even: bool = False) -> Linear:
     ]
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     odds, wrong = torch.cat([part.odds for part in parts]), torch.cat([part.wrong for part in parts])
-    return fit_linear(odds, columns, wrong, torch.cat(weights), seed)
+    predicted, masses, known = [], [], 0
+    for part in parts:
+        answered = torch.bincount(part.predicted, minlength=len(part.text))
+        masses.append(answered + len(part.odds) * part.probability)
+        predicted.append(part.predicted + known)
+        known += len(part.text)
+    classes = Classes(torch.cat(predicted), torch.cat([part.text for part in parts]), torch.cat(masses))
+    return fit_linear(odds, columns, wrong, torch.cat(weights), seed, classes)
 
 
 def confidence(found: Linear, answers: Answers) -> np.ndarray:

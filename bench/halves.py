@@ -141,9 +141,10 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> list[dict[str, Any]]
 @click.argument("sets", nargs=-1, required=True)
 @click.option("--sizes", default="50,100,200,400,half", show_default=True, help="Numbers of training images.")
 @click.option("--splits", default=4, show_default=True, type=click.IntRange(1), help="Number of random halves.")
+@click.option("--first-seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the first half.")
 @click.option("--rows", default=",".join(ROWS), show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Path of the results without suffix.")
-def main(sets: tuple[str, ...], sizes: str, splits: int, rows: str, output: Path | None) -> None:
+def main(sets: tuple[str, ...], sizes: str, splits: int, first_seed: int, rows: str, output: Path | None) -> None:
     """Measure the default recipe beside its simplest rivals on halves of labelled embeddings."""
     chosen = [row.strip() for row in rows.split(",")]
     if unknown := [row for row in chosen if row not in ROWS]:
@@ -156,9 +157,9 @@ def main(sets: tuple[str, ...], sizes: str, splits: int, rows: str, output: Path
             data = read(name)
             for size in wanted:
                 runs: list[dict[str, dict[str, float]]] = []
-                for seed in range(splits):
+                for seed in range(first_seed, first_seed + splits):
                     train, test = split(data, size, seed)
-                    bar(f"{data.name}, {len(train)} images", seed + 1, splits)
+                    bar(f"{data.name}, {len(train)} images", seed - first_seed + 1, splits)
                     try:
                         runs.append(run(train, test, seed, chosen))
                     except UserError:  # too few mistakes among few images
@@ -183,7 +184,7 @@ def main(sets: tuple[str, ...], sizes: str, splits: int, rows: str, output: Path
                 head = ("", "AUC", "FPR95", "worse than MCM", "better", "CPU seconds")
                 click.echo("\n".join([label, "", *markdown_table(head, lines), ""]))
     if output is not None:
-        write_results(output, {".json": {**origin(), "splits": splits, "results": results}})
+        write_results(output, {".json": {**origin(), "splits": splits, "first_seed": first_seed, "results": results}})
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class ClipAnswers(NamedTuple):
     log_odds: (N,) CLIP's log-odds of being wrong.
     target: (N,) CLIP's probability of the true class.
     attended: (N, D) float32, attention over the classes; None where training changes it or it was not kept.
+    mass: (K,) float64, the sum of CLIP's probabilities of each class.
     """
 
     predicted: Tensor
@@ -53,6 +54,7 @@ class ClipAnswers(NamedTuple):
     log_odds: Tensor
     target: Tensor
     attended: Tensor | None
+    mass: Tensor
 
 
 def clip_answers(data: EmbeddedSet, recipe: Recipe, *, keep_attention: bool = True) -> ClipAnswers | None:
@@ -76,19 +78,21 @@ def clip_answers(data: EmbeddedSet, recipe: Recipe, *, keep_attention: bool = Tr
     attended = _file_backed(len(data), data.image.normalised.shape[1]) if keep_attention else None
     # Made before the loop: small tensors kept from each block would lie between the large ones and pin their memory.
     predicted, odds, target = torch.empty(len(data), dtype=torch.int64), torch.empty(len(data)), torch.empty(len(data))
+    mass = torch.zeros(len(data.text), dtype=torch.float64)
     for start in range(0, len(data), BLOCK):
         rows = slice(start, start + BLOCK)
         logits = data.image.normalised[rows].float() @ data.text.normalised.T
         p = torch.softmax(data.logit_scale * logits, dim=-1)
         predicted[rows], odds[rows] = logits.argmax(dim=-1), log_odds(data.logit_scale * logits)
         target[rows] = p.gather(1, data.labels[rows, None]).squeeze(1)
+        mass += p.sum(dim=0)
         if attended is not None:
             attended[rows] = p @ data.text.normalised  # the scale is CLIP's own where there are no projections
     wrong = predicted != data.labels
     failures = int(wrong.sum())
     if failures < 2 or failures > len(wrong) - 2:
         raise UserError(f"{data.name}: CLIP is wrong on {failures} of {len(wrong)} samples; both kinds are needed")
-    return ClipAnswers(predicted, wrong, odds, target, attended)
+    return ClipAnswers(predicted, wrong, odds, target, attended, mass)
 
 
 def make_batch(

@@ -3,8 +3,13 @@
     logit = a · log((1 − p) / p) + w_p · t_pred + w_a · (z − t_pred) + b
 
 t_pred tells which answers CLIP tends to get wrong, z − t_pred with which other candidates it confuses them. A function
-of embeddings, not of class numbers, also serves class sets that were not trained on. The weights are those of a
-logistic regression whose L2 penalty is chosen by cross-validation, so few samples leave MCM's ranking as it is.
+of embeddings, not of class numbers, also serves class sets that were not trained on.
+
+w_p has two forms. In the first, answers with similar embeddings have similar weights. In the second, each class has a
+weight of its own (the class bias of `vilu.scores.ClassBias`), and w_p is the linear function of t_pred that is nearest
+to these weights: with no more classes than dimensions, it is equal to them. Each form is fitted with several L2
+penalties. The start is the mean of all these regressions and of the one without a linear function. Each counts as much
+as its cross-validated loss is likely to be the least, so few samples move MCM's ranking little.
 
 The MLP can hold the function exactly: two units of each layer carry max(x, 0) and max(−x, 0), the last one subtracts
 them. The head's form, its files, graphs and kernels stay as they are, and training goes on from there.
@@ -12,8 +17,7 @@ them. The head's form, its files, graphs and kernels stay as they are, and train
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,13 +25,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vilu.head import ViLUHead
+from vilu.training.logistic import Design, average_shares, newton
 
-LIMIT = 20_000  # samples are enough: the function has about a thousand weights
-PENALTIES = (math.inf, 32.0, 8.0, 2.0, 0.5, 0.125)  # from "no linear function" on; each solution starts the next
+LIMIT = 20_000  # samples, or classes with a weight each: the function has about a thousand weights
+PENALTIES = (32.0, 8.0, 2.0, 0.5, 0.125)  # each solution starts the next
 FOLDS = 5
-CAUTION = 0.5  # standard errors by which the gain over no linear function must exceed 0: few samples choose by luck
+CAUTION = 0.5  # standard errors of its gain over no linear function by which a regression's loss is raised
+DRAWS = 200  # of the Bayesian bootstrap that gives the regressions their shares
 ENERGY = 0.999  # share of the features' variance that their principal components must keep
 COMPONENTS = 256  # at most
+RIDGE = 1e-6  # on the squared length of w_p, beside the mean squared error of the class weights
+
+
+class Classes(NamedTuple):
+    """The class set of N samples.
+
+    predicted: (N,) int64, the class that CLIP answers.
+    text: (K, D) text embeddings.
+    mass: (K,) how much each class counts: how often CLIP answers it, or nearly does.
+    """
+
+    predicted: Tensor
+    text: Tensor
+    mass: Tensor
 
 
 class Linear(NamedTuple):
@@ -36,16 +56,23 @@ class Linear(NamedTuple):
     slope: factor a on CLIP's log-odds.
     weight: (W,) weights of the columns that the MLP reads.
     bias: the offset b.
-    penalty: the L2 penalty chosen; infinite: no linear function.
+    share: share of the regressions with a linear function in the average, from 0 to 1.
     """
 
     slope: float
     weight: Tensor
     bias: float
-    penalty: float
+    share: float
 
 
-def fit_linear(odds: Tensor, columns: dict[str, Tensor], wrong: Tensor, weights: Tensor, seed: int) -> Linear:
+def fit_linear(
+    odds: Tensor,
+    columns: dict[str, Tensor],
+    wrong: Tensor,
+    weights: Tensor,
+    seed: int,
+    classes: Classes | None = None,
+) -> Linear:
     """Fit the linear start to CLIP's mistakes.
 
     Args:
@@ -55,22 +82,21 @@ def fit_linear(odds: Tensor, columns: dict[str, Tensor], wrong: Tensor, weights:
         wrong: (N,) bool, whether CLIP's answer is wrong.
         weights: (N,) weight of each sample in the loss.
         seed: seed of the cross-validation's folds.
+        classes: the class set, for a weight per class; None: captions, which have no class set.
 
-    Source: the class bias (a logistic regression with a weight per predicted class) as a function of embeddings.
+    Source: the class bias, a logistic regression with a weight per predicted class, as a function of embeddings. The
+        average is pseudo-BMA+ (`vilu.training.logistic.average_shares`).
     """
-    x = torch.stack([odds.double(), torch.ones(len(odds), dtype=torch.float64)], dim=1)
+    base = torch.stack([odds.double(), torch.ones(len(odds), dtype=torch.float64)], dim=1)
     y, w = wrong.double(), weights.double()
-    if not columns:
-        beta = _newton(x, y, w, math.inf, None)
-        return Linear(max(float(beta[0]), 1e-2), torch.zeros(0), float(beta[1]), math.inf)
-    features, to_weight = _features(columns)
-    x = torch.cat([x, features], dim=1)
-    penalty = _choose_penalty(x, y, w, seed)
-    beta = _newton(x, y, w, math.inf, None)
-    for value in PENALTIES[1 : PENALTIES.index(penalty) + 1]:
-        beta = _newton(x, y, w, value, beta)
-    weight, offset = to_weight(beta[2:])
-    return Linear(max(float(beta[0]), 1e-2), weight.float(), float(beta[1]) + offset, penalty)
+    models = []
+    if columns:
+        models.append(_model(base, columns, None))
+        if classes is not None and "predicted" in columns and len(classes.text) <= LIMIT:
+            models.append(_model(base, columns, classes))
+    shares = _shares(base, columns, models, y, w, seed)
+    found = shares @ torch.stack([*_path(base, models, y, w)])
+    return Linear(max(float(found[0]), 1e-2), found[2:].float(), float(found[1]), 1 - float(shares[0]))
 
 
 def carry(head: ViLUHead, linear: Linear) -> None:
@@ -92,20 +118,81 @@ def carry(head: ViLUHead, linear: Linear) -> None:
         layers[-1].weight[0, -2], layers[-1].weight[0, -1] = 1, -1
 
 
-def _features(columns: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, float]]]:
+class _Model(NamedTuple):
+    """One form of the linear function.
+
+    design: what the samples are regressed on.
+    to_columns: from the regression's weights to slope, offset and the weights of the columns (2 + W,).
+    """
+
+    design: Design
+    to_columns: Callable[[Tensor], Tensor]
+
+
+def _model(base: Tensor, columns: dict[str, Tensor], classes: Classes | None) -> _Model:
+    """The form of the linear function without (None) or with a weight per class."""
+    features, to_weight = _features(columns, similar=classes is None)
+    x = torch.cat([base, features], dim=1)
+    width = x.shape[1]
+    if classes is None:
+        design, nearest = Design(x), None
+    else:
+        design, nearest = Design(x, classes.predicted, len(classes.text)), _nearest(classes)
+
+    def to_columns(beta: Tensor) -> Tensor:
+        weight, offset = to_weight(beta[2:width])
+        if nearest is not None:
+            of_text, level = nearest(beta[width:])
+            weight["predicted"] = weight["predicted"] + of_text
+            offset += level
+        return torch.cat([beta[:1], beta[1:2] + offset, *weight.values()])
+
+    return _Model(design, to_columns)
+
+
+def _nearest(classes: Classes) -> Callable[[Tensor], tuple[Tensor, float]]:
+    """A function from class weights (K,) to the nearest linear function of text embeddings: weights (D,), offset.
+
+    Least squares, each class counted by its mass. RIDGE keeps the function small where classes have nearly one
+    embedding.
+    """
+    share = (classes.mass / classes.mass.sum()).double()
+    text = classes.text.double()
+    mean = share @ text
+    centred = text - mean
+    gram = (centred * share[:, None]).T @ centred
+    factor = torch.linalg.cholesky(gram + RIDGE * torch.eye(len(gram), dtype=torch.float64))
+
+    def nearest(weight: Tensor) -> tuple[Tensor, float]:
+        level = share @ weight
+        moment = centred.T @ (share * (weight - level))
+        of_text = torch.cholesky_solve(moment[:, None], factor).squeeze(1)
+        return of_text, float(level - mean @ of_text)
+
+    return nearest
+
+
+def _features(
+    columns: dict[str, Tensor], similar: bool
+) -> tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor], float]]]:
     """Principal components (N, R) float64 of the features; and a function from their weights to the columns'.
 
     The features are t_pred without its mean, over its mean length, and z − t_pred at twice that scale: measured on
     CLIP ViT-B/32 embeddings, that is the order of what each of them explains.
+
+    Args:
+        columns: as in `fit_linear`.
+        similar: whether t_pred is a feature; else the classes have weights of their own.
     """
     predicted, attended = columns.get("predicted"), columns.get("attended")
-    blocks: list[tuple[Tensor, dict[str, float]]] = []  # a feature block, and its factor on each column
     base = predicted if predicted is not None else attended
     if base is None:
         base = next(iter(columns.values()))
     scale = float((base.double() - base.double().mean(dim=0)).norm(dim=1).mean().clamp(min=1e-6))
+    blocks: list[tuple[Tensor, dict[str, float]]] = []  # a feature block, and its factor on each column
     if predicted is not None:
-        blocks.append((predicted.double() / scale, {"predicted": 1 / scale}))
+        if similar:
+            blocks.append((predicted.double() / scale, {"predicted": 1 / scale}))
         if attended is not None:
             factor = 2 / scale
             blocks.append(((attended - predicted).double() * factor, {"attended": factor, "predicted": -factor}))
@@ -113,19 +200,19 @@ def _features(columns: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], tu
         blocks.append((attended.double() / scale, {"attended": 1 / scale}))
     else:
         blocks.append((base.double() / scale, {"image": 1 / scale}))
-    phi = torch.cat([block for block, _ in blocks], dim=1)
+    width = base.shape[1]
+    phi = torch.cat([block for block, _ in blocks], dim=1) if blocks else base.double()[:, :0]
     mean = phi.mean(dim=0)
     phi = phi - mean
-    axes = _principal_axes(phi)
+    axes = _principal_axes(phi) if blocks else phi.new_zeros(0, 0)
 
-    def to_weight(beta: Tensor) -> tuple[Tensor, float]:
+    def to_weight(beta: Tensor) -> tuple[dict[str, Tensor], float]:
         per_feature = beta @ axes
-        width = base.shape[1]
         out = {part: torch.zeros(width, dtype=torch.float64) for part in columns}
-        for (_, factors), part_weight in zip(blocks, per_feature.split(width), strict=True):
+        for i, (_, factors) in enumerate(blocks):
             for part, factor in factors.items():
-                out[part] += factor * part_weight
-        return torch.cat([out[part] for part in columns]), -float(per_feature @ mean)
+                out[part] += factor * per_feature[i * width : (i + 1) * width]
+        return out, -float(per_feature @ mean)
 
     return phi @ axes.T, to_weight
 
@@ -148,66 +235,43 @@ def _principal_axes(phi: Tensor) -> Tensor:
     return F.normalize(axes @ phi, dim=1) if wide else axes
 
 
-def _choose_penalty(x: Tensor, y: Tensor, w: Tensor, seed: int) -> float:
-    """The penalty with the least cross-validated loss. The folds are stratified by failure."""
+def _shares(base: Tensor, columns: dict[str, Tensor], models: list[_Model], y: Tensor, w: Tensor, seed: int) -> Tensor:
+    """The share of each regression of `_path`, from cross-validated losses. The folds are stratified by failure."""
+    regressions = 1 + len(models) * len(PENALTIES)
     folds = min(FOLDS, int(y.sum()), int((1 - y).sum()))
-    if folds < 2:
-        return math.inf
+    if folds < 2 or not models:
+        return F.one_hot(torch.tensor(0), regressions).double()
     generator = torch.Generator().manual_seed(seed)
     place = torch.empty(len(y), dtype=torch.int64)
     for kind in (y > 0, y == 0):
         members = kind.nonzero().squeeze(1)
         place[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members)) % folds
-    losses = torch.zeros(len(PENALTIES), len(y), dtype=torch.float64)
+    losses = torch.zeros(regressions, len(y), dtype=torch.float64)
     for fold in range(folds):
         held = place == fold
-        beta = None
-        for i, penalty in enumerate(PENALTIES):
-            beta = _newton(x[~held], y[~held], w[~held], penalty, beta)
-            logits = x[held] @ beta
-            losses[i, held] = F.binary_cross_entropy_with_logits(logits, y[held], w[held], reduction="none")
-    best = int(losses.mean(dim=1).argmin())
-    gain = losses[0] - losses[best]
-    if float(gain.mean()) <= CAUTION * float(gain.std()) / math.sqrt(len(y)):
-        return math.inf
-    return PENALTIES[best]
+        parts = [part[held].float() for part in columns.values()]
+        for i, found in enumerate(_path(base, models, y, w, ~held)):
+            logit = base[held] @ found[:2]
+            if found[2:].any():
+                for part, weight in zip(parts, found[2:].float().split([p.shape[1] for p in parts]), strict=True):
+                    logit += part @ weight
+            losses[i, held] = F.binary_cross_entropy_with_logits(logit, y[held], w[held], reduction="none")
+    return average_shares(losses, CAUTION, DRAWS, seed)
 
 
-def _newton(x: Tensor, y: Tensor, w: Tensor, penalty: float, start: Tensor | None, steps: int = 60) -> Tensor:
-    """Weights (2 + R,) of the penalised logistic regression; a weak pull of the slope to 1 keeps it finite."""
-    columns = 2 if math.isinf(penalty) else x.shape[1]
-    full, x = x.shape[1], x[:, :columns]
-    pull = torch.full((columns,), penalty if columns > 2 else 0.0, dtype=torch.float64)
-    pull[0], pull[1] = 2e-3 * len(x), 1e-6 * len(x)
-    rest = torch.zeros(columns, dtype=torch.float64)
-    rest[0] = 1.0
-    beta = rest.clone() if start is None else start[:columns].clone()
+def _path(base: Tensor, models: list[_Model], y: Tensor, w: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
+    """Slope, offset and column weights (2 + W,) of each regression on the samples `rows` (None: all).
 
-    def loss(at: Tensor) -> Tensor:
-        data = F.binary_cross_entropy_with_logits(x @ at, y, w, reduction="sum")
-        return data + 0.5 * (pull * (at - rest).square()).sum()
-
-    value = loss(beta)
-    factor, fresh = None, False
-    for _ in range(steps):
-        p = torch.sigmoid(x @ beta)
-        gradient = x.T @ (w * (p - y)) + pull * (beta - rest)
-        if factor is None:
-            curvature = (x * (w * p * (1 - p)).clamp(min=1e-9)[:, None]).T @ x + torch.diag(pull)
-            factor, fresh = torch.linalg.cholesky(curvature), True
-        move = torch.cholesky_solve(gradient[:, None], factor).squeeze(1)
-        size = 1.0
-        while size > 1e-4 and (trial := loss(beta - size * move)) > value:
-            size /= 2
-        if size <= 1e-4:
-            if fresh:
-                break
-            factor = None
-            continue
-        expected = 0.5 * float(gradient @ move)  # the gain of a quadratic loss
-        beta, gain, value = beta - size * move, float(value - trial), trial
-        if max(gain, expected) < 1e-7 * len(x):
-            break
-        # The curvature is what costs. It serves again as long as it foretells the gain.
-        factor, fresh = (factor, False) if size == 1 and gain > 0.7 * expected else (None, False)
-    return F.pad(beta, (0, full - columns))
+    The first has no linear function: its result has no column weights (2,) where there are no models, else zeros. Then
+    come the models, each with all PENALTIES.
+    """
+    rows = torch.ones(len(y), dtype=torch.bool) if rows is None else rows
+    y, w = y[rows], w[rows]
+    plain = newton(Design(base[rows]), y, w, 1.0, None)
+    starts = [F.pad(plain, (0, model.design.x.shape[1] + model.design.classes - 2)) for model in models]
+    yield F.pad(plain, (0, len(models[0].to_columns(starts[0])) - 2)) if models else plain
+    for model, beta in zip(models, starts, strict=True):
+        design = model.design.rows(rows)
+        for penalty in PENALTIES:
+            beta = newton(design, y, w, penalty, beta)
+            yield model.to_columns(beta)

@@ -25,7 +25,7 @@ from vilu.head import ViLUHead
 from vilu.recipes import Recipe
 from vilu.training.validation import HeldOut
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 SAVE_SECONDS = 5.0  # between two writes of the state: what a killed training does again at most, but for one epoch
 
 

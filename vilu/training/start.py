@@ -13,7 +13,7 @@ from vilu.head import PARTS, ViLUHead
 from vilu.recipes import Recipe
 from vilu.seeding import seeded
 from vilu.training.batches import ClipAnswers, make_batch
-from vilu.training.linear import LIMIT, carry, fit_linear
+from vilu.training.linear import LIMIT, Classes, carry, fit_linear
 from vilu.training.loss import failure_weights, head_columns
 
 
@@ -54,7 +54,13 @@ def initial_head(data: EmbeddedSet, answers: ClipAnswers | None, train: Tensor, 
         parts = [head_columns(head, batch) for batch in some]
         columns = {part: torch.cat([one[part] for one in parts]) for part in head.parts}
     weights = failure_weights(wrong, recipe.failure_weight)
-    start = fit_linear(odds, columns if recipe.linear else {}, wrong, weights, recipe.seed)
+    classes = None
+    if answers is not None:
+        predicted = torch.cat([batch.predicted for batch in some])
+        answered = torch.bincount(predicted, minlength=len(answers.mass))
+        mass = answered / len(predicted) + answers.mass / len(data)
+        classes = Classes(predicted, data.text.normalised, mass)
+    start = fit_linear(odds, columns if recipe.linear else {}, wrong, weights, recipe.seed, classes)
     with torch.no_grad():
         head.prior.fill_(start.slope)
     carry(head, start)

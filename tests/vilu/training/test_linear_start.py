@@ -16,7 +16,8 @@ from vilu.kernels import fold
 from vilu.recipes import recipe_named
 from vilu.train import fit
 from vilu.training.batches import clip_answers
-from vilu.training.linear import Linear, carry
+from vilu.training.linear import Classes, Linear, carry, fit_linear
+from vilu.training.logistic import Design, average_shares, newton
 from vilu.training.start import initial_head
 
 SCALE, CLASSES, DIM = 60.0, 12, 32
@@ -70,6 +71,59 @@ def test_a_start_learns_which_answers_are_wrong():
     head = start_of(biased(600, seed=1, bias=0.45))
     ours, mcm = against_mcm(head, biased(3000, seed=2, bias=0.45))
     assert ours > mcm + 0.02
+
+
+def biased_by_class(samples: int, seed: int, classes: int) -> tuple[torch.Tensor, ...]:
+    """Log-odds, predicted classes and mistakes; each class has a failure rate of its own, unlike its neighbours'."""
+    generator = torch.Generator().manual_seed(seed)
+    predicted = torch.randint(classes, (samples,), generator=generator)
+    odds = torch.randn(samples, generator=generator)
+    own = 3.0 * torch.randn(classes, generator=torch.Generator().manual_seed(9))
+    wrong = torch.rand(samples, generator=generator) < torch.sigmoid(odds + own[predicted])
+    return odds, predicted, wrong
+
+
+def crowded(classes: int) -> torch.Tensor:
+    """Text embeddings in pairs that are nearly one."""
+    pairs = unit_rows(-(-classes // 2), DIM, 0).repeat_interleave(2, dim=0)[:classes]
+    return F.normalize(pairs + 0.05 * unit_rows(classes, DIM, 1), dim=1).float()
+
+
+@pytest.mark.parametrize("classes", [20, 80])
+def test_a_start_holds_a_weight_for_each_class(classes):
+    """As good as the class bias where there are no more classes than dimensions; else still above MCM."""
+    text = crowded(classes)
+    odds, predicted, wrong = biased_by_class(3000, 1, classes)
+    mass = torch.bincount(predicted, minlength=classes) + 1
+    start = fit_linear(odds, {"predicted": text[predicted]}, wrong, torch.ones(3000), 0, Classes(predicted, text, mass))
+    odds, predicted, wrong = biased_by_class(3000, 2, classes)
+    logit = start.slope * odds + text[predicted] @ start.weight + start.bias
+    mcm, ours = (auroc(-score.double().numpy(), ~wrong.numpy()) for score in (odds, logit))
+    own = 3.0 * torch.randn(classes, generator=torch.Generator().manual_seed(9))
+    best = auroc(-(odds + own[predicted]).double().numpy(), ~wrong.numpy())
+    assert ours > (best - 0.01 if classes < DIM else mcm + 0.1)
+    assert start.weight.abs().max() < 1000  # what float32 and bfloat16 can carry
+
+
+def test_a_weight_for_each_class_is_a_column_for_each_class():
+    odds, predicted, wrong = biased_by_class(200, 3, 7)
+    x = torch.stack([odds, torch.ones(200), torch.randn(200, generator=torch.Generator().manual_seed(0))], 1).double()
+    y, w = wrong.double(), 0.5 + wrong.double()
+    ours = newton(Design(x, predicted, 7), y, w, 0.5, None)
+    wide = newton(Design(torch.cat([x, F.one_hot(predicted, 7).double()], dim=1)), y, w, 0.5, None)
+    torch.testing.assert_close(ours, wide, rtol=0, atol=1e-3)
+
+
+def test_shares_go_to_the_least_loss_and_with_doubt_to_the_first():
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(400, generator=generator).double().repeat(3, 1)
+    torch.testing.assert_close(average_shares(losses, 0.5, 50, 0), torch.full((3,), 1 / 3).double())
+    noise = torch.randn(400, generator=generator).double()
+    losses[1] -= 0.3
+    losses[2] += 0.3
+    assert average_shares(losses, 0.5, 50, 0)[1] > 0.99
+    losses[1] = losses[0] + noise - noise.mean()  # as good on average, by large gains and losses
+    assert average_shares(losses, 2.0, 50, 0)[0] > average_shares(losses, 0.0, 50, 0)[0] + 0.1
 
 
 def test_a_start_serves_classes_in_another_order():
