@@ -162,11 +162,12 @@ def train_command(
     killed run continues where it was when it is started again. For several GPUs: torchrun -m vilu train ...
     """
     from vilu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from vilu.class_set import DEFAULT_TEMPLATES, ClassSet
+    from vilu.class_set import DEFAULT_TEMPLATES, ClassSet, check_rows
     from vilu.clip import load_clip
     from vilu.data import embed, load_embeddings, open_source
     from vilu.fingerprints import remembered
     from vilu.outlier import fit_outlier
+    from vilu.preprocess.class_names import rows_problem
     from vilu.train import fit
 
     changes = {name: value for name, value in settings.items() if value is not None} | {"seed": seed}
@@ -209,8 +210,10 @@ def train_command(
             if no_cache:
                 augmented = _augmented(source, train, clip, seed)
         class_set = None
-        if train.class_names:  # made before the training, so that classes which CLIP cannot tell apart are refused now
+        if train.class_names:  # made before the training, so that a wrong one is refused now
             class_set = ClassSet(train.class_names, tuple(prompts), train.text.normalised.float())
+            if embeddings is None:
+                check_rows(class_set.names, class_set.text_embeddings)
         clip_accuracy = clip_accuracy_on(train, recipe)
         if rank == 0:
             for line in train.skipped:
@@ -218,6 +221,8 @@ def train_command(
             say(f"{name_of_clip(spec, train)}: {clip_accuracy}")
             if clip_accuracy.warning:
                 said.warn(f"warning: {clip_accuracy.warning}")
+            if class_set and (problem := rows_problem(class_set.names, class_set.text_embeddings.numpy())):
+                said.warn(f"warning: {problem}")  # the user's embeddings may hold such classes, as ImageNet's do
         state = None if no_cache else output.with_name(f".{output.name}.state")
         with _board(tensorboard if rank == 0 else None) as log, _interrupted(state):
             trained = fit(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vilu.checkpoint import ClipSpec
-from vilu.class_set import DEFAULT_TEMPLATES, ClassSet, check_names, prompts
+from vilu.class_set import DEFAULT_TEMPLATES, ClassSet, check_names, check_rows, prompts
 from vilu.errors import UserError
 from vilu.preprocess.image import RESIZE_MODES, Transform
 
@@ -109,14 +109,16 @@ class Clip(nn.Module):
             templates: prompts with exactly one `{}` each.
 
         Raises:
-            UserError: the names or the templates break a rule of `ClassSet`.
+            UserError: the names or the templates break a rule of `ClassSet`, or two names have the same embedding.
         """
         check_names(names)
         texts = prompts(names, templates)
         tokens = [self.tokenize(texts[i : i + 256]) for i in range(0, len(texts), 256)]
         rows = [self.encode_tokens(some.to(self.mean.device)) for some in tokens]
         grouped = torch.cat(rows).view(len(names), len(templates), -1)
-        return ClassSet(tuple(names), tuple(templates), F.normalize(grouped.mean(dim=1), dim=-1))
+        embeddings = F.normalize(grouped.mean(dim=1), dim=-1)
+        check_rows(names, embeddings)
+        return ClassSet(tuple(names), tuple(templates), embeddings)
 
 
 def _projection(clip: Clip, side: str) -> tuple[tuple[str, ...], str]:

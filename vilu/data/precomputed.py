@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.class_set import check_names, check_rows, read_names
+from vilu.class_set import check_names, read_names
 from vilu.data.source import check_text
 from vilu.data.tables import first_line, open_parquet
 from vilu.embeddings import BLOCK, EmbeddedSet, Embeddings
@@ -66,11 +66,8 @@ def load_embeddings(path: Path) -> EmbeddedSet:
             f"{path}: holds no labels, so text_embeddings must be the captions of the {len(v)} images, but has "
             f"{len(t)} rows"
         )
-    if labels is not None:
-        if len(t) < 2:
-            raise UserError(f"{path}: needs at least two classes, text_embeddings has one row")
-        if len(names) in (0, len(t)):  # EmbeddedSet refuses another number of names
-            check_rows(names or tuple(map(str, range(len(t)))), t, str(path))
+    if labels is not None and len(t) < 2:
+        raise UserError(f"{path}: needs at least two classes, text_embeddings has one row")
     return EmbeddedSet(
         path.stem, Embeddings(v), Embeddings(t), labels, names, _scale(path, found.get("logit_scale", 100.0))
     )

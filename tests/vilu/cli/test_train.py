@@ -9,6 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.support.embeddings import unit_rows
+from vilu.checkpoint import load_checkpoint
 from vilu.cli.train import train_command, verdict
 from vilu.training.validation import Validation
 
@@ -97,3 +98,17 @@ def test_an_interrupt_says_how_to_go_on(vilu, tmp_path, monkeypatch):
     monkeypatch.setattr("vilu.train.fit", fit)
     code, _, err = vilu("--embeddings", tmp_path / "world.npz", "--output", tmp_path / "a.safetensors", *QUICK)
     assert (code, err.rstrip("\n")) == (130, "interrupted: the same command goes on where it was")
+
+
+@pytest.mark.parametrize("recipe", ["plain", "default"])
+def test_a_users_classes_may_have_one_embedding(vilu, tmp_path, recipe):
+    """ImageNet's usual names hold such a pair. CLIP answers the first of them, and the head is trained as ever."""
+    embeddings(tmp_path / "world.npz", 0.35)
+    world = dict(np.load(tmp_path / "world.npz"))
+    world["text_embeddings"][5] = world["text_embeddings"][2]
+    np.savez(tmp_path / "twins.npz", **world, class_names=list("abcdefgh"))
+    asked = ["--embeddings", tmp_path / "twins.npz", "--output", tmp_path / "a.safetensors", *QUICK[2:]]
+    code, _, err = vilu(*asked, "--recipe", recipe)
+    assert code == 0
+    assert "warning: class name 6 ('f') has the same text embedding as class name 3 ('c')" in err
+    assert load_checkpoint(tmp_path / "a.safetensors").class_set.names == tuple("abcdefgh")
