@@ -1,6 +1,6 @@
 """Measures a cascade of CLIPs through the real server: against the large model alone, and three ways to route.
 
-    python bench/cascade.py [--small vilu-tiny --large FOLDER] [--share 0.25] [--quick] [--output BASE]
+    python bench/cascade.py [--small vilu-tiny --large vilu-tiny-large] [--images digits] [--share 0.25] [--quick]
 
 One server holds the cascade and, as an ensemble of the same models, the large CLIP alone. The images of a load are
 chosen so that the stated share of them goes on. All loads take turns in every round, so that other work on the machine
@@ -13,8 +13,9 @@ image (BLS). "two requests": the client asks the small model and, where in doubt
 the image is sent and decoded twice. The second and the third are written here, for this comparison alone.
 
 What the towers' times allow is 1 / (1 / small + share / large) images a second, from the rates of the two models alone,
-under the same load. `--quick` checks the answers of 12 images, exports with the parity of 32, and takes one round with
-16 requests at a time of the two models alone and the router.
+under the same load. The images are photographs of 500 x 375 pixels, or with `--images` the embedded ones of 64 x 64.
+`--repository` takes a cascade's own export, so that real heads answer. `--quick` checks the answers of 12 images,
+exports with the parity of 32, and takes one round with 16 requests at a time of the two models alone and the router.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from vilu.export.cascade import export_cascade
 from vilu.export.model_config import Step
 from vilu.serving import Client, Server
 from vilu.serving.about import CONFIG, load_config
+from vilu.tiny import data
 
 PHOTOS = 64
 AT_ONCE = 16
@@ -206,6 +208,17 @@ def described(window: Window, stages: Sequence[str]) -> dict[str, Any]:
             "errors": dict(window.errors), "batches": batches}  # fmt: skip
 
 
+def embedded(name: str, count: int) -> list[bytes]:
+    """`count` images of an embedded test split as JPEG (quality 90)."""
+    drawn = data.digits("test") if name == "digits" else data.shapes("test", count)
+    made = []
+    for image in drawn.images[:count]:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=90)
+        made.append(buffer.getvalue())
+    return made
+
+
 def make_repository(
     small: str,
     large: str,
@@ -236,12 +249,13 @@ def make_repository(
 
 def run(
     *, small: str, large: str, share: float, rounds: int, seconds: float, quick: bool, output: Path | None,
-    repository: Path | None = None, keep: Path | None = None,
+    repository: Path | None = None, keep: Path | None = None, images: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The whole run; returns what BASE.json holds. Raises UserError for the user's mistakes."""
     output = output or RESULTS / "cascade-cpu"
     rounds, flight = (1, (AT_ONCE,)) if quick else (rounds, (1, AT_ONCE))
-    images = photos(12 if quick else PHOTOS)
+    count = 12 if quick else PHOTOS
+    chosen = embedded(images, count) if images else photos(count)
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vilu-bench-")))
         bar = stack.enter_context(progress_bar())
@@ -250,7 +264,7 @@ def run(
         if repository is not None:
             shutil.copytree(repository, root)
         else:
-            make_repository(small, large, images, root, quick=quick, progress=bar)
+            make_repository(small, large, chosen, root, quick=quick, progress=bar)
             if keep is not None:
                 shutil.copytree(root, keep)
         add_models(root)
@@ -259,12 +273,12 @@ def run(
         url = server.grpc_url
         tick("checking the answers")
         threshold = float(load_config(root / "vilu_router" / CONFIG).parameters["cascade_threshold"].string_value)
-        calm, doubtful = checked(url, images, threshold)
+        calm, doubtful = checked(url, chosen, threshold)
         mix = mixed(calm, doubtful, share)
         processes = Processes(server.process.pid)
 
-        def load(model: str, chosen: Sequence[bytes]) -> Load:
-            return Load(url, [request(image, model) for image in chosen], processes=processes, timeout=300)
+        def load(model: str, asked: Sequence[bytes]) -> Load:
+            return Load(url, [request(image, model) for image in asked], processes=processes, timeout=300)
 
         two = TwoRequests(url, [request(image) for image in mix], [request(image, "large") for image in mix], threshold,
                           processes=processes, timeout=300)  # fmt: skip
@@ -337,12 +351,13 @@ def finish(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--small", default="ViT-B-32", show_default=True, help="open_clip model (random weights) or vilu-tiny.")
 @click.option("--large", default="ViT-L-14", show_default=True, help="The same for the second stage.")
-@click.option("--share", type=click.FloatRange(0, 1), default=0.25, show_default=True, help="Images that go on.")
+@click.option("--share", type=click.FloatRange(0, 1), default=0.25, show_default=True, help="Of images that go on.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns of every load.")
 @click.option("--seconds", type=float, default=8.0, show_default=True, help="Of one load in one round, at least.")
 @click.option("--quick", is_flag=True, help="Fewer images to check; one round with 16 requests at a time.")
 @click.option("--repository", type=click.Path(path_type=Path, exists=True), help="A cascade's export, instead.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder to keep the export in, for --repository.")
+@click.option("--images", type=click.Choice(["digits", "shapes"]), help="Embedded images in the place of photographs.")
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Results without suffix.  [default: bench/results/cascade-cpu]"
 )

@@ -42,7 +42,7 @@ def test_the_embedded_pair(ask, tmp_path):
     small, large = document["alone"]
     assert (small["name"], large["name"]) == (tiny.NAME, tiny.LARGE)
     assert large["accuracy"]["value"] > small["accuracy"]["value"] + 0.05
-    assert 3 < large["cost"]["multiply_adds"] / small["cost"]["multiply_adds"] < 8
+    assert 15 < large["cost"]["multiply_adds"] / small["cost"]["multiply_adds"] < 30
     assert [line["method"] for line in document["lines"]] == list(METHODS)
     ours, *others = document["lines"]
     assert ours["cheapest"]["accuracy"]["value"] >= large["accuracy"]["value"] - document["margin"]

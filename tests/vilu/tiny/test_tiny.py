@@ -100,6 +100,22 @@ def test_training_repeats_itself(tmp_path):
     ]
 
 
+def test_most_steps_of_the_large_clip_see_half_of_the_side(tmp_path, monkeypatch):
+    sides = []
+    embed = train_clip._embed
+
+    def seen(tower, x):
+        sides.append(x.shape[-1])
+        return embed(tower, x)
+
+    monkeypatch.setattr(train_clip, "_embed", seen)
+    train_clip.train(tmp_path / "a", seed=3, steps=6, batch_size=4, count=8, name=tiny.LARGE)
+    assert sides == [64] * 5 + [128]
+    weights = load_file(tmp_path / "a" / "open_clip_model.safetensors")
+    assert len(weights["visual.attnpool.positional_embedding"]) == 17
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
 def test_pixels_and_embeddings_are_those_of_open_clip():
     clip = load_clip()
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny.FOLDER}")
