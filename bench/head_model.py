@@ -39,6 +39,7 @@ from vilu.kernels.plan import Kernel, Plan, plan_launches, tuned
 ARCH, MULTIPROCESSORS, CLOCK = 90, 132, 1.9e9
 MEMORY, L2, L2_BYTES = 4.3e12, 5.5e12, 30 << 20  # bytes/s and the part of L2 that a class set may fill
 MMA, WGMMA = 600e12, 660e12  # operations/s that 16-bit mma.sync and wgmma are taken to reach, of a peak of 989e12
+TF32 = 300e12  # and mma.sync in tf32, of which a product of float32 numbers takes three, of 495e12
 TRIP = 0.24e-6  # a load's way to L2 and back when nothing overlaps it
 BARRIER = 40 / CLOCK
 HANDOVER = 2.5 * TRIP
@@ -129,11 +130,11 @@ def seconds(kernel: Kernel, plan: Plan, folded: FoldedHead, shape: Shape) -> flo
     memory = bank / MEMORY if bank > L2_BYTES else 0.0
     memory = max(memory, tiles * bank / L2)
     products = 0.0
-    if size == 2:
-        rows = tiles * constants.get("BLOCK_M", 1)
-        products = 2 * rows * shape.classes * (2 * constants["D"] + constants["W"])
-        products *= 5 / 3 if constants.get("LOW") else 1
-        products /= WGMMA if "wgmma" in done.ptx else MMA
+    if kernel.function == "attend_tile":
+        products = 2 * tiles * constants["BLOCK_M"] * shape.classes * (2 * constants["D"] + constants["W"])
+        products *= 3 if size == 4 else 5 / 3 if constants["LOW"] else 1
+        products /= TF32 if size == 4 else WGMMA if "wgmma" in done.ptx else MMA
+        products *= max(1, MULTIPROCESSORS / programs)  # what the others could do
     sums = shape.images * plan.splits * constants["W"] * 4 / L2  # written here, read by `tail`
     if outer > 2:
         return max(chain + max(issue, products), memory) + sums
@@ -155,6 +156,7 @@ def tail_seconds(kernel: Kernel, beside: Kernel, plan: Plan, folded: FoldedHead,
     constants = dict(kernel.constants)
     starts, few = constants["STARTS"], constants["BLOCK_M"] == 1
     shared, registers, took = 0, 0, 0.0
+    layers = (starts[-1] - starts[1]) * kernel.grid[0]  # programs after the first stage
     for stage in range(len(starts) - 1):
         programs = starts[stage + 1] - starts[stage]
         alone = tuple(programs if i > stage else 0 for i in range(len(starts)))
@@ -162,18 +164,18 @@ def tail_seconds(kernel: Kernel, beside: Kernel, plan: Plan, folded: FoldedHead,
         done = aot.compile_kernel(made, variant, ARCH, stored=dtype, image=dtype)
         code = disassemble(done.cubin)
         shared, registers = max(shared, done.shared), max(registers, done.registers)
-        layer = stage + variant.first_layer_in_combine
-        outer = -(-plan.splits // constants["BLOCK_S"]) if stage == 0 else 1
-        if stage and not few and dtype != torch.float32:  # else its only loop looks at the counter
-            width = constants["D"] if layer == 1 else constants["WIDTHS"][layer - 2]
-            outer = -(-width // constants["BLOCK_D"])
+        outer = -(-plan.splits // constants["BLOCK_S"]) if stage == 0 else 1  # the other loops look at a counter
         busiest = -(-programs * kernel.grid[0] // MULTIPROCESSORS)
         schedulers = min(4, done.num_warps * busiest)
         body = set(within(code, loops(code)[0])) if loops(code) else set()
         work = functools.partial(_work, body=body, turns=outer, rate=schedulers / (done.num_warps * busiest))
-        # What stands before the wait for the attention is done while that runs, where few programs fit beside it.
-        took += longest_way(code, work, "ACQBULK" if few else None) + (TRIP if stage else 2 * TRIP)
-        took += HANDOVER if stage else shape.images * plan.splits * variant.value_dim * 4 / L2
+        # What stands before a wait is done by then: before the attention's end where few programs fit beside it, and
+        # before a layer's turn where all of its tile's layers have started with the layer before.
+        waited = "ACQBULK" if few else "CCTL" if stage > 1 and layers <= MULTIPROCESSORS else None
+        took += longest_way(code, work, waited) + (TRIP if stage else 2 * TRIP)
+        # The merge reads every split's sums: all programs through L2, each through its multiprocessor's port.
+        part = plan.splits * 4 * min(constants["CHUNK"], variant.value_dim)
+        took += HANDOVER if stage else max(shape.images * plan.splits * variant.value_dim * 4 / L2, part / L2_TO_SM)
     first = aot.compile_kernel(beside, variant, ARCH, stored=dtype, image=dtype)
     together = 32 * (first.registers * first.num_warps + registers * kernel.num_warps)
     if few and (together > REGISTERS or first.shared + shared > SHARED):  # then it loads its weights now

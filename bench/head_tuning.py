@@ -29,16 +29,16 @@ CANDIDATES: dict[str, dict[str, list[int]]] = {
         "TILE": [2048, 4096, 8192, 16384], "STAGES": [1, 2, 3, 4], "num_warps": [4, 8, 16], "waves": [1, 2],
     },
     "attend_few": {
-        "BLOCK_N": [16, 32, 64], "BLOCK_D": [64, 128], "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8],
-        "waves": [1, 2],
+        "BLOCK_N": [16, 32, 64], "BLOCK_D": [64, 128, 256, 512], "SLICES": [1, 4, 8], "RESIDENT": [0, 1],
+        "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
     },
     "attend_tile": {
-        "BLOCK_M": [32, 64], "BLOCK_N": [16, 32, 64], "BLOCK_D": [32, 64, 128], "BLOCK_W": [64, 128],
-        "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
+        "BLOCK_M": [16, 32, 64], "BLOCK_N": [16, 32, 64], "BLOCK_D": [64, 128, 256], "BLOCK_W": [64, 128],
+        "SLICES": [1, 4, 8], "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
     },
     "tail": {
-        "BLOCK_N": [16, 32, 64], "CHUNK": [32, 64, 128], "BLOCK_S": [16, 32, 64], "BLOCK_D": [32, 64], "STAGES": [2, 3],
-        "num_warps": [4, 8],
+        "BLOCK_N": [8, 16, 32], "CHUNK": [64, 128, 256, 512], "BLOCK_S": [16, 32, 64], "BLOCK_D": [128, 256],
+        "SLICES": [4, 8], "num_warps": [4, 8],
     },
     "tail_few": {"BLOCK_N": [4, 8, 16], "CHUNK": [4, 8, 16], "num_warps": [4, 8]},
 }  # fmt: skip

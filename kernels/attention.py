@@ -40,7 +40,7 @@ from vilu.kernels.softmax_state import (
 def _project_rows(
     v: tl.tensor, w: tl.tensor, bias: tl.tensor, y: tl.tensor, b: tl.tensor, m_b: tl.tensor, o: tl.tensor,
     D: tl.constexpr, N_OUT: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SLICES: tl.constexpr,
 ) -> None:  # fmt: skip
     """y[b, o] = w[o] @ v[b] (+ bias[o]), for images b [BLOCK_M] and outputs o [BLOCK_N]."""
     m_o = o < N_OUT
@@ -52,7 +52,7 @@ def _project_rows(
         b_v = tl.load(v + b[:, None] * D + k[None, :], (k < D)[None, :], 0.0)
         b_y += tl.sum(b_w * b_v.to(w.dtype.element_ty).to(tl.float32), 1)[None, :]
     else:
-        b_y = tile_dot(b_y, v + b * D, m_b, w, o, m_o, D, BLOCK_D, STAGES)
+        b_y = tile_dot(b_y, v + b * D, m_b, w, o, m_o, D, BLOCK_D, STAGES, SLICES)
     if BIAS:
         b_y += tl.load(bias + o, m_o, 0.0).to(tl.float32)[None, :]
     tl.store(y + b[:, None] * ((N_OUT + 15) // 16 * 16) + o[None, :], b_y, m_b[:, None] & m_o[None, :])
@@ -62,7 +62,8 @@ def _project_rows(
 def project(
     v: tl.tensor, query: tl.tensor, packed: tl.tensor, u: tl.tensor, hidden: tl.tensor, B: tl.tensor,
     D: tl.constexpr, H: tl.constexpr, OFFSETS: tl.constexpr, IMAGE: tl.constexpr, QUERY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """u = query_map v where QUERY, and hidden = W_1v v + b_1 where IMAGE.
 
@@ -77,12 +78,13 @@ def project(
     NQ: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N if QUERY else 0
     if QUERY:
         if i_n < NQ:
-            _project_rows(v, query, packed, u, b, m_b, i_n * BLOCK_N + c_n, D, D, False, BLOCK_M, BLOCK_D, STAGES)
+            o = i_n * BLOCK_N + c_n
+            _project_rows(v, query, packed, u, b, m_b, o, D, D, False, BLOCK_M, BLOCK_D, STAGES, SLICES)
     if IMAGE:
         if i_n >= NQ:
             o = (i_n - NQ) * BLOCK_N + c_n
             w = packed + OFFSETS[0]
-            _project_rows(v, w, packed + OFFSETS[3], hidden, b, m_b, o, D, H, True, BLOCK_M, BLOCK_D, STAGES)
+            _project_rows(v, w, packed + OFFSETS[3], hidden, b, m_b, o, D, H, True, BLOCK_M, BLOCK_D, STAGES, SLICES)
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -185,7 +187,7 @@ def attend_image(
 def _tile_scores(
     x: tl.tensor, x_low: tl.tensor, b_t: tl.tensor, p_x: tl.tensor, m_x: tl.tensor, w: tl.tensor, row: tl.tensor,
     live: tl.tensor, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    RESIDENT: tl.constexpr, LOADED: tl.constexpr, LOW: tl.constexpr,
+    SLICES: tl.constexpr, RESIDENT: tl.constexpr, LOADED: tl.constexpr, LOW: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """x @ w[row].T [BLOCK_M, BLOCK_N]. RESIDENT: x in registers as tiles of BLOCK_D columns; LOADED: w[row] too."""
     acc = tl.zeros((BLOCK_M, row.shape[0]), tl.float32)
@@ -201,7 +203,7 @@ def _tile_scores(
             if LOW:
                 acc = dot(x_low[i], tl.trans(b_w), acc)
     else:
-        acc = tile_dot(acc, p_x, m_x, w, row, live, D, BLOCK_D, STAGES, LOW)
+        acc = tile_dot(acc, p_x, m_x, w, row, live, D, BLOCK_D, STAGES, SLICES, LOW)
     return acc
 
 
@@ -237,7 +239,7 @@ def attend_tile(
     D: tl.constexpr, W: tl.constexpr,
     ATTENDED: tl.constexpr, PROJECTED: tl.constexpr, FOLDED: tl.constexpr, SHARED_SOFTMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    RESIDENT: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SLICES: tl.constexpr, RESIDENT: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of images shares each tile of rows, on tensor cores for 16-bit types: grid (tiles of images, splits).
 
@@ -303,7 +305,7 @@ def attend_tile(
                 # [BLOCK_N, BLOCK_D]
                 b_t = b_t + (tl.load(t + row[:, None] * D + o[None, :], live[:, None] & (o < D)[None, :], 0.0),)
         b_s = _tile_scores(
-            b_v, b_v, b_t, p_v, m_b, t, row, live, D, BLOCK_M, BLOCK_D, STAGES, RESIDENT, RESIDENT, False
+            b_v, b_v, b_t, p_v, m_b, t, row, live, D, BLOCK_M, BLOCK_D, STAGES, SLICES, RESIDENT, RESIDENT, False
         )
         b_m, b_r, b_l2, b_le, b_best, b_index, e, c = _update_tile(
             b_s, row, m_l, logit_scale, b_m, b_r, b_l2, b_le, b_best, b_index
@@ -325,14 +327,16 @@ def attend_tile(
                         BLOCK_M,
                         BLOCK_D,
                         STAGES,
+                        SLICES,
                         RESIDENT,
                         RESIDENT,
                         SPLIT,
                     )
                 elif PROJECTED:
                     b_a = _tile_scores(
-                        b_v, b_v, b_t, p_v, m_b, query, row, live, D, BLOCK_M, BLOCK_D, STAGES, RESIDENT, False, False
-                    )
+                        b_v, b_v, b_t, p_v, m_b, query, row, live, D, BLOCK_M, BLOCK_D, STAGES, SLICES, RESIDENT,
+                        False, False,
+                    )  # fmt: skip
                 top = tl.maximum(b_ma, tl.max(tl.where(m_l, b_a, LOWEST), 1))
                 c = tl.exp(b_ma - top)
                 e = tl.where(m_l, tl.exp(tl.where(m_l, b_a - top[:, None], 0.0)), 0.0)

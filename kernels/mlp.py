@@ -25,14 +25,15 @@ from vilu.kernels.softmax_state import (
     COUNTERS,
     FAR,
     INDEX,
-    INTERPRETED,
     LEAST_ODDS,
     LOWEST,
+    dot,
     load_state,
     relu,
     row_sum,
     row_tile,
     signal,
+    slices,
     start_dependents,
     tile_dot,
     wait_for_count,
@@ -72,20 +73,40 @@ def _row_products(w: tl.tensor, p_x: tl.tensor, yes: tl.tensor, N: tl.constexpr,
 
 
 @triton.jit
-def _image_products(
-    acc: tl.tensor, v: tl.tensor, packed: tl.tensor, WEIGHT: tl.constexpr, b: tl.tensor, B: tl.tensor, o: tl.tensor,
-    m_o: tl.tensor, N: tl.constexpr, BLOCK_M: tl.constexpr,
+def _image_product(
+    acc: tl.tensor, v: tl.tensor, packed: tl.tensor, WEIGHT: tl.constexpr, b: tl.tensor, o: tl.tensor, m_o: tl.tensor,
+    N: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """W_1v v + acc [R] for each of BLOCK_M images from b on, v rounded to the weights' type."""
+    """W_1v v + acc [R] for image b, v rounded to the weights' type."""
     dtype: tl.constexpr = packed.dtype.element_ty
     L: tl.constexpr = _lanes(N, dtype)
     w = row_tile(packed + WEIGHT + o * N, m_o, N, L).to(tl.float32)
     zero = tl.zeros(o.shape, tl.int32)
-    found = ()
-    for m in tl.static_range(BLOCK_M):
-        x = row_tile(v + (b + m) * N + zero, (b + m < B) & (zero == 0), N, L)
-        found = found + (acc + row_sum(w * x.to(dtype).to(tl.float32)),)
-    return found
+    x = row_tile(v + b * N + zero, zero == 0, N, L)
+    return acc + row_sum(w * x.to(dtype).to(tl.float32))
+
+
+@triton.jit
+def _weight_tiles(
+    w: tl.tensor, o: tl.tensor, m_o: tl.tensor, N_IN: tl.constexpr, SLICES: tl.constexpr, BLOCK_D: tl.constexpr
+) -> tl.tensor:
+    """Rows o of w (., N_IN), a tile of `slices` for every BLOCK_D columns."""
+    tiles = ()
+    for i in tl.static_range((N_IN + BLOCK_D - 1) // BLOCK_D):
+        tiles = tiles + (slices(w + o * N_IN, m_o, i * BLOCK_D, N_IN, SLICES, BLOCK_D),)
+    return tiles
+
+
+@triton.jit
+def _add_products(
+    part: tl.tensor, p_x: tl.tensor, m_x: tl.tensor, tiles: tl.tensor, N_IN: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """part [SLICES, BLOCK_M, R] + x @ w[o].T, slice by slice, for the `_weight_tiles` of w, in their type."""
+    for i in tl.static_range((N_IN + BLOCK_D - 1) // BLOCK_D):
+        b_x = slices(p_x, m_x, i * BLOCK_D, N_IN, SLICES, BLOCK_D)
+        part = dot(b_x.to(tiles[i].dtype), tl.permute(tiles[i], (0, 2, 1)), part)
+    return part
 
 
 @triton.jit
@@ -155,25 +176,25 @@ def _combine(
 def _first_layer(
     v: tl.tensor, t_pred: tl.tensor, z: tl.tensor, packed: tl.tensor, h: tl.tensor, counter: tl.tensor, b: tl.tensor,
     B: tl.tensor, o: tl.tensor, D: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, OFFSETS: tl.constexpr,
-    IMAGE: tl.constexpr, PREDICTED: tl.constexpr, ATTENDED: tl.constexpr, COUNT: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    IMAGE: tl.constexpr, PREDICTED: tl.constexpr, ATTENDED: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Outputs o of h_1 in the plain layout, for BLOCK_M images from b on."""
     IN: tl.constexpr = (D + 15) // 16 * 16
     m_o = o < H
     bias = tl.load(packed + OFFSETS[3] + o, m_o, 0.0).to(tl.float32)
-    if DOT:
+    if BLOCK_M > 1:
         c_b = b + tl.arange(0, BLOCK_M)
         m_b = c_b < B
-        b_y = tl.zeros((BLOCK_M, 1), tl.float32) + bias[None, :]
+        b_y = tl.zeros((BLOCK_M, o.shape[0]), tl.float32) + bias[None, :]
         if IMAGE:
-            b_y = tile_dot(b_y, v + c_b * D, m_b, packed + OFFSETS[0], o, m_o, D, BLOCK_D, STAGES)
+            b_y = tile_dot(b_y, v + c_b * D, m_b, packed + OFFSETS[0], o, m_o, D, BLOCK_D, 2, SLICES)
         wait_for_inputs(PDL)
         wait_for_count(counter, COUNT)
         if PREDICTED:
-            b_y = tile_dot(b_y, t_pred + c_b * IN, m_b, packed + OFFSETS[1], o, m_o, D, BLOCK_D, STAGES)
+            b_y = tile_dot(b_y, t_pred + c_b * IN, m_b, packed + OFFSETS[1], o, m_o, D, BLOCK_D, 2, SLICES)
         if ATTENDED:
-            b_y = tile_dot(b_y, z + c_b * IN, m_b, packed + OFFSETS[2], o, m_o, D, BLOCK_D, STAGES)
+            b_y = tile_dot(b_y, z + c_b * IN, m_b, packed + OFFSETS[2], o, m_o, D, BLOCK_D, 2, SLICES)
         tl.store(h + c_b[:, None] * HS + o[None, :], relu(b_y), m_b[:, None] & m_o[None, :])
     else:
         L: tl.constexpr = _lanes(D, packed.dtype.element_ty)
@@ -183,37 +204,42 @@ def _first_layer(
             w_p = row_tile(packed + OFFSETS[1] + o * D, m_o, D, L)
         if ATTENDED:
             w_a = row_tile(packed + OFFSETS[2] + o * D, m_o, D, L)
-        share = ()
+        y = bias
         if IMAGE:
-            share = _image_products(bias, v, packed, OFFSETS[0], b, B, o, m_o, D, BLOCK_M)
+            y = _image_product(bias, v, packed, OFFSETS[0], b, o, m_o, D)
         wait_for_inputs(PDL)
         wait_for_count(counter, COUNT)
-        for m in tl.static_range(BLOCK_M):
-            y = share[m] if IMAGE else bias
-            if PREDICTED:
-                y += _row_products(w_p, t_pred + (b + m) * IN, b + m < B, D, L)
-            if ATTENDED:
-                y += _row_products(w_a, z + (b + m) * IN, b + m < B, D, L)
-            tl.store(h + (b + m) * HS + o, relu(y), m_o & (b + m < B))
+        if PREDICTED:
+            y += _row_products(w_p, t_pred + b * IN, b < B, D, L)
+        if ATTENDED:
+            y += _row_products(w_a, z + b * IN, b < B, D, L)
+        tl.store(h + b * HS + o, relu(y), m_o & (b < B))
 
 
 @triton.jit
 def _layer(
     x: tl.tensor, packed: tl.tensor, h: tl.tensor, odds: tl.tensor, scores: tl.tensor, counter: tl.tensor,
     b: tl.tensor, B: tl.tensor, o: tl.tensor, N_IN: tl.constexpr, N_OUT: tl.constexpr, HS: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """h = relu(W x + bias), outputs o for BLOCK_M images from b on, rows HS apart; where LAST P(failure), to scores."""
     m_o = o < N_OUT
     bias = tl.load(packed + BIAS + o, m_o, 0.0).to(tl.float32)
-    if DOT:
+    if BLOCK_M > 1:
         c_b = b + tl.arange(0, BLOCK_M)
         m_b = c_b < B
-        b_y = tl.zeros((BLOCK_M, 1), tl.float32) + bias[None, :]
-        wait_for_inputs(PDL)
-        wait_for_count(counter, COUNT)
-        b_y = tile_dot(b_y, x + c_b * HS, m_b, packed + WEIGHT, o, m_o, N_IN, BLOCK_D, STAGES)
+        b_y = tl.zeros((BLOCK_M, o.shape[0]), tl.float32) + bias[None, :]
+        if N_IN <= 2 * BLOCK_D:  # more weights than that do not fit into registers before the wait
+            tiles = _weight_tiles(packed + WEIGHT, o, m_o, N_IN, SLICES, BLOCK_D)
+            wait_for_inputs(PDL)
+            wait_for_count(counter, COUNT)
+            part = tl.zeros((SLICES, BLOCK_M, o.shape[0]), tl.float32)
+            b_y += tl.sum(_add_products(part, x + c_b * HS, m_b, tiles, N_IN, SLICES, BLOCK_D), 0)
+        else:
+            wait_for_inputs(PDL)
+            wait_for_count(counter, COUNT)
+            b_y = tile_dot(b_y, x + c_b * HS, m_b, packed + WEIGHT, o, m_o, N_IN, BLOCK_D, 2, SLICES)
         m_y = m_b[:, None] & m_o[None, :]
         if LAST:
             b_y += tl.load(odds + c_b, m_b, 0.0)[:, None]
@@ -225,14 +251,13 @@ def _layer(
         w = row_tile(packed + WEIGHT + o * N_IN, m_o, N_IN, L)
         wait_for_inputs(PDL)
         wait_for_count(counter, COUNT)
-        for m in tl.static_range(BLOCK_M):
-            yes = b + m < B
-            y = bias + _row_products(w, x + (b + m) * HS, yes, N_IN, L)
-            if LAST:
-                y += tl.load(odds + b + m, yes, 0.0)
-                tl.store(scores + b + m + o, 1.0 / (1.0 + tl.exp(-y)), m_o & yes)
-            else:
-                tl.store(h + (b + m) * HS + o, relu(y), m_o & yes)
+        yes = b < B
+        y = bias + _row_products(w, x + b * HS, yes, N_IN, L)
+        if LAST:
+            y += tl.load(odds + b, yes, 0.0)
+            tl.store(scores + b + o, 1.0 / (1.0 + tl.exp(-y)), m_o & yes)
+        else:
+            tl.store(h + b * HS + o, relu(y), m_o & yes)
 
 
 @triton.jit(do_not_specialize=["B", "K", "n_s"])
@@ -244,7 +269,7 @@ def tail(
     D: tl.constexpr, WIDTHS: tl.constexpr, OFFSETS: tl.constexpr, IMAGE: tl.constexpr, PREDICTED: tl.constexpr,
     ATTENDED: tl.constexpr, FIRST_LAYER: tl.constexpr, RAGGED: tl.constexpr, MAX_SPLITS: tl.constexpr,
     STARTS: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Everything after the attention: grid (tiles of BLOCK_M images, STARTS[-1] programs).
 
@@ -253,11 +278,10 @@ def tail(
     last is the output layer. h (B, PLACES[-1]) holds layer i's outputs from PLACES[i - 1] on.
     state (slots, B, n_s) and sums (B, n_s, W) of `attend_*`; hidden (B, H) of `project`, where BLOCK_M > 1; out scores
     (4, B), index (B,), odds (B,) = prior · log((1 - max p) / max p), NaN where the image is not finite or has no class.
-    16-bit batches (DOT) multiply on tensor cores. Else a warp holds rows of weights and takes image after image.
+    With BLOCK_M > 1 the layers multiply on tensor cores, BLOCK_D columns at once in SLICES; else a warp holds rows of
+    weights.
     """
     start_dependents(PDL)
-    # The interpreter takes minutes for image after image in Python; test_emulated.py runs that form, compiled.
-    DOT: tl.constexpr = BLOCK_M > 1 and (packed.dtype.element_ty != tl.float32 or INTERPRETED)
     FIRST: tl.constexpr = 1 if FIRST_LAYER else 0
     H: tl.constexpr = WIDTHS[0]
     HS: tl.constexpr = PLACES[len(PLACES) - 1]
@@ -283,7 +307,7 @@ def tail(
                 if FIRST_LAYER and (BLOCK_M == 1 or not IMAGE):
                     b_h += tl.load(packed + OFFSETS[3] + o, o < H, 0.0).to(tl.float32)
                     if IMAGE:
-                        b_h = _image_products(b_h, v, packed, OFFSETS[0], i_b, B, o, o < H, D, 1)[0]
+                        b_h = _image_product(b_h, v, packed, OFFSETS[0], i_b, o, o < H, D)
                 wait_for_inputs(PDL)
                 if FIRST_LAYER and IMAGE and BLOCK_M > 1:
                     b_h += tl.load(hidden + i_b * ((H + 15) // 16 * 16) + o, o < H, 0.0)
@@ -305,13 +329,13 @@ def tail(
                 if i + FIRST == 1:
                     _first_layer(
                         v, t_pred, z, packed, h, done, b, B, o, D, H, HS, OFFSETS, IMAGE, PREDICTED, ATTENDED,
-                        COUNT, DOT, BLOCK_M, BLOCK_D, STAGES, PDL,
+                        COUNT, BLOCK_M, BLOCK_D, SLICES, PDL,
                     )  # fmt: skip
                 else:
                     _layer(
                         h + PLACES[i + FIRST - 2], packed, h + PLACES[i + FIRST - 1], odds, scores, done, b, B, o,
                         WIDTHS[i + FIRST - 2], WIDTHS[i + FIRST - 1], HS, OFFSETS[2 * (i + FIRST)],
-                        OFFSETS[2 * (i + FIRST) + 1], LAST, COUNT, DOT, BLOCK_M, BLOCK_D, STAGES, PDL,
+                        OFFSETS[2 * (i + FIRST) + 1], LAST, COUNT, BLOCK_M, BLOCK_D, SLICES, PDL,
                     )  # fmt: skip
                 if not LAST:
                     signal(counter + i)

@@ -15,6 +15,7 @@ taken, else one of "default". `python bench/head.py --tune` measures them on a G
     projected, folded  conditions: projections or none; the folded layout or the plain one
     from               where the settings come from: the GPU, time, commit and date of a measurement, or "not timed"
     TILE, BLOCK_*      tile sizes, LOW and RESIDENT: see the kernels
+    SLICES             of BLOCK_D, one in each warp: see `slices` in softmax_state.py
     STAGES             loads in flight
     num_warps          warps of a program
     waves              programs aimed at, in units of the multiprocessors

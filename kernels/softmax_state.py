@@ -122,33 +122,75 @@ def row_sum(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _high(x: tl.tensor) -> tl.tensor:
+    """Float32 numbers with the 13 low bits cleared: what tf32 holds."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
-    """acc + a @ b in float32. Float32 factors are not rounded to tf32, whose error a logit scale of 100 would show."""
+    """acc + a @ b in float32.
+
+    Float32 factors are each the sum of two tf32 numbers, of which three products count: a single one has an error that
+    a logit scale of 100 would show.
+    """
     if INTERPRETED:  # it keeps bfloat16 as its bits, and multiplies them as integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif a.dtype == tl.float32:
+        high_a = _high(a)
+        high_b = _high(b)
+        acc = tl.dot(a - high_a, high_b, acc, input_precision="tf32")
+        acc = tl.dot(high_a, b - high_b, acc, input_precision="tf32")
+        acc = tl.dot(high_a, high_b, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def slices(
+    p_row: tl.tensor, m_row: tl.tensor, k: tl.tensor, N: tl.constexpr, SLICES: tl.constexpr, BLOCK_D: tl.constexpr
+) -> tl.tensor:  # fmt: skip
+    """Columns k to k + BLOCK_D of rows of N numbers at pointers p_row [R], as [SLICES, R, BLOCK_D / SLICES].
+
+    A product of two such tiles has a slice in each warp, so that no warp repeats what another does in a small tile.
+    """
+    S: tl.constexpr = BLOCK_D // SLICES
+    d = k + tl.arange(0, SLICES)[:, None, None] * S + tl.arange(0, S)[None, None, :]
+    return tl.load(p_row[None, :, None] + d, m_row[None, :, None] & (d < N), 0.0)
 
 
 @triton.jit
 def tile_dot(
     acc: tl.tensor, p_x: tl.tensor, m_x: tl.tensor, w: tl.tensor, o: tl.tensor, m_o: tl.tensor,
-    N_IN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LOW: tl.constexpr = False,
+    N_IN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr, LOW: tl.constexpr = False,
 ) -> tl.tensor:  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] + x @ w[o].T, for rows of x at pointers p_x [BLOCK_M] and rows o [BLOCK_N] of w (., N_IN).
 
-    x is rounded to w's type; LOW: the remainder of that rounding is multiplied as well.
+    x is rounded to w's type; LOW: the remainder of that rounding is multiplied as well. SLICES: of BLOCK_D, see
+    `slices`; 1 leaves the tile to Triton, which has warps repeat each other where it is small.
     """
-    d = tl.arange(0, BLOCK_D)
-    for k in tl.range(0, N_IN, BLOCK_D, num_stages=STAGES):
-        m_d = k + d < N_IN
-        # [BLOCK_M, BLOCK_D], [BLOCK_D, BLOCK_N]
-        b_x = tl.load(p_x[:, None] + k + d[None, :], m_x[:, None] & m_d[None, :], 0.0)
-        b_w = tl.load(w + o[None, :] * N_IN + k + d[:, None], m_o[None, :] & m_d[:, None], 0.0)
-        b_high = b_x.to(w.dtype.element_ty)
-        acc = dot(b_high, b_w, acc)
-        if LOW:
-            acc = dot((b_x - b_high.to(tl.float32)).to(w.dtype.element_ty), b_w, acc)
+    if SLICES == 1:
+        d = tl.arange(0, BLOCK_D)
+        for k in tl.range(0, N_IN, BLOCK_D, num_stages=STAGES):
+            m_d = k + d < N_IN
+            # [BLOCK_M, BLOCK_D], [BLOCK_D, BLOCK_N]
+            b_x = tl.load(p_x[:, None] + k + d[None, :], m_x[:, None] & m_d[None, :], 0.0)
+            b_w = tl.load(w + o[None, :] * N_IN + k + d[:, None], m_o[None, :] & m_d[:, None], 0.0)
+            b_high = b_x.to(w.dtype.element_ty)
+            acc = dot(b_high, b_w, acc)
+            if LOW:
+                acc = dot((b_x - b_high.to(tl.float32)).to(w.dtype.element_ty), b_w, acc)
+    else:
+        part = tl.zeros((SLICES, acc.shape[0], acc.shape[1]), tl.float32)
+        for k in tl.range(0, N_IN, BLOCK_D, num_stages=STAGES):
+            b_x = slices(p_x, m_x, k, N_IN, SLICES, BLOCK_D)
+            b_w = tl.permute(slices(w + o * N_IN, m_o, k, N_IN, SLICES, BLOCK_D), (0, 2, 1))
+            b_high = b_x.to(w.dtype.element_ty)
+            part = dot(b_high, b_w, part)
+            if LOW:
+                part = dot((b_x - b_high.to(tl.float32)).to(w.dtype.element_ty), b_w, part)
+        acc += tl.sum(part, 0)
     return acc
 
 

@@ -626,29 +626,35 @@ class Kernel:
         return step
 
     def _mma(self, parts, operands):
-        """D = A B + C for A (16, 16), B (16, 8) in 16 bits, sums in float32 here rounded once."""
-        if "m16n8k16" not in parts or parts[-2] not in ("bf16", "f16"):
+        """D = A B + C for A (16, N) and B (N, 8): N = 16 in 16 bits, 8 in tf32; the sum in float32, rounded once."""
+        kind, shape = parts[-2], next(part for part in parts if part.startswith("m16n8"))
+        if (shape, kind) not in (("m16n8k16", "bf16"), ("m16n8k16", "f16"), ("m16n8k8", "tf32")):
             raise NotImplementedError(".".join(parts))
-        brain = parts[-2] == "bf16"
         writers = [self._writer(name) for name in self._list(operands[0])]
         a, b = ([self._reader(name, "b32") for name in self._list(text)] for text in operands[1:3])
         c = [self._reader(name, "f32") for name in self._list(operands[3])]
         group, thread = LANES // 4, LANES % 4
 
-        def halves(bits):
-            if not brain:
+        def numbers(bits):
+            """A register's numbers: one in tf32, whose 13 low bits do not count; else two."""
+            if kind == "tf32":
+                return [(bits & np.uint32(0xFFFFE000)).view(np.float32)]
+            if kind == "f16":
                 pair = bits.astype(np.uint32).view(np.float16)
-                return pair[0::2], pair[1::2]
-            return (bits << np.uint32(16)).view(np.float32), (bits & np.uint32(0xFFFF0000)).view(np.float32)
+                return [pair[0::2], pair[1::2]]
+            return [(bits << np.uint32(16)).view(np.float32), (bits & np.uint32(0xFFFF0000)).view(np.float32)]
+
+        each = 1 if kind == "tf32" else 2
+        width = 8 * each
 
         def step(warp, mask):
-            left, right, total = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+            left, right, total = np.zeros((16, width)), np.zeros((width, 8)), np.zeros((16, 8))
             for i, read in enumerate(a):
-                row, column = group + 8 * (i % 2), 2 * thread + 8 * (i // 2)
-                left[row, column], left[row, column + 1] = halves(read(warp))
+                for j, value in enumerate(numbers(read(warp))):
+                    left[group + 8 * (i % 2), each * thread + j + 4 * each * (i // 2)] = value
             for i, read in enumerate(b):
-                row = 2 * thread + 8 * i
-                right[row, group], right[row + 1, group] = halves(read(warp))
+                for j, value in enumerate(numbers(read(warp))):
+                    right[each * thread + j + 4 * each * i, group] = value
             for i, read in enumerate(c):
                 total[group + 8 * (i // 2), 2 * thread + i % 2] = read(warp)
             total = (left @ right + total).astype(np.float32)

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -73,11 +74,14 @@ def test_kernels_fit_and_never_spill(compiled):
         assert 16 < done.registers <= 255, f"{key}: a kernel this small is a trap, not a kernel"
 
 
-def test_tensor_cores_serve_16_bit_types_and_float32_is_never_rounded(compiled):
+def test_tensor_cores_serve_every_type_and_float32_is_multiplied_by_three_products(compiled):
+    """Of two tf32 numbers each: in one product alone, the rounding would show."""
     for (head, name), done in compiled.items():
         if name.startswith(("attend_few", "attend_tile")):
-            assert "tf32" not in done.ptx, head
-            assert ("mma" in done.ptx) is (head[2] != F32), head
+            products = len(re.findall(r"^\s*(?:wgmma|mma|tcgen05\.mma)\S*\.", done.ptx, re.M))
+            tf32 = len(re.findall(r"^\s*mma\.sync\S*\.tf32\.tf32", done.ptx, re.M))
+            assert products > 0, head
+            assert (tf32, tf32 % 3) == ((products, 0) if head[2] == F32 else (0, 0)), head
 
 
 def test_the_class_set_is_loaded_128_bits_at_a_time(code):

@@ -224,7 +224,9 @@ REDUNDANT: dict[str, dict[int, str]] = {
         2: "in the loop, a warp's next copies go where this warp alone has read",
         10: "the last one: every warp has itself written all that it reads, as the layout is replicated",
     },
-    "attend_few": {},
+    "attend_few": {
+        16: "before the sums are exchanged: what was read before lies elsewhere in shared memory than what is written",
+    },
     "tail_few": {
         17: "h's columns of the first layer: every warp has itself written all that it reads",
         19: "before a count: warp 0 alone has stored outputs, and a lane of it counts",
