@@ -8,8 +8,12 @@ import math
 import re
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlencode
 
 import pytest
@@ -31,6 +35,44 @@ QUERIES = [
     for panel in BOARD["panels"]
     for target in panel.get("targets", [])
 ]
+
+
+# Counters of a cascade, which the served repository is not, by what each gains in a second. The labels are those that
+# tests/serving/test_dashboard.py finds on a real cascade.
+CASCADE = {
+    'vilu_answers_total{model="vilu_router",class_set="default"}': 80,
+    'vilu_escalated_total{stage="2",class_set="default"}': 20,
+    'vilu_escalated_total{stage="3",class_set="default"}': 8,
+    'vilu_escalation_failed_total{stage="2",reason="overloaded",class_set="default"}': 2,
+}
+SHARES = {"Share of each stage-A": 0.75, "Share of each stage-B": 0.25, "Share of each stage-C": 0.1}
+
+
+@contextmanager
+def cascade_counters() -> Iterator[int]:
+    """A page of the CASCADE counters; gives its port."""
+    start = time.monotonic()
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seconds = time.monotonic() - start
+            page = "".join(f"{name} {rate * seconds}\n" for name, rate in CASCADE.items()).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class Prometheus:
@@ -56,12 +98,13 @@ class Prometheus:
 def prometheus(repository, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prometheus")
     port = free_port()
-    with serving(repository, folder) as replica:
+    with serving(repository, folder) as replica, cascade_counters() as counters:
         config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yaml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         config["rule_files"] = [str(RULES)]
         target = {"targets": [f"127.0.0.1:{replica.metrics}"], "labels": {"namespace": "shop", "pod": "vilu-0"}}
-        config["scrape_configs"] = [{"job_name": "vilu", "static_configs": [target]}]
+        other = {"targets": [f"127.0.0.1:{counters}"]}
+        config["scrape_configs"] = [{"job_name": "vilu", "static_configs": [target, other]}]
         (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
         subprocess.run(["promtool", "check", "config", folder / "prometheus.yaml"], check=True, timeout=30)
         words = ["prometheus", f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data"]
@@ -92,11 +135,13 @@ def prometheus(repository, photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_a_panel_shows_values(prometheus, query):
+def test_a_panel_shows_values(prometheus, query, request):
     asked = re.sub(r"\$(instance|model|class_set)", ".*", query).replace("$__rate_interval", "30s")
     values = prometheus.values(asked)
     assert values, asked
     assert min(values) >= 0, (asked, values)
+    if known := SHARES.get(request.node.callspec.id):
+        assert values == [pytest.approx(known, rel=0.1)]
 
 
 def test_the_compute_time_is_one_runs(prometheus):
