@@ -44,7 +44,7 @@ from tritonclient.grpc import service_pb2 as pb
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
 
 from bench.common import RESULTS, machine, percentiles, ticker, write_results
-from bench.inputs import photos, stand_in
+from bench.inputs import jpeg, photos, stand_in
 from bench.loadtest.load_generator import Load, Window, request
 from bench.loadtest.processes import Processes
 from vilu import Checkpoint, load_clip
@@ -211,12 +211,7 @@ def described(window: Window, stages: Sequence[str]) -> dict[str, Any]:
 def embedded(name: str, count: int) -> list[bytes]:
     """`count` images of an embedded test split as JPEG (quality 90)."""
     drawn = data.digits("test") if name == "digits" else data.shapes("test", count)
-    made = []
-    for image in drawn.images[:count]:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=90)
-        made.append(buffer.getvalue())
-    return made
+    return [jpeg(Image.fromarray(image)) for image in drawn.images[:count]]
 
 
 def make_repository(

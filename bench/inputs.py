@@ -51,10 +51,15 @@ def photos(count: int, folder: Path | None = None, seed: int = 0) -> list[bytes]
         if draw.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = ImageEnhance.Brightness(image).enhance(draw.uniform(0.7, 1.3))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
-        made.append(buffer.getvalue())
+        made.append(jpeg(image))
     return made
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """An image as JPEG, quality 90."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 def stand_in(clip: Clip, images: Sequence[bytes]) -> Checkpoint:

@@ -22,8 +22,9 @@ from prometheus_client import CollectorRegistry, Counter
 from tritonclient.grpc import service_pb2 as pb
 
 from vilu.errors import UserError
+from vilu.serving.answers import STAGE
 from vilu.serving.record import open_record
-from vilu.serving.record.table import ANSWER, SCHEMA, STAGE, Reply, table_of
+from vilu.serving.record.table import ANSWER, SCHEMA, Reply, table_of
 from vilu.serving.server import PROBE_IMAGE
 
 MOST_REPLIES = 8192  # that wait to be written; more are dropped

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from tritonclient.grpc import service_pb2 as pb
 
-from vilu.serving.answers import answer_ids
+from vilu.serving.answers import STAGE, answer_ids
 
 # An answer. class_set and its version: "" and 0 for candidates of the request's own. label_probability: the chance with
 # which the answer was chosen to be labelled by a person; chosen: whether it was. part: which write of its writer's.
@@ -40,7 +40,6 @@ SCHEMA = pa.schema(
         ("embedding", pa.list_(pa.float16())),
     ]
 )
-STAGE = ("STAGE", "ESCALATION_FAILED")
 ANSWER = ("LABEL", "CLASS_INDEX", "CONFIDENCE", "FAILURE_PROBABILITY", "ACCEPT")
 _NUMBERS = {"CLASS_INDEX": "<i4", "CONFIDENCE": "<f4", "FAILURE_PROBABILITY": "<f4", "ACCEPT": "?"}
 # A reply that waits to be written: its bytes, the id of its answers, microseconds since 1970, the checkpoint's digest,
@@ -112,9 +111,8 @@ def table_of(
         label_accepted, label_rejected: the probability of that.
     """
     raw: dict[str, list[bytes]] = {name: [] for name in (*_NUMBERS, "ENTROPY", *STAGE, "IMAGE_EMBEDDING")}
-    rows: list[
-        tuple[object, ...]
-    ] = []  # (id, ..., class_set_version, label, whether there are entropy and stage, width)
+    # (id, ..., class_set_version, label, whether there is an entropy, whether there is a stage, width)
+    rows: list[tuple[object, ...]] = []
     for data, request_id, time, checkpoint, class_set in replies:
         reply = pb.ModelInferResponse.FromString(data)
         given = dict(zip([output.name for output in reply.outputs], reply.raw_output_contents, strict=True))

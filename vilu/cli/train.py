@@ -162,7 +162,7 @@ def train_command(
     killed run continues where it was when it is started again. For several GPUs: torchrun -m vilu train ...
     """
     from vilu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from vilu.class_set import DEFAULT_TEMPLATES, ClassSet, check_rows
+    from vilu.class_set import DEFAULT_TEMPLATES, ClassSet
     from vilu.clip import load_clip
     from vilu.data import embed, load_embeddings, open_source
     from vilu.fingerprints import remembered
@@ -209,11 +209,12 @@ def train_command(
                 train = embed(source, clip, cache=cache, dtype=dtype, templates=prompts, progress=bar)
             if no_cache:
                 augmented = _augmented(source, train, clip, seed)
-        class_set = None
+        class_set, twins = None, ""
         if train.class_names:  # made before the training, so that a wrong one is refused now
             class_set = ClassSet(train.class_names, tuple(prompts), train.text.normalised.float())
-            if embeddings is None:
-                check_rows(class_set.names, class_set.text_embeddings)
+            twins = rows_problem(class_set.names, class_set.text_embeddings.numpy())
+            if twins and embeddings is None:  # the user's embeddings may hold such classes, as ImageNet's do
+                raise UserError(f"class set: {twins}")
         clip_accuracy = clip_accuracy_on(train, recipe)
         if rank == 0:
             for line in train.skipped:
@@ -221,8 +222,8 @@ def train_command(
             say(f"{name_of_clip(spec, train)}: {clip_accuracy}")
             if clip_accuracy.warning:
                 said.warn(f"warning: {clip_accuracy.warning}")
-            if class_set and (problem := rows_problem(class_set.names, class_set.text_embeddings.numpy())):
-                said.warn(f"warning: {problem}")  # the user's embeddings may hold such classes, as ImageNet's do
+            if twins:
+                said.warn(f"warning: {twins}")
         state = None if no_cache else output.with_name(f".{output.name}.state")
         with _board(tensorboard if rank == 0 else None) as log, _interrupted(state):
             trained = fit(

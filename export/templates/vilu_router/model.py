@@ -228,11 +228,12 @@ class TritonPythonModel(head.Head):
     def _going(self, request: Any, question: Question) -> list[Going]:
         labels = pb_utils.get_input_tensor_by_name(request, "LABELS")
         own = None if labels is None else labels.as_numpy()
-        # A request's memory is the server's again once `execute` has returned.
-        given = {name: _input(request, name).copy() for name in self.given}
+        rows = sorted(question.open)
+        # Indexing copies: a request's memory is the server's again once `execute` has returned.
+        given = {name: _input(request, name)[rows] for name in self.given}
         return [
-            Going(question, row, {k: v[row] for k, v in given.items()}, None if own is None else own[row])
-            for row in sorted(question.open)
+            Going(question, row, {name: values[i] for name, values in given.items()}, None if own is None else own[row])
+            for i, row in enumerate(rows)
         ]
 
     def _go_on(self, class_set: str, images: list[Going]) -> None:
