@@ -220,6 +220,7 @@ def make_repository(
     images: Sequence[bytes],
     root: Path,
     *,
+    precision: str,
     quick: bool,
     progress: Callable[[str, int, int], None],
 ) -> None:
@@ -233,7 +234,7 @@ def make_repository(
         measured = (pixels * 4)[:least]
         options: dict[str, Any] = {
             "write": export,
-            "precision": "float32",
+            "precision": precision,
             "max_batch_size": AT_ONCE,
             "images": measured,
             "allow_loss": True,
@@ -244,7 +245,7 @@ def make_repository(
 
 def run(
     *, small: str, large: str, share: float, rounds: int, seconds: float, quick: bool, output: Path | None,
-    repository: Path | None = None, keep: Path | None = None, images: str | None = None,
+    repository: Path | None = None, keep: Path | None = None, images: str | None = None, precision: str = "float32",
 ) -> dict[str, Any]:  # fmt: skip
     """The whole run; returns what BASE.json holds. Raises UserError for the user's mistakes."""
     output = output or RESULTS / "cascade-cpu"
@@ -259,7 +260,7 @@ def run(
         if repository is not None:
             shutil.copytree(repository, root)
         else:
-            make_repository(small, large, chosen, root, quick=quick, progress=bar)
+            make_repository(small, large, chosen, root, precision=precision, quick=quick, progress=bar)
             if keep is not None:
                 shutil.copytree(root, keep)
         add_models(root)
@@ -349,6 +350,7 @@ def finish(
 @click.option("--share", type=click.FloatRange(0, 1), default=0.25, show_default=True, help="Of images that go on.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns of every load.")
 @click.option("--seconds", type=float, default=8.0, show_default=True, help="Of one load in one round, at least.")
+@click.option("--precision", default="float32", show_default=True, help="Of both towers, where they are exported here.")
 @click.option("--quick", is_flag=True, help="Fewer images to check; one round with 16 requests at a time.")
 @click.option("--repository", type=click.Path(path_type=Path, exists=True), help="A cascade's export, instead.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder to keep the export in, for --repository.")
