@@ -3,15 +3,26 @@
 #
 #     bench/gpu.sh OUTPUT [STEP ...]        steps: tests sanitize goals tune rest; all of them by default
 #
-# Each step writes its log and results into OUTPUT and goes on where another failed. PYTHON names the interpreter.
+# Each step writes its log and results into OUTPUT and goes on where another failed. PYTHON names the interpreter. It needs
+# torch, Triton, NumPy, safetensors and pytest; with Hypothesis, cuda-bindings, ONNX Runtime and matplotlib more is tested,
+# compared and drawn.
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 output=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD" OMP_NUM_THREADS=8
 python=${PYTHON:-python3}
 results="$output/head-cuda.json"
+"$python" -c '
+import sys
+try:
+    import numpy, pytest, safetensors, torch, triton
+except ImportError as error:
+    sys.exit(f"gpu.sh: {sys.executable}: {error}")
+if not torch.cuda.is_available():
+    sys.exit("gpu.sh: torch finds no CUDA GPU here, and every step needs one")
+' || exit 2
 [ $# -gt 0 ] || set -- tests sanitize goals tune rest
 
 step() {

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-MORE = "real_sizes or any_shape or half_precision or hidden_widths or extreme_logits"
+MORE = "real_sizes or half_precision or hidden_widths or extreme_logits"
 SUITES = [
     pytest.param("test_parity.py", f"not ({MORE})", id="parity"),
     pytest.param("test_parity.py", MORE, marks=pytest.mark.slow, id="parity-more"),
     *(
         pytest.param(f"test_{suite}.py", "", marks=pytest.mark.slow, id=suite)
-        for suite in ("ragged", "operator", "tuning")
+        for suite in ("any_shape", "ragged", "operator", "tuning")
     ),
 ]
 
@@ -24,6 +24,8 @@ SUITES = [
 @pytest.mark.parametrize(("suite", "chosen"), SUITES)
 def test_kernels_interpreted(suite, chosen):
     pytest.importorskip("triton")
+    if suite == "test_any_shape.py":
+        pytest.importorskip("hypothesis")
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(here / suite)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

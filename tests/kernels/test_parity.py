@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.kernels.reference import DEVICE, DTYPES, INTERPRETED, assert_equal, check, make_head, runs_kernels
 from tests.support.embeddings import unit_rows
@@ -152,18 +150,3 @@ def test_real_text_embeddings(B, layout):
     t = t[:200] if INTERPRETED else t
     v = torch.nn.functional.normalize(t[:B] + 0.5 * t[100 : 100 + B], dim=1)
     check(make_head(512), v, t, dtype=torch.float32, layout=layout)
-
-
-@settings(max_examples=10 if INTERPRETED else 100, deadline=None)
-@given(
-    B=st.integers(1, 20),
-    K=st.integers(1, 100),
-    D=st.integers(64, 130),
-    first=st.integers(1, 70),
-    layout=st.sampled_from(["folded", "plain"]),
-    projection=st.sampled_from(["identity", "shared", "separate"]),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape(B, K, D, first, layout, projection, seed):
-    head = make_head(D, seed, projection=projection, hidden=(first, 8))
-    check(head, unit_rows(B, D, seed), unit_rows(K, D, seed + 1), dtype=torch.float32, layout=layout)
