@@ -5,12 +5,12 @@ classes in ten, drawn by a seed, are left out of the candidates and of the train
 one half (at most 3,000) trains the head and the outlier score, a quarter calibrates the outlier score's threshold, and
 a quarter is tested against the images of the classes left out. Candidates without images stay candidates. The rows are
 those of `vilu eval --outside-embeddings`; AUC and FPR95 are means over the cuts, and so are the shares of the images
-inside and outside that the threshold of `--refuse` accepts. Prints a table a set; --output writes them as JSON as well.
+inside and outside that the threshold of `--refuse` accepts. Prints a table a set; --output writes them as JSON as well,
+with versions and commit.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package `bench`, as this file is run by its path
 
+from bench.common import origin, write_results
 from bench.cross import of_classes
 from vilu import load_clip
 from vilu.data import embed, load_embeddings, open_source
@@ -90,7 +91,7 @@ def table(runs: Sequence[Sequence[OutsideRow]]) -> list[dict[str, Any]]:
 @click.argument("sets", nargs=-1, required=True)
 @click.option("--cuts", default=3, show_default=True, type=click.IntRange(1), help="Number of random cuts.")
 @click.option("--refuse", default=0.05, show_default=True, help="Share of images inside that may be refused.")
-@click.option("--output", type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file to write: NAME.json.")
 def main(sets: tuple[str, ...], cuts: int, refuse: float, output: Path | None) -> None:
     """Measure which score tells images of the classes from images of none of them."""
     found = []
@@ -108,7 +109,7 @@ def main(sets: tuple[str, ...], cuts: int, refuse: float, output: Path | None) -
             cells = [row[key] for key in ("auc", "fpr95", "inside_accepted", "outside_accepted")]
             click.echo(f"| {row['row']} | {' | '.join('' if cell is None else f'{cell:.3f}' for cell in cells)} |")
     if output is not None:
-        output.write_text(json.dumps(found, indent=1) + "\n")
+        write_results(output.with_suffix(""), {".json": origin() | {"sets": found}})
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_the_command(tmp_path):
     options = [str(tmp_path / "a.npz"), "--cuts", "1", "--refuse", "0.2", "--output", str(tmp_path / "out.json")]
     result = CliRunner().invoke(outside.main, options, catch_exceptions=False)
     assert result.exit_code == 0
-    (found,) = json.loads((tmp_path / "out.json").read_text())
+    (found,) = json.loads((tmp_path / "out.json").read_text())["sets"]
     rows = {row["row"]: row for row in found["rows"]}
     assert list(rows) == ["MCM", "energy", "ViLU", "outlier score"]
     assert all(f"| {name} |" in result.output for name in rows)
