@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from vilu.checkpoint import Checkpoint
 from vilu.clip import Clip
-from vilu.errors import FailedError, UserError
+from vilu.errors import UserError
 from vilu.export import checks
 from vilu.export.cache import Cache
 from vilu.export.checks import OverBudgetError
@@ -37,6 +37,7 @@ WAYS = tuple((precision, p) for precision in ("float32", "bfloat16", "int8") for
 BATCH = 16
 SECONDS = 60.0  # for all ways together
 LEAST_RUNS = 3  # of each way and pass
+CHOSEN, SLOWER = "chosen", "slower"  # verdicts
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Tried:
         precision: of the towers.
         provider: "openvino" or "cpu".
         images_per_second: of the image tower; None where it was not timed.
-        verdict: why it was not timed or refused, "chosen", or "slower".
+        verdict: why it was not timed, or is not taken; CHOSEN, or SLOWER than that.
     """
 
     precision: str
@@ -68,6 +69,7 @@ def export_fastest(
     max_batch_size: int = 32,
     cpu_flags: Collection[str] | None = None,
     cache: Path | None = None,
+    tried: Sequence[Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def export_fastest(
     Args:
         provider: consider this one alone.
         cpu_flags: what the servers' processor can, as /proc/cpuinfo names it; None: as this machine.
+        tried: what `set_aside` gives: the speeds that are known, so that nothing is timed again.
         options: as those of `export`, which the other arguments are too.
 
     Returns:
@@ -83,22 +86,26 @@ def export_fastest(
 
     Raises:
         UserError: as `export` does.
-        FailedError: no way is within its budget.
+        OverBudgetError: no way is within its budget.
     """
     checks.check_output(output, options.get("version"))
     checks.check_options(options.get("preprocess", "exact"), max_batch_size)
     class_set = checks.require_clip_and_class_set(checkpoint)
-    rows = list(_offered(provider, cpu_flags))
-    try:
-        sample = draw_sample(clip, class_set.names, images, labels, calibrate=True)
-    except UserError as reason:
-        rows = [replace(row, verdict=row.verdict or str(reason)) if row.precision == "int8" else row for row in rows]
-        sample = draw_sample(clip, class_set.names, images, labels, calibrate=False)
     with tempfile.TemporaryDirectory(prefix="vilu-auto-") as folder:
         cache = cache or Path(folder) / "cache"  # at least from here to the export
-        threads = min(cores or session.cores(), session.cores())
-        speeds = _time(rows, clip, sample, Path(folder), cache, threads, min(BATCH, max_batch_size), progress)
-        rows = [replace(row, images_per_second=speeds.get((row.precision, row.provider))) for row in rows]
+        if tried is None:
+            rows = list(_offered(provider, cpu_flags))
+            try:
+                sample = draw_sample(clip, class_set.names, images, labels, calibrate=True)
+            except UserError as reason:
+                rows = [replace(r, verdict=r.verdict or str(reason)) if r.precision == "int8" else r for r in rows]
+                sample = draw_sample(clip, class_set.names, images, labels, calibrate=False)
+            threads = min(cores or session.cores(), session.cores())
+            found = _time(rows, clip, sample, Path(folder), cache, threads, min(BATCH, max_batch_size), progress)
+            rows = [replace(row, images_per_second=found.get((row.precision, row.provider))) for row in rows]
+        else:
+            rows = [Tried(**row) for row in tried]
+        speeds = {(r.precision, r.provider): r.images_per_second for r in rows if r.images_per_second and not r.verdict}
         order = sorted(speeds, key=lambda way: -speeds[way])
         for way in order:
             chosen = [_decide(row, way) for row in rows]
@@ -120,7 +127,15 @@ def export_fastest(
                 )
             except OverBudgetError as reason:
                 rows = [replace(r, verdict=str(reason)) if (r.precision, r.provider) == way else r for r in rows]
-    raise FailedError("no precision is within its parity budget: " + "; ".join(r.verdict for r in rows if r.verdict))
+    raise OverBudgetError(
+        "no precision is within its parity budget: " + "; ".join(r.verdict for r in rows if r.verdict)
+    )
+
+
+def set_aside(tried: Sequence[Mapping[str, Any]], reason: str) -> list[dict[str, Any]]:
+    """What was tried, with the reason against the way that was chosen; slower ones may then be taken."""
+    verdicts = {CHOSEN: reason, SLOWER: ""}
+    return [{**row, "verdict": verdicts.get(row["verdict"], row["verdict"])} for row in tried]
 
 
 def _offered(provider: str | None, cpu_flags: Collection[str] | None) -> Iterator[Tried]:
@@ -143,8 +158,8 @@ def _offered(provider: str | None, cpu_flags: Collection[str] | None) -> Iterato
 
 def _decide(row: Tried, way: tuple[str, str]) -> Tried:
     if (row.precision, row.provider) == way:
-        return replace(row, verdict="chosen")
-    return replace(row, verdict=row.verdict or "slower")
+        return replace(row, verdict=CHOSEN)
+    return replace(row, verdict=row.verdict or SLOWER)
 
 
 def _time(

@@ -12,10 +12,9 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import vilu.export.repository as models
 from vilu import atomic
@@ -28,9 +27,9 @@ from vilu.export.limits import Limits
 from vilu.export.measure import Measured
 from vilu.export.model_config import Step, Tensors, save_config, write_config, write_ensemble
 from vilu.export.onnx_file import copy_graph
-from vilu.export.parity import Answers
-from vilu.export.precision import BUDGETS, HEAD_BUDGET
+from vilu.export.precision import HEAD_BUDGET
 from vilu.export.repository import Served
+from vilu.export.rule import within_budget
 from vilu.export.sample import embedded_images
 from vilu.serving.about import CONFIG, load_config
 
@@ -73,7 +72,8 @@ def export_cascade(
         calibration: what `vilu calibrate --cascade` wrote when it chose the threshold; kept in parity.json.
         as_default: serve the cascade as `vilu` and `vilu_open`, in the place of the first stage alone.
         escalation_seconds: how long an image may wait for later stages; then the answer so far is given, rejected.
-        write: `export`, which then needs a precision, or `export_fastest`: it writes each stage.
+        write: `export`, which then needs a precision, or `export_fastest`: it writes each stage. Where what the latter
+            chose routes too many images to another stage, `rule.within_budget` takes the next fastest.
         options: as those of `export`, as are the other arguments.
 
     Returns:
@@ -90,30 +90,38 @@ def export_cascade(
     if options.get("images") is None and options.get("precision") in (None, "int8"):
         # Every stage is then measured on the same images, whether it calibrates on others of them or not.
         options |= embedded_images(checks.require_clip_and_class_set(checkpoints[0]).names, clips)
-    measured: list[Measured] = []
+    measured: dict[int, Measured] = {}
     with atomic.folder(output) as root:
-        reports = []
-        for number, (checkpoint, clip) in enumerate(zip(checkpoints, clips, strict=True), 1):
-            folder = root / f".stage{number}"
-            said = write(
-                checkpoint,
-                folder,
-                clip=clip,
+        towers = root / ".towers"
+        if "precision" not in options and options.get("cache") is None:
+            options["cache"] = towers  # a stage may be written in more than one precision
+
+        def write_stage(number: int, **more: Any) -> dict[str, Any]:
+            return write(
+                checkpoints[number],
+                root / f".stage{number + 1}",
+                clip=clips[number],
                 max_batch_size=max_batch_size,
                 preprocess=preprocess,
                 limits=limits,
-                on_measured=measured.append,
-                progress=_named(progress, number, len(checkpoints)),
+                on_measured=partial(measured.__setitem__, number),
+                progress=_named(progress, number + 1, len(checkpoints)),
                 **options,
+                **more,
             )
-            reports.append(said)
-            _adopt(folder, root, number, keep=not (as_default and number == 1))
+
+        reports = [write_stage(number) for number in range(len(checkpoints))]
+        rule, problems = within_budget(reports, measured, threshold, write_stage)
+        if problems and not options.get("allow_loss"):
+            raise checks.OverBudgetError(f"export refused: {problems[0]}")
+        shutil.rmtree(towers, ignore_errors=True)
+        for number in range(1, len(checkpoints) + 1):
+            _adopt(root / f".stage{number}", root, number, keep=not (as_default and number == 1))
         stages = [
             _served(checkpoint, clip, max_batch_size, limits)
             for checkpoint, clip in zip(checkpoints, clips, strict=True)
         ]
         _join(root, stages, clips, threshold, as_default, escalation_seconds, preprocess)
-        rule = compare_rule(measured, threshold)
         summary = reports[0] | {
             "cascade": {
                 "threshold": threshold,
@@ -123,9 +131,6 @@ def export_cascade(
                 "stages": reports[1:],
             }
         }
-        problems = rule_problems(rule, [one["precision"] for one in reports])
-        if problems and not options.get("allow_loss"):
-            raise checks.OverBudgetError(f"export refused: {problems[0]}")
         summary["over_budget"] = [*(line for one in reports for line in one["over_budget"]), *problems]
         (root / "parity.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", "utf-8")
         _write_text(root, summary, len(stages))
@@ -327,51 +332,3 @@ def _write_text(root: Path, summary: dict[str, Any], count: int) -> None:
         readme.write(
             (models.TEMPLATES / "README.cascade.md").read_text("utf-8").replace("vilu_cascade", cascade["front"])
         )
-
-
-def compare_rule(measured: Sequence[Measured], threshold: float) -> dict[str, Any]:
-    """How the exported stages route the sample's images, beside the eager models.
-
-    Returns:
-        "images"; "stages", the share that each stage answers; "routed_differently", the images that get the answer of
-        another stage; of these "not_near", those where no stage's eager P(failure) is within the head's budget of the
-        threshold; "argmax_agreement", the share of all images that get the same class.
-    """
-    # A stage in int8 calibrates on the first images; the others are the same ones, in the same order, for all stages.
-    common = min(len(one.eager.class_index) for one in measured)
-    eager = [one.eager.last(common) for one in measured]
-    exported = [next(iter(one.answers.values())).last(common) for one in measured]
-    stage, label = _route(eager, threshold)
-    stage_served, label_served = _route(exported, threshold)
-    doubt = np.stack([one.failure_probability for one in eager[:-1]])
-    budget = HEAD_BUDGET.error or 0.0
-    near = (np.abs(doubt.astype(np.float64) - threshold) <= budget).any(axis=0)
-    moved = stage != stage_served
-    return {
-        "images": len(stage),
-        "stages": [float((stage_served == number).mean()) for number in range(len(measured))],
-        "routed_differently": int(moved.sum()),
-        "not_near": int((moved & ~near).sum()),
-        "argmax_agreement": float((label == label_served).mean()),
-    }
-
-
-def _route(answers: Sequence[Answers], threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """The stage (N,), from 0, and the class (N,) that each image gets."""
-    stage = np.zeros(len(answers[0].class_index), np.int64)
-    on = np.ones(len(stage), bool)
-    for answer in answers[:-1]:
-        on &= answer.failure_probability.astype(np.float64) > threshold
-        stage += on
-    return stage, np.choose(stage, [answer.class_index for answer in answers])
-
-
-def rule_problems(rule: dict[str, Any], precisions: Sequence[str]) -> list[str]:
-    """One line where the rule routes more images otherwise than the precisions' budgets allow."""
-    allowed = sum(1 - BUDGETS[precision].agreement for precision in precisions)
-    share = rule["not_near"] / rule["images"]
-    if share <= allowed:
-        return []
-    return [
-        f"the cascade sends {share:.2%} of the images to another stage than eager models do, the limit is {allowed:.1%}"
-    ]

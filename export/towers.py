@@ -88,20 +88,26 @@ class Towers:
             self.cache.keep(name, _files(path))
 
     def eager(self, encode: Callable[[torch.Tensor], torch.Tensor], feed: torch.Tensor, chunk: int) -> torch.Tensor:
-        """The eager model's embeddings (N, D) of a feed (N, ...), `chunk` rows at a time."""
+        """The eager model's embeddings (N, D) of a feed (N, ...), `chunk` rows at a time.
 
-        def compute() -> torch.Tensor:
+        Each chunk is an entry of its own. They are counted from the end of the feed, as another precision's sample ends
+        with the same images: it calibrates on none, or on more, of the first.
+        """
+        rest = len(feed) % chunk
+        sizes = [rest] * bool(rest) + [chunk] * (len(feed) // chunk)
+        return torch.cat([self._encoded(encode, rows) for rows in feed.split(sizes)])
+
+    def _encoded(self, encode: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+        name, kept = "", None
+        if self.cache.folder is not None:
+            about = {"encode": encode.__name__, "feed": digest(rows.numpy()), "clip": self.digest}
+            name = key(kind="eager", **about, **_versions("torch"), processor=_processor())
+            kept = self.cache.arrays(name).get("embedding")
+        if kept is None or len(kept) != len(rows):
             with torch.no_grad():
-                return torch.cat([encode(rows) for rows in feed.split(chunk)])
-
-        if self.cache.folder is None:
-            return compute()
-        about = {"encode": encode.__name__, "feed": digest(feed.numpy()), "chunk": chunk, "clip": self.digest}
-        name = key(kind="eager", **about, **_versions("torch"), processor=_processor())
-        kept = self.cache.arrays(name).get("embedding")
-        if kept is None or len(kept) != len(feed):
-            kept = compute().numpy()
-            self.cache.keep_arrays(name, {"embedding": kept})
+                kept = encode(rows).numpy()
+            if name:
+                self.cache.keep_arrays(name, {"embedding": kept})
         return torch.from_numpy(kept)
 
 

@@ -15,10 +15,13 @@ from vilu import UserError, save_checkpoint
 from vilu.checkpoint import digest
 from vilu.cli.export import export_command
 from vilu.cli.info import info_command
+from vilu.clip import Clip
 from vilu.export import auto, export, versions
-from vilu.export.cascade import STAGE_MODELS, compare_rule, export_cascade, rule_problems
+from vilu.export.cascade import STAGE_MODELS, export_cascade
+from vilu.export.checks import OverBudgetError
 from vilu.export.measure import Measured
 from vilu.export.parity import Answers
+from vilu.export.rule import compare_rule, rule_problems, within_budget
 from vilu.preprocess.image import Transform, decode, opened, resized
 from vilu.serving.about import load_config
 
@@ -74,11 +77,65 @@ def test_a_rule_that_routes_otherwise_is_refused():
     for served, moved, not_near in ((eager, 0, 0), (near, 1, 0), (far, 1, 1)):
         measured = [Measured({}, {"cpu": b}, a) for a, b in zip(eager, served, strict=True)]
         rule = compare_rule(measured, 0.5)
-        assert (rule["routed_differently"], rule["not_near"]) == (moved, not_near)
+        assert (rule["routed_differently"], rule["not_near"], rule["misrouted"]) == (moved, not_near, [not_near])
         assert rule["argmax_agreement"] == 1 - moved / 4
         assert len(rule_problems(rule, ["float32", "float32"])) == not_near
     assert rule["stages"] == [0.5, 0.5]
     assert rule_problems(rule | {"images": 1000}, ["float16", "float32"]) == []
+
+
+def three_stages(first, second):
+    """What is measured of three stages over four doubtful images, of which the first and second send on as given."""
+    eager = [answers([0.9] * 4, [number] * 4) for number in range(3)]
+    served = answers(first, [0] * 4), answers(second, [1] * 4), eager[2]
+    return {n: Measured({}, {"cpu": b}, a) for n, (a, b) in enumerate(zip(eager, served, strict=True))}
+
+
+def fast(precision="int8"):
+    return {
+        "precision": precision,
+        "tried": [
+            {"precision": "int8", "provider": "cpu", "images_per_second": 2.0, "verdict": "chosen"},
+            {"precision": "float32", "provider": "cpu", "images_per_second": 1.0, "verdict": "slower"},
+            {"precision": "bfloat16", "provider": "cpu", "images_per_second": None, "verdict": "not there"},
+        ],
+    }
+
+
+def test_a_stage_that_misroutes_gets_a_slower_precision():
+    """The second stage keeps three images that its eager model sends on, the first keeps one; the third routes none."""
+    measured = three_stages([0.9, 0.9, 0.9, 0.1], [0.1, 0.1, 0.1, 0.1])
+    reports, written = [fast(), fast(), fast()], []
+    truth = three_stages([0.9] * 4, [0.9] * 4)
+
+    def write(number, tried):
+        written.append(number)
+        assert [row["verdict"] for row in tried[1:]] == ["", "not there"]
+        assert re.fullmatch(r"with it the cascade sends .* to another stage .*", tried[0]["verdict"])
+        measured[number] = truth[number]
+        return {"precision": "float32", "tried": tried}
+
+    rule, problems = within_budget(reports, measured, 0.5, write)
+    assert (written, problems, rule["misrouted"]) == ([1, 0], [], [0, 0])
+    assert [one["precision"] for one in reports] == ["float32", "float32", "int8"]
+
+
+def test_a_cascade_with_no_precision_left_is_refused():
+    measured, written = three_stages([0.9, 0.9, 0.9, 0.1], [0.1, 0.1, 0.1, 0.1]), []
+
+    def write(number, tried):
+        written.append(number)
+        raise OverBudgetError("no precision is within its parity budget")
+
+    reports = [fast(), fast(), fast()]
+    _, (problem,) = within_budget(reports, measured, 0.5, write)
+    assert written == [1, 0]
+    assert "sends 100.00% of the images" in problem
+    assert problem.endswith("no other precision of stage 1 and 2 is within its parity budget")
+    assert reports == [fast()] * 3
+    _, (problem,) = within_budget([{"precision": "int8"}] * 3, measured, 0.5, write)
+    assert written == [1, 0], "a precision that was asked for is kept"
+    assert "no other precision" not in problem
 
 
 def test_bad_input_is_one_line_and_writes_nothing(cascade, tmp_path, larger):
@@ -125,12 +182,31 @@ def test_bad_input_is_one_line_and_writes_nothing(cascade, tmp_path, larger):
 
 @pytest.mark.slow
 def test_the_precision_of_each_stage_is_measured(cascade, tmp_path, monkeypatch, tower_cache):
+    """Stage 1's faster precision is said to misroute images: it alone is exported again, and nothing embedded again."""
+    exports: list[tuple[str, str]] = []
+    embedded: list[tuple[int, int]] = []
+    real, encode = compare_rule, Clip.encode_pixels
+
+    def write(*given, **options):
+        exports.append((options["clip"].spec.name, options["provider"]))
+        return export(*given, **options)
+
+    def encoded(self, feed):
+        embedded.append((len(exports), len(feed)))
+        return encode(self, feed)
+
+    def compared(*given):
+        return real(*given) | ({"not_near": 9, "misrouted": [9]} if len(exports) < 3 else {})
+
     monkeypatch.setattr(auto, "SECONDS", 0.1)
+    monkeypatch.setattr(auto, "export", write)
+    monkeypatch.setattr(Clip, "encode_pixels", encoded)
+    monkeypatch.setattr("vilu.export.rule.compare_rule", compared)
     paths = [tmp_path / f"{number}.safetensors" for number in (1, 2)]
     for path, checkpoint in zip(paths, cascade.checkpoints, strict=True):
         save_checkpoint(checkpoint, path)
     given = [*map(str, paths), "--cascade-threshold", str(cascade.threshold), "--output", str(tmp_path / "r")]
-    given += ["--precision", "auto", "--provider", "cpu", "--cpu-flags", "avx2", "--max-batch-size", "8"]
+    given += ["--precision", "auto", "--cpu-flags", "avx2", "--max-batch-size", "8"]
     given += ["--cache", str(tower_cache.parent)]
     done = CliRunner().invoke(export_command, ["--cascade", *given], catch_exceptions=False)
     assert done.exit_code == 0
@@ -139,10 +215,19 @@ def test_the_precision_of_each_stage_is_measured(cascade, tmp_path, monkeypatch,
         ways = {(row["precision"], row["provider"]): row for row in one["tried"]}
         assert ways["float32", "cpu"]["images_per_second"] > 0
         assert "lacks VNNI" in ways["int8", "cpu"]["verdict"]
-        assert re.search(rf"^stage {number}: float32 cpu: [\d.]+ images/s, chosen$", done.output, re.MULTILINE)
+        assert re.search(rf"^stage {number}: float32 \w+: [\d.]+ images/s, chosen$", done.output, re.MULTILINE)
         assert f"stage {number}: int8 cpu: not faster: the processor lacks VNNI" in done.output
     text = (tmp_path / "r" / "parity.md").read_text()
     assert text.count("## Why this precision") == 2
+    (first, aside), (second, _), (again, taken) = exports
+    assert first == again != second
+    assert report["provider"] == taken != aside
+    verdicts = {row["provider"]: row["verdict"] for row in report["tried"] if row["precision"] == "float32"}
+    assert verdicts[taken] == "chosen"
+    assert verdicts[aside].startswith("with it the cascade sends 3.52% of the images to another stage")
+    assert f"{aside} | " in text
+    assert verdicts[aside] in text
+    assert max(images for number, images in embedded if number == 3) <= 2, "the shape of the output alone"
 
 
 @pytest.mark.slow
@@ -163,7 +248,7 @@ def test_a_stage_over_its_budget_leaves_the_old_repository(cascade, tmp_path, mo
     def far(*given):
         return real(*given) | {"not_near": 3}
 
-    monkeypatch.setattr("vilu.export.cascade.compare_rule", far)
+    monkeypatch.setattr("vilu.export.rule.compare_rule", far)
     with pytest.raises(UserError, match=r"sends 1\.17% of the images to another stage"):
         export_cascade(cascade.checkpoints, cascade.clips, root, **options, as_default=True)
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
