@@ -6,7 +6,8 @@ It measures (a) the image tower alone, from pixels to embedding; (b) one process
 real server over gRPC, in closed and open loop; and it computes what these cores allow. Every answer is compared with
 the eager float32 model before anything is timed: a contender over the parity budget is marked and has no rank. The
 contenders take turns in every round, so that other work on the machine slows all of them alike. It writes BASE.json and
-BASE.png. On a GPU (not tried so far) the same program runs eager CUDA and ONNX Runtime's CUDA provider.
+BASE.png. On a GPU (not tried so far) the same program runs eager CUDA and ONNX Runtime's CUDA provider. A cascade of
+two CLIPs has a program of its own, bench/cascade.py.
 
 `--quick` takes about two minutes on two idle cores, most of it the export; with `--keep FOLDER` a later run can take it
 by `--repository`. It compares float32 alone, eager PyTorch with `vilu export`, on 16 images, in one round, and
