@@ -23,7 +23,9 @@ from vilu.serving.door.refused import NOT_FOUND, Refused
 MODELS = (
     "vilu", "vilu_open", "vilu_cascade", "vilu_cascade_open", "vilu_embeddings", "vilu_text", "vilu_full", "class_sets",
 )  # fmt: skip
-STAGE_TEXT = re.compile(r"stage[2-9]_vilu_text")  # who puts a class set has its names embedded by every stage
+STAGE_TEXT = re.compile(
+    r"stage(?:[2-9]|[1-9][0-9])_vilu_text"
+)  # who puts a class set has its names embedded by every stage
 # Bytes of an element, and the field of typed contents (where a client sends no raw ones).
 BYTES_OF = {"BOOL": 1, "UINT8": 1, "INT8": 1, "UINT16": 2, "INT16": 2, "FP16": 2, "INT32": 4, "UINT32": 4, "FP32": 4,
             "INT64": 8, "UINT64": 8, "FP64": 8}  # fmt: skip

@@ -30,7 +30,7 @@ from tests.serving.helpers import code_of, opened, options, ports, question, str
 from vilu.errors import UserError
 from vilu.serving import Client, ServerUnavailable
 from vilu.serving.door import Door, Limits
-from vilu.serving.door.check import MODELS, check, parsed_question, tensors
+from vilu.serving.door.check import MODELS, check, named, parsed_question, tensors
 from vilu.serving.door.refused import Refused
 
 pytestmark = pytest.mark.server
@@ -59,6 +59,14 @@ def test_every_model_for_people_answers_and_no_other(call, repository, asking):
     assert call.ServerReady(pb.ServerReadyRequest()).ready
     assert call.ModelReady(pb.ModelReadyRequest(name="vilu")).ready
     assert {one.name for one in call.ModelMetadata(pb.ModelMetadataRequest(name="vilu")).inputs} == {"IMAGE"}
+
+
+@pytest.mark.parametrize("stage", [2, 9, 10, 12])
+def test_every_later_stage_embeds_the_names_of_a_class_set(stage):
+    assert named(pb.ModelInferRequest(model_name=f"stage{stage}_vilu_text")) == f"stage{stage}_vilu_text"
+    for other in (f"stage{stage}_vilu_head", f"stage{stage}_vilu_text2", "stage1_vilu_text", "stage_vilu_text"):
+        with pytest.raises(Refused, match="there is no model"):
+            named(pb.ModelInferRequest(model_name=other))
 
 
 @pytest.mark.parametrize(
