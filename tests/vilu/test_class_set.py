@@ -125,6 +125,13 @@ def test_prompts_go_name_by_name():
     assert prompts(["{}", "dog"], ["a {}", "{}s"]) == ["a {}", "{}s", "a dog", "dogs"]
 
 
+def test_labels_of_a_request_are_not_lines_of_a_file():
+    problem = class_names.names_problem(["a,b"], "label")
+    assert problem == (
+        "needs at least two labels, found only 'a,b'; each label is given by itself, without commas between them"
+    )
+
+
 def test_names_of_a_file(tmp_path):
     file = tmp_path / "names.txt"
     for start in ("", "\ufeff"):

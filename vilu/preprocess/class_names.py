@@ -57,8 +57,10 @@ def names_problem(names: object, what: str = "class name") -> str:
             other = f"{what} {first} ({_shown(names[first - 1])})"
             return f"{what} {number} ({_shown(name)}) differs from {other} only in characters that nobody sees"
     if len(names) < 2:
-        commas = "; names stand one on each line, without commas between them" if "," in names[0] else ""
-        several = "classes" if what == "class name" else f"{what}s"
+        of_file = what == "class name"
+        places = "names stand one on each line" if of_file else f"each {what} is given by itself"
+        commas = f"; {places}, without commas between them" if "," in names[0] else ""
+        several = "classes" if of_file else f"{what}s"
         return f"needs at least two {several}, found only {_shown(names[0])}{commas}"
     return ""
 
