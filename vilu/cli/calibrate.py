@@ -17,6 +17,7 @@ from vilu.cli.from_record import record_data_options
 from vilu.cli.held_out import held_out
 from vilu.cli.options import (
     PATH,
+    FloatRange,
     check_stages,
     clip_options,
     data_options,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--margin",
-    type=click.FloatRange(0, 1, True, True),
+    type=FloatRange(0, 1, True, True),
     default=0.005,
     show_default=True,
     help="Largest loss of a cascade's accuracy against its last stage alone, a fraction.",
@@ -63,21 +64,21 @@ if TYPE_CHECKING:
 @drop_known_option
 @click.option(
     "--target-risk",
-    type=click.FloatRange(0, 1, True, True),
+    type=FloatRange(0, 1, True, True),
     help="Largest error rate that accepted answers may have.",
 )
 @click.option(
     "--confidence",
-    type=click.FloatRange(0, 1, True, True),
+    type=FloatRange(0, 1, True, True),
     default=0.95,
     show_default=True,
     help="Probability with which the target risk holds.",
 )
-@click.option("--target-coverage", type=click.FloatRange(0, 1, True), help="Share of all answers to accept.")
-@click.option("--target-tpr", type=click.FloatRange(0, 1, True), help="Share of the right answers to accept.")
+@click.option("--target-coverage", type=FloatRange(0, 1, True), help="Share of all answers to accept.")
+@click.option("--target-tpr", type=FloatRange(0, 1, True), help="Share of the right answers to accept.")
 @click.option(
     "--refuse-outliers",
-    type=click.FloatRange(0, 1, True, True),
+    type=FloatRange(0, 1, True, True),
     help="Share of these images, all inside the class set, that the outlier score may refuse.",
 )
 @click.option(

@@ -10,7 +10,7 @@ import click
 
 from vilu.cli import output
 from vilu.cli.command import Command, Group
-from vilu.cli.options import PATH, control_option, server_options, with_client
+from vilu.cli.options import PATH, FloatRange, control_option, server_options, with_client
 from vilu.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def list_command(url: str, token: str | None, as_json: bool, **options: Any) -> 
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     help="Failure probability below which an answer is accepted.  [default: the checkpoint's threshold]",
 )
 def put_command(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vilu.cli.options import PATH, SECONDS, all_of
+from vilu.cli.options import PATH, SECONDS, FloatRange, all_of
 from vilu.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ door_options = all_of(
 )
 
 
-SHARE = click.FloatRange(0, 1, True)
+SHARE = FloatRange(0, 1, True)
 
 # A command receives these options as the names of RECORD.
 RECORD = (

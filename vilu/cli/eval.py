@@ -16,6 +16,7 @@ from vilu.cli.command import Command
 from vilu.cli.held_out import held_out
 from vilu.cli.options import (
     PATH,
+    FloatRange,
     check_stages,
     clip_options,
     column_options,
@@ -49,7 +50,7 @@ CURVE_RESAMPLES = 400  # the most for a learning curve, which resamples for ever
 )
 @click.option(
     "--margin",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FloatRange(0, 1, max_open=True),
     default=0.005,
     show_default=True,
     help="Accuracy that a cascade may lose against its last stage alone, a fraction: costs are compared there.",

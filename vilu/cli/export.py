@@ -14,6 +14,7 @@ from vilu.cli.options import (
     PATH,
     REPOSITORY,
     SECONDS,
+    FloatRange,
     check_stages,
     clip_options,
     default_cache,
@@ -114,7 +115,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     help="Failure probability below which an answer is accepted.  [default: the checkpoint's]",
 )
 @click.option(

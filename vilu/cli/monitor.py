@@ -8,7 +8,7 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command
-from vilu.cli.options import SECONDS, host_option, record_option
+from vilu.cli.options import SECONDS, FloatRange, host_option, record_option
 
 if TYPE_CHECKING:
     from vilu.serving.monitor import Report, Watched
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="With --once: print JSON.")
 @click.option(
     "--target-risk",
-    type=click.FloatRange(0, 1, True, True),
+    type=FloatRange(0, 1, True, True),
     help="Risk that must not be exceeded.  [default: what `vilu calibrate --target-risk` promised]",
 )
 @click.option(
     "--level",
-    type=click.FloatRange(0, 1, True, True),
+    type=FloatRange(0, 1, True, True),
     default=0.05,
     show_default=True,
     help="Largest probability of a false alarm over all time, for the risk and for drift.",

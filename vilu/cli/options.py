@@ -17,8 +17,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Decorated = TypeVar("Decorated", bound="Callable[..., Any] | click.Command")
 
+
+class FloatRange(click.FloatRange):
+    """A range of numbers. click's own also takes nan, which no comparison refuses."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
+
+
 PATH = click.Path(path_type=Path)
-SECONDS = click.FloatRange(min=0, min_open=True)
+SECONDS = FloatRange(min=0, min_open=True)
 DEFAULT_URL = "127.0.0.1:8001"  # as in vilu.serving.address, which needs the client's packages
 REPOSITORY = Path("serving/model_repository")
 

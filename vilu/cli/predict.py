@@ -13,7 +13,15 @@ import click
 from vilu.cli import output as said
 from vilu.cli.ask import find_images, unasked
 from vilu.cli.command import Command
-from vilu.cli.options import PATH, clip_options, details_option, labels_option, resume_option, template_option
+from vilu.cli.options import (
+    PATH,
+    FloatRange,
+    clip_options,
+    details_option,
+    labels_option,
+    resume_option,
+    template_option,
+)
 from vilu.cli.progress import progress_bar
 from vilu.errors import UserError
 
@@ -32,7 +40,7 @@ FORMATS = ("table", "tsv", "jsonl", "csv", "parquet")
 @clip_options
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     help="Failure probability below which an answer is accepted.  [default: the checkpoint's]",
 )
 @details_option

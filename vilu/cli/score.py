@@ -10,7 +10,7 @@ import click
 
 from vilu.cli import output as said
 from vilu.cli.command import Command
-from vilu.cli.options import PATH, REPOSITORY, all_of
+from vilu.cli.options import PATH, REPOSITORY, FloatRange, all_of
 
 if TYPE_CHECKING:
     from vilu.serving.offline import Workers
@@ -23,7 +23,7 @@ job_options = all_of(
     ),
     click.option("--num-cpus", type=click.IntRange(1), default=1, show_default=True, help="Cores of each actor."),
     click.option(
-        "--num-gpus", type=click.FloatRange(0), default=0.0, help="GPUs of each actor; 0.5 puts two actors on a GPU."
+        "--num-gpus", type=FloatRange(0), default=0.0, help="GPUs of each actor; 0.5 puts two actors on a GPU."
     ),
     click.option(
         "--object-store-memory", type=click.IntRange(80), metavar="MB", help="Memory of a Ray that starts here."
@@ -32,7 +32,7 @@ job_options = all_of(
     click.option("--limit", type=click.IntRange(1), help="Read only the first rows."),
     click.option(
         "--max-bad",
-        type=click.FloatRange(0, 1),
+        type=FloatRange(0, 1),
         default=0.1,
         show_default=True,
         help="Share of bad images that stops the job.",

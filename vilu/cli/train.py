@@ -18,6 +18,7 @@ from vilu.cli.config import config_option
 from vilu.cli.from_record import record_data_options, training_set
 from vilu.cli.options import (
     PATH,
+    FloatRange,
     all_of,
     data_options,
     dtype_option,
@@ -68,7 +69,7 @@ _setting_options = all_of(
     ),
     click.option(
         "--validation",
-        type=click.FloatRange(0, 1, max_open=True),
+        type=FloatRange(0, 1, max_open=True),
         help="Share of the training data that is set aside to choose the epoch.",
     ),
     click.option("--patience", type=click.IntRange(1), help="Stop after this number of epochs without an improvement."),

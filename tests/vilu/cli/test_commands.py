@@ -286,3 +286,16 @@ def test_help_is_written_in_sentences():
                 assert not re.match(r"(Of|The same|As|At) ", text), f"{name} {option.opts[0]}: {text!r}"
                 seen += 1
     assert seen > 100
+
+
+def test_no_option_takes_nan_for_a_number():
+    ranges = 0
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        for one in (command, *getattr(command, "commands", {}).values()):
+            for option in one.params:
+                if isinstance(option.type, click.FloatRange):
+                    ranges += 1
+                    with pytest.raises(click.BadParameter, match="nan is not a number"):
+                        option.type("nan", option, None)
+    assert ranges > 20
