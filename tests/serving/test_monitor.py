@@ -156,7 +156,7 @@ def test_the_stages_of_a_cascade_are_counted_over_time(record):
     labels = 'class_set="default",class_set_version="1",model_version="1"'
     assert f'vilu_monitor_stage_answers{{{labels},stage="2"}} 70.0' in text
     assert f"vilu_monitor_escalation_failed_answers{{{labels}}} 2.0" in text
-    table = CliRunner().invoke(monitor_command, ["--once", "--record", str(record.folder)], env={"COLUMNS": "200"})
+    table = CliRunner().invoke(monitor_command, ["--once", "--record", str(record.folder)], env={"COLUMNS": "80"})
     assert "35.0%, 1.0% failed" in table.output
     with pytest.raises(UserError, match=r"no answers of this .*; it has 200 of a cascade, whose threshold"):
         read_labelled(record, CHECKPOINT)

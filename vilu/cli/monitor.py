@@ -94,6 +94,8 @@ def _print(report: Report) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from vilu.cli.tables import WIDE
+
     def percent(value: float | None) -> str:
         return "" if value is None or value != value else f"{value:.1%}"
 
@@ -115,7 +117,8 @@ def _print(report: Report) -> None:
             "" if drift is None else f"e{drift:.1f}",
             f"[red]{' and '.join(one.alarms)}[/]" if one.alarms else "[green]well[/]",
         )
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDE)).print(table)
     told = report.feedback
     said.note(
         f"feedback: {told['used']} used, {told['unasked']} about answers that were not chosen, {told['changed']} "
