@@ -95,6 +95,10 @@ def export_fastest(
         cache = cache or Path(folder) / "cache"  # at least from here to the export
         if tried is None:
             rows = list(_offered(provider, cpu_flags))
+            if all(row.verdict for row in rows):
+                reasons = dict.fromkeys(row.verdict for row in rows if provider in (None, row.provider))
+                why = "; ".join(reasons) or f"a CPU has openvino and cpu, not the provider {provider}"
+                raise UserError(f"--precision auto: {why}")
             try:
                 sample = draw_sample(clip, class_set.names, images, labels, calibrate=True)
             except UserError as reason:

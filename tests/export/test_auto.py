@@ -87,6 +87,14 @@ def test_no_way_within_its_budget(stubbed, tmp_path, clip, checkpoint, monkeypat
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(("provider", "message"), [("cuda", "a CPU has openvino and cpu"), ("openvino", "OpenVINO is")])
+def test_a_provider_that_cannot_be_timed(stubbed, tmp_path, clip, checkpoint, monkeypatch, provider, message):
+    monkeypatch.setattr(auto.session, "has_openvino", lambda: False)
+    with pytest.raises(UserError, match=f"^--precision auto: {message}"):
+        auto.export_fastest(checkpoint, tmp_path / "r", clip=clip, provider=provider)
+    assert stubbed == []
+
+
 def test_a_tower_is_timed_and_its_export_says_so(tmp_path, tower_cache, repository, clip, checkpoint):
     """The float32 towers come from the cache: nothing is traced."""
     report = auto.export_fastest(
