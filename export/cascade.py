@@ -23,7 +23,7 @@ from vilu.clip import Clip
 from vilu.errors import UserError
 from vilu.export import checks, versions
 from vilu.export.job import Progress
-from vilu.export.limits import Limits
+from vilu.export.limits import MAX_LIMITS, Limits
 from vilu.export.measure import Measured
 from vilu.export.model_config import Step, Tensors, save_config, write_config, write_ensemble
 from vilu.export.onnx_file import copy_graph
@@ -144,7 +144,12 @@ def check_cascade(checkpoints: Sequence[Checkpoint], threshold: float, seconds: 
     """Refuse stages that are no cascade. Raises UserError."""
     if len(checkpoints) < 2:
         raise UserError(f"a cascade needs at least two checkpoints, got {len(checkpoints)}")
-    names = [checks.require_clip_and_class_set(checkpoint).names for checkpoint in checkpoints]
+    names = []
+    for number, checkpoint in enumerate(checkpoints, 1):
+        try:
+            names.append(checks.require_clip_and_class_set(checkpoint).names)
+        except UserError as reason:
+            raise UserError(f"stage {number}: {reason}") from None
     for number, other in enumerate(names[1:], 2):
         if other != names[0]:
             raise UserError(
@@ -152,8 +157,9 @@ def check_cascade(checkpoints: Sequence[Checkpoint], threshold: float, seconds: 
             )
     if not 0 <= threshold <= 1:
         raise UserError(f"a cascade's threshold must be in [0, 1], got {threshold}")
-    if not seconds > 0:
-        raise UserError(f"escalation_seconds must be above 0, got {seconds}")
+    longest = MAX_LIMITS["queue_seconds"]  # a wait that never ends would fill the places of those that wait
+    if not 0 < seconds <= longest:
+        raise UserError(f"escalation_seconds must be above 0 and at most {longest:g}, got {seconds:g}")
 
 
 def _named(progress: Progress | None, number: int, count: int) -> Progress | None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -140,11 +141,13 @@ def test_a_cascade_with_no_precision_left_is_refused():
 
 def test_bad_input_is_one_line_and_writes_nothing(cascade, tmp_path, larger):
     small, large = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
-    other, note = tmp_path / "other.safetensors", tmp_path / "cascade.json"
+    other, bare, note = tmp_path / "other.safetensors", tmp_path / "bare.safetensors", tmp_path / "cascade.json"
     checkpoints = [replace(one, clip=replace(one.clip, pretrained=one.clip.pretrained)) for one in cascade.checkpoints]
     for path, checkpoint in zip((small, large), checkpoints, strict=True):
         save_checkpoint(checkpoint, path)
     save_checkpoint(replace(checkpoints[1], class_set=larger.class_set(("cat", "dog"))), other)
+    save_checkpoint(replace(checkpoints[1], class_set=None), bare)
+    written = "not what `vilu calibrate --cascade --output` writes"
     stages = [{"head": digest(one), "accuracy": 0.8 + 0.1 * i} for i, one in enumerate(checkpoints)]
     good: dict[str, Any] = {"format": "vilu-cascade", "version": 1, "threshold": 0.5, "stages": stages}
     worse = good | {"stages": [stages[0], stages[1] | {"accuracy": 0.8}]}
@@ -153,9 +156,19 @@ def test_bad_input_is_one_line_and_writes_nothing(cascade, tmp_path, larger):
         ((small, large), None, "a cascade needs --cascade-threshold"),
         ((small,), 0.5, "two or more checkpoints"),
         ((small, other), 0.5, "stage 2 has other classes than stage 1"),
+        ((small, bare), 0.5, "stage 2: this checkpoint holds no CLIP name and class set"),
         ((small, large), 1.5, r"must be in \[0, 1\]"),
-        ((small, large), "none.json", "cannot be read"),
-        ((small, large), {}, "not what `vilu calibrate --cascade --output` writes"),
+        ((small, large), "nan", r"must be in \[0, 1\]"),
+        ((small, large), "none.json", "'none.json': neither a number nor a file that can be read"),
+        ((small, large), "", "'': neither a number nor"),
+        ((small, large), {}, written),
+        ((small, large), good | {"threshold": True}, written),
+        ((small, large), good | {"threshold": "0.5"}, written),
+        ((small, large), good | {"threshold": 1.5}, written),
+        ((small, large), good | {"threshold": math.nan}, written),
+        ((small, large), good | {"bound": math.inf}, written),
+        ((small, large), good | {"stages": [stages[0], stages[1] | {"accuracy": math.nan}]}, written),
+        ((small, large), good | {"stages": [stages[0], stages[1] | {"accuracy": "nan"}]}, written),
         ((small, large), worse, "no better than stage 1"),
         ((large, small), good, "chosen for another checkpoint as stage 1"),
         ((small, large, large), good, "a cascade of 2 stages, not of 3"),
@@ -170,8 +183,10 @@ def test_bad_input_is_one_line_and_writes_nothing(cascade, tmp_path, larger):
             CliRunner().invoke(export_command, arguments, catch_exceptions=False, standalone_mode=False)
     note.unlink()
     assert sorted(tmp_path.iterdir()) == before
+    cascaded = ["--cascade", str(small), str(large), "--cascade-threshold", "0.5", "--output", str(tmp_path / "out")]
     for arguments, message in (
         (["--cascade", str(small), str(large), "--threshold", "0.5"], "every stage of a cascade has"),
+        ([*cascaded, "--escalation-seconds", "inf"], "escalation_seconds must be above 0 and at most 3600, got inf"),
         ([str(small)], "or give --cascade"),
         (["--ckpt", str(small), "--cascade-default"], "--cascade-default is for --cascade"),
         ([], "give --ckpt"),

@@ -191,13 +191,14 @@ def threshold_of(given: str, paths: Sequence[Path], checkpoints: Sequence[Checkp
         pass
     try:
         note = json.loads(Path(given).read_text("utf-8"))
+        json.dumps(note, allow_nan=False)  # parity.json keeps it
         if note["format"] != "vilu-cascade" or note["version"] != 1:
             raise ValueError
-        threshold, stages = float(note["threshold"]), note["stages"]
+        threshold, stages = _fraction(note["threshold"]), note["stages"]
         heads = [str(stage["head"]) for stage in stages]
-        accuracy = [float(stage["accuracy"]) for stage in stages]
+        accuracy = [_fraction(stage["accuracy"]) for stage in stages]
     except OSError as error:
-        raise UserError(f"{given}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{given!r}: neither a number nor a file that can be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{given}: not what `vilu calibrate --cascade --output` writes") from None
     if len(heads) != len(paths):
@@ -212,6 +213,12 @@ def threshold_of(given: str, paths: Sequence[Path], checkpoints: Sequence[Checkp
                 f"samples, stage {number} on {before:.2%}; a cascade has nothing to gain"
             )
     return threshold, note
+
+
+def _fraction(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError
+    return float(value)
 
 
 def load_stage(path: Path) -> tuple[Checkpoint, Clip]:
