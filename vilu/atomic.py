@@ -104,6 +104,15 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         part.rmdir()
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise UserError now where `file(path)` would: before the work whose result it is to hold."""
+    with _one_line(path):
+        target, part = _places(path)
+        _earlier(target, stat.S_ISREG, "it is not a file")
+        part.touch(exist_ok=False)
+        part.unlink()
+
+
 @contextmanager
 def _one_line(path: str | os.PathLike[str]) -> Iterator[None]:
     try:

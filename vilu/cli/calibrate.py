@@ -144,7 +144,7 @@ def calibrate_command(
         from vilu.data import open_source
 
         check_stages(() if ckpt is not None else stages, cascade)
-        others = (embeddings, clip_name, pretrained, target_coverage, target_tpr, refuse_outliers)
+        others = (embeddings, clip_name, pretrained, from_record, since, target_coverage, target_tpr, refuse_outliers)
         if any(value is not None for value in others) or probability != "none":
             raise UserError("--cascade takes --data or --dataset, and --margin or --target-risk")
         choose_threshold(

@@ -57,6 +57,10 @@ def choose_threshold(
     from vilu.clip.cost import milliseconds, multiply_adds
     from vilu.evaluation.cascade import within_margin, within_risk
 
+    if output is not None:
+        if output.suffix in (".safetensors", ".ckpt"):
+            raise UserError(f"--output {output}: a cascade's threshold is a JSON file; no checkpoint is replaced")
+        atomic.check_file(output)
     say = said.result_or_note(as_json)
     loaded = [load_stage(path) for path in paths]
     _same_classes(paths, [checkpoint for checkpoint, _ in loaded])

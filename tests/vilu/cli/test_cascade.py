@@ -102,12 +102,24 @@ def test_the_threshold_and_what_it_costs(pair, tmp_path):
     assert note["stages"][1]["accuracy"] == note["last_accuracy"] > note["stages"][0]["accuracy"]
 
 
-def test_what_is_refused(pair, tmp_path, clip):
+def test_what_is_refused(pair, tmp_path, clip, monkeypatch):
     folder, large = pair
     with pytest.raises(UserError, match="no better than stage 1"):
         calibrate(folder, ("large", "small"))
     with pytest.raises(UserError, match="two or more"):
         calibrate(folder, ("large",))
+    before = (folder / "large.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"large\.safetensors: a cascade's threshold is a JSON file"):
+        calibrate(folder, ("small", "large"), "--output", folder / "large.safetensors")
+    assert (folder / "large.safetensors").read_bytes() == before
+    monkeypatch.setattr("vilu.cli.cascade.load_stage", lambda path: pytest.fail("the output was not looked at first"))
+    for output in (tmp_path / "none" / "cascade.json", tmp_path):
+        with pytest.raises(UserError, match="cannot be written"):
+            calibrate(folder, ("small", "large"), "--output", output)
+    monkeypatch.undo()
+    for option in (("--from-record", folder / "record"), ("--since", "2026-01-01")):
+        with pytest.raises(UserError, match="--cascade takes --data or --dataset"):
+            calibrate(folder, ("small", "large"), *option)
     assert large.class_set is not None
     other = replace(large, class_set=clip.class_set(("cat", "dog")))
     save_checkpoint(other, folder / "other.safetensors")
