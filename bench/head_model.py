@@ -139,8 +139,11 @@ def seconds(kernel: Kernel, plan: Plan, folded: FoldedHead, shape: Shape) -> flo
     if outer > 2:
         return max(chain + max(issue, products), memory) + sums
     # Nothing but the loops inside overlaps the rows' way: they ask for the next chunk of a product while they use one.
+    # Values in one tile are asked for before those loops.
     late = memory
-    if inner > 2 and not constants.get("RESIDENT"):
+    if constants["FOLDED"] and constants.get("BLOCK_W", 0) >= constants["W"]:
+        late = 0.0
+    elif inner > 2 and not constants.get("RESIDENT"):
         late *= constants["W"] / columns if constants["FOLDED"] else 0.0
     return chain + sums + late + max(issue, products, memory - late)
 
@@ -157,6 +160,12 @@ def tail_seconds(kernel: Kernel, beside: Kernel, plan: Plan, folded: FoldedHead,
     starts, few = constants["STARTS"], constants["BLOCK_M"] == 1
     shared, registers, took = 0, 0, 0.0
     layers = (starts[-1] - starts[1]) * kernel.grid[0]  # programs after the first stage
+    whole = aot.compile_kernel(kernel, variant, ARCH, stored=dtype, image=dtype)
+    room = min(REGISTERS // (32 * whole.registers * whole.num_warps), SHARED // max(whole.shared, 1))
+    # The first stage whose programs have all started before its turn.
+    early = 2 if layers <= MULTIPROCESSORS else len(starts)
+    if starts[-1] * kernel.grid[0] <= room * MULTIPROCESSORS:
+        early = 1
     for stage in range(len(starts) - 1):
         programs = starts[stage + 1] - starts[stage]
         alone = tuple(programs if i > stage else 0 for i in range(len(starts)))
@@ -170,8 +179,8 @@ def tail_seconds(kernel: Kernel, beside: Kernel, plan: Plan, folded: FoldedHead,
         body = set(within(code, loops(code)[0])) if loops(code) else set()
         work = functools.partial(_work, body=body, turns=outer, rate=schedulers / (done.num_warps * busiest))
         # What stands before a wait is done by then: before the attention's end where few programs fit beside it, and
-        # before a layer's turn where all of its tile's layers have started with the layer before.
-        waited = "ACQBULK" if few else "CCTL" if stage > 1 and layers <= MULTIPROCESSORS else None
+        # before a layer's turn where its programs have started.
+        waited = "ACQBULK" if few else "CCTL" if stage >= early else None
         took += longest_way(code, work, waited) + (TRIP if stage else 2 * TRIP)
         # The merge reads every split's sums: all programs through L2, each through its multiprocessor's port.
         part = plan.splits * 4 * min(constants["CHUNK"], variant.value_dim)

@@ -52,7 +52,7 @@ def _project_rows(
         b_v = tl.load(v + b[:, None] * D + k[None, :], (k < D)[None, :], 0.0)
         b_y += tl.sum(b_w * b_v.to(w.dtype.element_ty).to(tl.float32), 1)[None, :]
     else:
-        b_y = tile_dot(b_y, v + b * D, m_b, w, o, m_o, D, BLOCK_D, STAGES, SLICES)
+        b_y = tile_dot(b_y, v + b * D, m_b, w + o * D, m_o, D, BLOCK_D, STAGES, SLICES)
     if BIAS:
         b_y += tl.load(bias + o, m_o, 0.0).to(tl.float32)[None, :]
     tl.store(y + b[:, None] * ((N_OUT + 15) // 16 * 16) + o[None, :], b_y, m_b[:, None] & m_o[None, :])
@@ -203,8 +203,26 @@ def _tile_scores(
             if LOW:
                 acc = dot(x_low[i], tl.trans(b_w), acc)
     else:
-        acc = tile_dot(acc, p_x, m_x, w, row, live, D, BLOCK_D, STAGES, SLICES, LOW)
+        acc = tile_dot(acc, p_x, m_x, w + row * D, live, D, BLOCK_D, STAGES, SLICES, LOW)
     return acc
+
+
+@triton.jit
+def _tile_pairs(
+    p_v: tl.tensor, m_v: tl.tensor, t: tl.tensor, keys: tl.tensor, k: tl.tensor, hi: tl.tensor,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    SLICES: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Products of v with rows k to k + BLOCK_N of t, and with those of keys, each [BLOCK_M, BLOCK_N], in one loop.
+
+    A row of t and its key stand side by side, so that one thread has the product of both.
+    """
+    slot = tl.arange(0, 2 * BLOCK_N)
+    row = k + slot // 2
+    p_w = tl.where(slot % 2 == 0, t + row * D, keys + row * D)
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    acc = tile_dot(acc, p_v, m_v, p_w, row < hi, D, BLOCK_D, STAGES, SLICES)
+    return tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
 
 
 @triton.jit
@@ -212,23 +230,26 @@ def _update_tile(
     b_s: tl.tensor, row: tl.tensor, m_l: tl.tensor, logit_scale: tl.tensor,
     b_m: tl.tensor, b_r: tl.tensor, b_l2: tl.tensor, b_le: tl.tensor, b_best: tl.tensor, b_index: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
-    """The states of BLOCK_M images after similarities b_s [BLOCK_M, BLOCK_N]; also e^{x-m} and e^{-g}."""
+    """The states of BLOCK_M images, each [BLOCK_M, C] of equal columns, after similarities b_s [BLOCK_M, BLOCK_N].
+
+    Also e^{x-m} [BLOCK_M, BLOCK_N] and e^{-g} [BLOCK_M, C].
+    """
     b_c = tl.where(m_l, b_s, float("-inf"))
-    win = tl.max(b_c, 1)
-    first = tl.min(tl.where(b_c == win[:, None], row.to(tl.int32)[None, :], FAR), 1)
+    win = tl.max(b_c, 1, keep_dims=True)
+    first = tl.min(tl.where(b_c == win, row.to(tl.int32)[None, :], FAR), 1, keep_dims=True)
     rises = win > b_best
     b_index = tl.where(rises, first, b_index)
     b_best = tl.maximum(win, b_best)
     b_x = b_s * logit_scale
-    top = tl.maximum(b_m, tl.max(tl.where(m_l, b_x, LOWEST), 1))
+    top = tl.maximum(b_m, tl.max(tl.where(m_l, b_x, LOWEST), 1, keep_dims=True))
     g = top - b_m
     c = tl.exp(-g)
-    d_x = tl.where(m_l, b_x - top[:, None], 0.0)
+    d_x = tl.where(m_l, b_x - top, 0.0)
     e = tl.where(m_l, tl.exp(d_x), 0.0)
-    b_le = c * (b_le - g * (1 + b_r)) + tl.sum(e * d_x, 1)
-    others = tl.sum(tl.where(row.to(tl.int32)[None, :] == first[:, None], 0.0, e), 1)
+    b_le = c * (b_le - g * (1 + b_r)) + tl.sum(e * d_x, 1, keep_dims=True)
+    others = tl.sum(tl.where(row.to(tl.int32)[None, :] == first, 0.0, e), 1, keep_dims=True)
     b_r = others + tl.where(rises, c * (1 + b_r), b_r + tl.exp(win * logit_scale - top))
-    return top, b_r, c * c * b_l2 + tl.sum(e * e, 1), b_le, b_best, b_index, e, c
+    return top, b_r, c * c * b_l2 + tl.sum(e * e, 1, keep_dims=True), b_le, b_best, b_index, e, c
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -245,8 +266,9 @@ def attend_tile(
 
     Arguments as in `attend_image`. SHARED_SOFTMAX: the attention weights equal p, so one softmax serves both.
     RESIDENT: the images' tile stays in registers, and a plain class set's tile is read once for both products (then
-    BLOCK_W = BLOCK_D); else both are read again, chunk by chunk. LOW: u and the attention weights are multiplied as two
-    16-bit numbers each, which keeps their float32 precision; worth it where the tensor cores wait for memory anyway.
+    BLOCK_W = BLOCK_D); else both are read again, chunk by chunk. With BLOCK_W >= W the values of the folded layout are
+    asked for before the products. LOW: u and the attention weights are multiplied as two 16-bit numbers each, which
+    keeps their float32 precision; worth it where the tensor cores wait for memory anyway.
     """
     start_dependents(PDL)
     i_s = tl.program_id(1).to(tl.int64)
@@ -256,6 +278,10 @@ def attend_tile(
     QUERY: tl.constexpr = ATTENDED and PROJECTED and not FOLDED
     ND: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     NW: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W if ATTENDED else 0
+    # Slices are added where a warp has all columns of a row: with a state for every column no warp asks another.
+    C: tl.constexpr = BLOCK_N if SLICES > 1 else 1
+    BOTH: tl.constexpr = ATTENDED and PROJECTED and FOLDED and not RESIDENT  # both products in one loop
+    AHEAD: tl.constexpr = FOLDED and NW == 1  # the values come while the products with t and the keys are formed
     d = tl.arange(0, BLOCK_D)
     c_w = tl.arange(0, BLOCK_W)
     b = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -283,14 +309,14 @@ def attend_tile(
                 b_u = b_u + (x.to(dtype),)
                 b_u_low = b_u_low + ((x - x.to(dtype).to(tl.float32)).to(dtype),)
 
-    b_m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    b_r = tl.zeros((BLOCK_M,), tl.float32)
-    b_l2 = tl.zeros((BLOCK_M,), tl.float32)
-    b_le = tl.zeros((BLOCK_M,), tl.float32)
-    b_best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    b_index = tl.full((BLOCK_M,), FAR, tl.int32)
-    b_ma = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    b_la = tl.zeros((BLOCK_M,), tl.float32)
+    b_m = tl.full((BLOCK_M, C), LOWEST, tl.float32)
+    b_r = tl.zeros((BLOCK_M, C), tl.float32)
+    b_l2 = tl.zeros((BLOCK_M, C), tl.float32)
+    b_le = tl.zeros((BLOCK_M, C), tl.float32)
+    b_best = tl.full((BLOCK_M, C), float("-inf"), tl.float32)
+    b_index = tl.full((BLOCK_M, C), FAR, tl.int32)
+    b_ma = tl.full((BLOCK_M, C), LOWEST, tl.float32)
+    b_la = tl.zeros((BLOCK_M, C), tl.float32)
     b_sum = ()
     for i in tl.static_range(NW):
         b_sum = b_sum + (tl.zeros((BLOCK_M, BLOCK_W), tl.float32),)
@@ -299,14 +325,20 @@ def attend_tile(
         live = row < hi
         m_l = live[None, :]
         b_t = ()
+        if AHEAD:
+            m_w = live[:, None] & (c_w < W)[None, :]
+            b_values = tl.load(attended + row[:, None] * W + c_w[None, :], m_w, 0.0)
         if RESIDENT:
             for i in tl.static_range(ND):
                 o = i * BLOCK_D + d
                 # [BLOCK_N, BLOCK_D]
                 b_t = b_t + (tl.load(t + row[:, None] * D + o[None, :], live[:, None] & (o < D)[None, :], 0.0),)
-        b_s = _tile_scores(
-            b_v, b_v, b_t, p_v, m_b, t, row, live, D, BLOCK_M, BLOCK_D, STAGES, SLICES, RESIDENT, RESIDENT, False
-        )
+        if BOTH:
+            b_s, b_key = _tile_pairs(p_v, m_b, t, query, k, hi, D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, SLICES)
+        else:
+            b_s = _tile_scores(
+                b_v, b_v, b_t, p_v, m_b, t, row, live, D, BLOCK_M, BLOCK_D, STAGES, SLICES, RESIDENT, RESIDENT, False
+            )
         b_m, b_r, b_l2, b_le, b_best, b_index, e, c = _update_tile(
             b_s, row, m_l, logit_scale, b_m, b_r, b_l2, b_le, b_best, b_index
         )
@@ -315,45 +347,36 @@ def attend_tile(
                 b_a = b_s * attention_scale
                 if QUERY:
                     b_a = _tile_scores(
-                        b_u,
-                        b_u_low,
-                        b_t,
-                        p_u,
-                        m_b,
-                        t,
-                        row,
-                        live,
-                        D,
-                        BLOCK_M,
-                        BLOCK_D,
-                        STAGES,
-                        SLICES,
-                        RESIDENT,
-                        RESIDENT,
-                        SPLIT,
-                    )
+                        b_u, b_u_low, b_t, p_u, m_b, t, row, live, D, BLOCK_M, BLOCK_D, STAGES, SLICES, RESIDENT,
+                        RESIDENT, SPLIT,
+                    )  # fmt: skip
+                elif BOTH:
+                    b_a = b_key
                 elif PROJECTED:
                     b_a = _tile_scores(
                         b_v, b_v, b_t, p_v, m_b, query, row, live, D, BLOCK_M, BLOCK_D, STAGES, SLICES, RESIDENT,
                         False, False,
                     )  # fmt: skip
-                top = tl.maximum(b_ma, tl.max(tl.where(m_l, b_a, LOWEST), 1))
+                top = tl.maximum(b_ma, tl.max(tl.where(m_l, b_a, LOWEST), 1, keep_dims=True))
                 c = tl.exp(b_ma - top)
-                e = tl.where(m_l, tl.exp(tl.where(m_l, b_a - top[:, None], 0.0)), 0.0)
-                b_la = b_la * c + tl.sum(e, 1)
+                e = tl.where(m_l, tl.exp(tl.where(m_l, b_a - top, 0.0)), 0.0)
+                b_la = b_la * c + tl.sum(e, 1, keep_dims=True)
                 b_ma = top
+            fall = tl.max(c, 1)
             new = ()
             for i in tl.static_range(NW):
                 o = i * BLOCK_W + c_w
                 # [BLOCK_N, BLOCK_W]
-                if FOLDED:
+                if AHEAD:
+                    b_w = b_values
+                elif FOLDED:
                     p_w = attended + row[:, None] * W + o[None, :]
                     b_w = tl.load(p_w, live[:, None] & (o < W)[None, :], 0.0)
                 elif RESIDENT:
                     b_w = b_t[i]
                 else:
                     b_w = tl.load(t + row[:, None] * D + o[None, :], live[:, None] & (o < D)[None, :], 0.0)
-                acc = dot(e.to(dtype), b_w, b_sum[i] * c[:, None])
+                acc = dot(e.to(dtype), b_w, b_sum[i] * fall[:, None])
                 if SPLIT:
                     acc = dot((e - e.to(dtype).to(tl.float32)).to(dtype), b_w, acc)
                 new = new + (acc,)
@@ -366,7 +389,23 @@ def attend_tile(
     n = B.to(tl.int64) * n_s
     if not QUERY:
         wait_for_inputs(PDL)
-    store_state(state, place, n, m_b, b_m, b_r, b_l2, b_le, b_best, b_index, b_ma, b_la, ATTENDED)
+    # The first column alone is stored. Addresses that rise with the column keep the layout: a warp has all columns.
+    column = tl.arange(0, C)[None, :]
+    store_state(
+        state,
+        place[:, None] + column,
+        n,
+        m_b[:, None] & (column == 0),
+        b_m,
+        b_r,
+        b_l2,
+        b_le,
+        b_best,
+        b_index,
+        b_ma,
+        b_la,
+        ATTENDED,
+    )
     for i in tl.static_range(NW):
         o = i * BLOCK_W + c_w
         p_o = sums + place[:, None] * ((W + 15) // 16 * 16) + o[None, :]

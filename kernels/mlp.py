@@ -35,6 +35,7 @@ from vilu.kernels.softmax_state import (
     signal,
     slices,
     start_dependents,
+    sum_slices,
     tile_dot,
     wait_for_count,
     wait_for_inputs,
@@ -188,13 +189,13 @@ def _first_layer(
         m_b = c_b < B
         b_y = tl.zeros((BLOCK_M, o.shape[0]), tl.float32) + bias[None, :]
         if IMAGE:
-            b_y = tile_dot(b_y, v + c_b * D, m_b, packed + OFFSETS[0], o, m_o, D, BLOCK_D, 2, SLICES)
+            b_y = tile_dot(b_y, v + c_b * D, m_b, packed + OFFSETS[0] + o * D, m_o, D, BLOCK_D, 2, SLICES)
         wait_for_inputs(PDL)
         wait_for_count(counter, COUNT)
         if PREDICTED:
-            b_y = tile_dot(b_y, t_pred + c_b * IN, m_b, packed + OFFSETS[1], o, m_o, D, BLOCK_D, 2, SLICES)
+            b_y = tile_dot(b_y, t_pred + c_b * IN, m_b, packed + OFFSETS[1] + o * D, m_o, D, BLOCK_D, 2, SLICES)
         if ATTENDED:
-            b_y = tile_dot(b_y, z + c_b * IN, m_b, packed + OFFSETS[2], o, m_o, D, BLOCK_D, 2, SLICES)
+            b_y = tile_dot(b_y, z + c_b * IN, m_b, packed + OFFSETS[2] + o * D, m_o, D, BLOCK_D, 2, SLICES)
         tl.store(h + c_b[:, None] * HS + o[None, :], relu(b_y), m_b[:, None] & m_o[None, :])
     else:
         L: tl.constexpr = _lanes(D, packed.dtype.element_ty)
@@ -235,11 +236,11 @@ def _layer(
             wait_for_inputs(PDL)
             wait_for_count(counter, COUNT)
             part = tl.zeros((SLICES, BLOCK_M, o.shape[0]), tl.float32)
-            b_y += tl.sum(_add_products(part, x + c_b * HS, m_b, tiles, N_IN, SLICES, BLOCK_D), 0)
+            b_y += sum_slices(_add_products(part, x + c_b * HS, m_b, tiles, N_IN, SLICES, BLOCK_D))
         else:
             wait_for_inputs(PDL)
             wait_for_count(counter, COUNT)
-            b_y = tile_dot(b_y, x + c_b * HS, m_b, packed + WEIGHT, o, m_o, N_IN, BLOCK_D, 2, SLICES)
+            b_y = tile_dot(b_y, x + c_b * HS, m_b, packed + WEIGHT + o * N_IN, m_o, N_IN, BLOCK_D, 2, SLICES)
         m_y = m_b[:, None] & m_o[None, :]
         if LAST:
             b_y += tl.load(odds + c_b, m_b, 0.0)[:, None]

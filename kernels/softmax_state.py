@@ -160,12 +160,32 @@ def slices(
     return tl.load(p_row[None, :, None] + d, m_row[None, :, None] & (d < N), 0.0)
 
 
+@triton.constexpr_function
+def _halvings(n: int) -> int:
+    """How often a power of two can be halved."""
+    return n.bit_length() - 1
+
+
+@triton.jit
+def sum_slices(part: tl.tensor) -> tl.tensor:
+    """Sums [R, N] of part [SLICES, R, N] over the slices.
+
+    In halves: Triton then brings a sum's terms into one thread in one exchange, which `tl.sum` between warps does not.
+    """
+    x = tl.permute(part, (1, 2, 0))
+    for _ in tl.static_range(_halvings(part.shape[0])):
+        x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2))
+        a, b = tl.split(x)
+        x = a + b
+    return tl.reshape(x, (x.shape[0], x.shape[1]))
+
+
 @triton.jit
 def tile_dot(
-    acc: tl.tensor, p_x: tl.tensor, m_x: tl.tensor, w: tl.tensor, o: tl.tensor, m_o: tl.tensor,
+    acc: tl.tensor, p_x: tl.tensor, m_x: tl.tensor, p_w: tl.tensor, m_w: tl.tensor,
     N_IN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr, LOW: tl.constexpr = False,
 ) -> tl.tensor:  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] + x @ w[o].T, for rows of x at pointers p_x [BLOCK_M] and rows o [BLOCK_N] of w (., N_IN).
+    """acc [BLOCK_M, BLOCK_N] + x @ w.T, for rows of N_IN numbers of x at pointers p_x [BLOCK_M], of w at p_w [BLOCK_N].
 
     x is rounded to w's type; LOW: the remainder of that rounding is multiplied as well. SLICES: of BLOCK_D, see
     `slices`; 1 leaves the tile to Triton, which has warps repeat each other where it is small.
@@ -176,21 +196,21 @@ def tile_dot(
             m_d = k + d < N_IN
             # [BLOCK_M, BLOCK_D], [BLOCK_D, BLOCK_N]
             b_x = tl.load(p_x[:, None] + k + d[None, :], m_x[:, None] & m_d[None, :], 0.0)
-            b_w = tl.load(w + o[None, :] * N_IN + k + d[:, None], m_o[None, :] & m_d[:, None], 0.0)
-            b_high = b_x.to(w.dtype.element_ty)
+            b_w = tl.load(p_w[None, :] + k + d[:, None], m_w[None, :] & m_d[:, None], 0.0)
+            b_high = b_x.to(p_w.dtype.element_ty)
             acc = dot(b_high, b_w, acc)
             if LOW:
-                acc = dot((b_x - b_high.to(tl.float32)).to(w.dtype.element_ty), b_w, acc)
+                acc = dot((b_x - b_high.to(tl.float32)).to(p_w.dtype.element_ty), b_w, acc)
     else:
         part = tl.zeros((SLICES, acc.shape[0], acc.shape[1]), tl.float32)
         for k in tl.range(0, N_IN, BLOCK_D, num_stages=STAGES):
             b_x = slices(p_x, m_x, k, N_IN, SLICES, BLOCK_D)
-            b_w = tl.permute(slices(w + o * N_IN, m_o, k, N_IN, SLICES, BLOCK_D), (0, 2, 1))
-            b_high = b_x.to(w.dtype.element_ty)
+            b_w = tl.permute(slices(p_w, m_w, k, N_IN, SLICES, BLOCK_D), (0, 2, 1))
+            b_high = b_x.to(p_w.dtype.element_ty)
             part = dot(b_high, b_w, part)
             if LOW:
-                part = dot((b_x - b_high.to(tl.float32)).to(w.dtype.element_ty), b_w, part)
-        acc += tl.sum(part, 0)
+                part = dot((b_x - b_high.to(tl.float32)).to(p_w.dtype.element_ty), b_w, part)
+        acc += sum_slices(part)
     return acc
 
 

@@ -99,6 +99,7 @@ MORE = [
     (90, BF16, "folded", "shared", 2),
     (80, BF16, "plain", "shared", 18),
     (80, F32, "folded", "shared", 18),
+    (90, F32, "folded", "shared", 18),
     (80, F16, "plain", "separate", 18),
     (90, F16, "folded", "identity", 3),
     (86, F32, "folded", "identity", 1),
@@ -225,7 +226,7 @@ REDUNDANT: dict[str, dict[int, str]] = {
         10: "the last one: every warp has itself written all that it reads, as the layout is replicated",
     },
     "attend_few": {
-        16: "before the sums are exchanged: what was read before lies elsewhere in shared memory than what is written",
+        14: "before the sums are exchanged: what was read before lies elsewhere in shared memory than what is written",
     },
     "tail_few": {
         17: "h's columns of the first layer: every warp has itself written all that it reads",
