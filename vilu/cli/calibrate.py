@@ -96,7 +96,7 @@ if TYPE_CHECKING:
     type=PATH,
     help="Checkpoint to write, or with --cascade a JSON file.  [default: replace --ckpt; with --cascade none]",
 )
-@dtype_option("float32")
+@dtype_option(None, "float32; with --cascade float16, as vilu train and vilu eval keep them")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split into halves.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object with the results.")
 def calibrate_command(
@@ -124,7 +124,7 @@ def calibrate_command(
     refuse_outliers: float | None,
     probability: str,
     output: Path | None,
-    dtype: str,
+    dtype: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -151,7 +151,7 @@ def calibrate_command(
             stages,
             open_source(data, dataset=dataset, root=root, split=split, cache=cache, **columns),
             cache,
-            dtype,
+            dtype or "float16",
             drop_known=drop_known,
             margin=margin,
             target_risk=target_risk,
@@ -195,6 +195,7 @@ def calibrate_command(
     if refuse_outliers is not None and checkpoint.outlier is None:
         raise UserError(f"{ckpt}: has no outlier score; train it with --outlier-score")
     named = (clip_name, pretrained)
+    dtype = dtype or "float32"
     held, spec = _held_out(checkpoint, ckpt, data, dataset, root, cache, embeddings, split, dtype, columns, named)
     check_fits(ckpt, checkpoint, held)
     for line in held.skipped:

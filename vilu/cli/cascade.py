@@ -259,10 +259,14 @@ def _embed(
     if source.captions is not None:
         raise UserError(f"{source.name}: a cascade answers with classes, not with captions")
     sets = []
+    embedded: dict[Any, EmbeddedSet] = {}  # stages may share a CLIP
     for path, (checkpoint, clip) in zip(paths, loaded, strict=True):
         templates = checkpoint.class_set.templates if checkpoint.class_set else DEFAULT_TEMPLATES
-        with progress_bar() as bar:
-            held = embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
+        of = clip.spec, clip.transform, templates
+        if of not in embedded:
+            with progress_bar() as bar:
+                embedded[of] = embed(source, clip, cache=cache, dtype=dtype, templates=templates, progress=bar)
+        held = embedded[of]
         check_fits(path, checkpoint, held)
         if checkpoint.samples is None:
             said.warn(f"{path}: does not say which samples it was trained on; {held.name} must not be among them")

@@ -116,13 +116,13 @@ template_option = click.option(
 )
 
 
-def dtype_option(default: str) -> Callable[[Decorated], Decorated]:
-    """Return the option --dtype, which a command receives as `dtype`."""
+def dtype_option(default: str | None, shown: bool | str = True) -> Callable[[Decorated], Decorated]:
+    """Return the option --dtype, which a command receives as `dtype`. `shown`: as click's `show_default`."""
     return click.option(
         "--dtype",
         type=click.Choice(["float16", "float32"]),
         default=default,
-        show_default=True,
+        show_default=shown,
         help="Number type that embeddings are stored in.",
     )
 

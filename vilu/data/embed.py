@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # format of the cache, raised when the same identity would give other embeddings
 FIELDS = ("normalised", "activation", "output")
 TEXTS = 256  # prompts in one run of the text tower
+COPIED = 8192  # rows that are copied at a time from another entry of the cache
 MAX_TOWERS = 8  # batches that a CPU encodes at the same time. Each has its own activations in memory
 # The texts are short, because a small context would cut off the part in which two tokenizers differ.
 PROBE = ["a photo of a cat.", "the quick brown fox", "jumps over a lazy dog", "0123456789", "naïve café!"]
@@ -56,7 +57,8 @@ def embed(
     With a cache, the embeddings are kept in a folder whose name depends on everything that changes them: CLIP's name,
     weights and tokenizer, the transform, dtype, projection and the data's key. A change of these gets a new folder.
     A killed run continues where it was and, with the same batch size and workers, ends with the same bytes. The result
-    is mapped from disk, so memory does not grow with N.
+    is mapped from disk, so memory does not grow with N. What another folder holds already, in float32 or beside
+    projections, is copied from there.
 
     Args:
         source: the images.
@@ -148,8 +150,7 @@ def _kept(
     """Return what the cache holds for this identity. Blocks that are missing are made first."""
     writer: Writer | Memory = Memory()
     if cache is not None:
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        folder = cache / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:40]}-{digest[:20]}"
+        folder = _folder(cache, name, identity)
         stored = read(folder, identity)
         if stored is not None:
             return stored
@@ -159,9 +160,44 @@ def _kept(
         stored = read(folder, identity) if cache is not None else None
         if stored is not None:
             return stored
-        for position, arrays, skipped in blocks(writer.position, list(writer.skipped)):
+        known = None if cache is None else _known(cache, name, identity)
+        start = writer.position
+        made = blocks(start, list(writer.skipped)) if known is None else _copied(known, identity, rows, start)
+        for position, arrays, skipped in made:
             writer.append(position, arrays, skipped)
         return writer.finish()
+
+
+def _folder(cache: Path, name: str, identity: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return cache / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:40]}-{digest[:20]}"
+
+
+def _known(cache: Path, name: str, identity: Mapping[str, Any]) -> Stored | None:
+    """A whole entry with these embeddings and more: in float32, or with the projections beside them."""
+    if identity["projection"]:
+        return None  # in float16 what is projected may be too large
+    for dtype in (identity["dtype"], "float32"):
+        for projection in (False, True):
+            other = {**identity, "dtype": dtype, "projection": projection}
+            with suppress(UserError):  # a damaged one is no help
+                found = read(_folder(cache, name, other), other)
+                if found is not None:
+                    return found
+    return None
+
+
+def _copied(known: Stored, identity: Mapping[str, Any], rows: int, start: int) -> Iterator[Block]:
+    """The blocks from `start` on, out of an entry that holds more."""
+    skipped = sorted(known.skipped)
+    for first in range(start, rows, COPIED):
+        last = min(first + COPIED, rows)
+        before = sum(i < first for i, _ in skipped)
+        bad = [(i, line) for i, line in skipped if first <= i < last]
+        part = slice(first - before, last - before - len(bad))
+        named = known.arrays.items() if part.start < part.stop else ()
+        arrays = {name: array[part].astype(identity["dtype"]) for name, array in named if name.endswith(FIELDS[0])}
+        yield last, arrays, bad
 
 
 def _embed_images(

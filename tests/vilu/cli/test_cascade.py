@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +17,14 @@ from vilu import Checkpoint, UserError, ViLUHead, load_clip, save_checkpoint, ti
 from vilu.checkpoint import load_checkpoint
 from vilu.cli.calibrate import calibrate_command
 from vilu.cli.cascade import threshold_of
+from vilu.cli.eval import eval_command
 from vilu.clip.cost import multiply_adds
+from vilu.data import embed
 from vilu.fingerprints import remembered
 from vilu.preprocess.image import pixels
 from vilu.tiny import data
 
+embed_module = sys.modules[embed.__module__]
 ASKED = ("--dataset", "digits", "--split", "test", "--margin", "0.05")
 
 
@@ -100,6 +104,26 @@ def test_the_threshold_and_what_it_costs(pair, tmp_path):
     with pytest.raises(UserError, match="chosen for another checkpoint as stage 1"):
         threshold_of(given, paths[::-1], loaded[::-1])
     assert note["stages"][1]["accuracy"] == note["last_accuracy"] > note["stages"][0]["accuracy"]
+
+
+def test_no_image_is_embedded_twice(pair, tmp_path, monkeypatch):
+    """Neither what `vilu eval --cascade` kept, nor for two stages of one CLIP."""
+    paths, embedded = [str(pair[0] / f"{name}.safetensors") for name in ("small", "large")], []
+    original = embed_module._embed_images
+
+    def embed_images(source, tower, *rest):
+        embedded.append(tower.clip.spec)
+        return original(source, tower, *rest)
+
+    monkeypatch.setattr(embed_module, "_embed_images", embed_images)
+    cache = ("--cache", str(tmp_path / "cache"))
+    options = ["--dataset", "digits", "--resamples", "2", *cache]
+    CliRunner().invoke(eval_command, ["--cascade", *paths, *options], catch_exceptions=False)
+    assert len(embedded) == 2
+    assert calibrate(pair[0], ("small", "large"), *cache).exception is None
+    assert len(embedded) == 2
+    CliRunner().invoke(eval_command, ["--cascade", paths[0], paths[1], paths[1], *options[:4]], catch_exceptions=False)
+    assert len(embedded) == 4
 
 
 def test_what_is_refused(pair, tmp_path, clip, monkeypatch):

@@ -141,6 +141,38 @@ def test_a_whole_cache_asks_no_tower(tmp_path, clip, monkeypatch):
     assert contents(tmp_path / "cache") == before
 
 
+def test_what_another_entry_holds_is_not_embedded_again(tmp_path, clip, monkeypatch):
+    root = folder(tmp_path / "d")
+    for name in ("ant/000.jpg", "bee/019.jpg"):
+        (root / name).write_bytes(b"x")
+    source = open_source(str(root))
+    options: dict[str, Any] = {"batch_size": 8, "workers": 1}
+    fresh = embed(source, clip, cache=tmp_path / "fresh", **options)
+    exact = embed(source, clip, cache=tmp_path / "exact", dtype="float32", **options)
+    embed(source, clip, cache=tmp_path / "projected", dtype="float32", projection=True, **options)
+    monkeypatch.setattr(Clip, "encode_pixels", None)
+    monkeypatch.setattr(Clip, "encode_tokens", None)
+    monkeypatch.setattr(sys.modules["vilu.data.embed"], "COPIED", 7)
+    again = embed(source, clip, cache=tmp_path / "exact", **options)
+    assert contents(tmp_path / "fresh").items() <= contents(tmp_path / "exact").items()
+    assert (again.skipped, again.rows.tolist()) == (fresh.skipped, fresh.rows.tolist())
+    for dtype, error in (("float32", 1e-6), ("float16", 1e-3)):
+        found = embed(source, clip, cache=tmp_path / "projected", dtype=dtype, **options)
+        assert found.image.activation is None
+        assert found.skipped == exact.skipped
+        assert torch.allclose(found.image.normalised.float(), exact.image.normalised, atol=error)
+        assert torch.allclose(found.text.normalised, exact.text.normalised, atol=1e-6)
+
+
+def test_a_damaged_entry_is_not_copied(tmp_path, clip):
+    source = open_source(str(folder(tmp_path / "d", per_class=3)))
+    exact = embed(source, clip, cache=tmp_path / "cache", dtype="float32")
+    (entry,) = [path for path in entries(tmp_path / "cache") if not path.name.startswith("classes")]
+    flip(entry / "image.normalised.npy", 200)
+    found = embed(source, clip, cache=tmp_path / "cache")
+    assert torch.equal(found.image.normalised, exact.image.normalised.half())
+
+
 def test_the_result_is_mapped_not_read(tmp_path, clip):
     data = embed(open_source(str(folder(tmp_path / "d"))), clip, cache=tmp_path / "cache")
     file = entries(tmp_path / "cache")[0] / "image.normalised.npy"
