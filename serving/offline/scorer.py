@@ -187,48 +187,62 @@ class Scorer:
 
     def _group(self, images: Sequence[bytes | str], places: Sequence[int] | None) -> pa.Table:
         errors: list[str | None] = [image if isinstance(image, str) else None for image in images]
-        given = [row for row, error in enumerate(errors) if error is None]
-        names = sorted(set(self.pixels))
-        requests = [question({"IMAGE": np.array([[images[row]]], object)}, names) for row in given]
-        decoded: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        columns: dict[str, np.ndarray] = {}
+        pixels: dict[str, np.ndarray] = {}  # by their name in the repository
+        rows = np.array([row for row, error in enumerate(errors) if error is None], int)
+        for number, name in enumerate(self.pixels, 1):
+            if name not in pixels:  # else an earlier stage's, which had all of these rows
+                rows = self._decode(images, rows, name, pixels, errors)
+            if not len(rows):
+                break
+            rows = self._answer(number, pixels[name], rows, places, columns)
+        good = [row for row, error in enumerate(errors) if error is None]
+        return self._table(errors, {name: values[good] for name, values in columns.items()} if good else {})
+
+    def _decode(
+        self,
+        images: Sequence[bytes | str],
+        rows: np.ndarray,
+        name: str,
+        pixels: dict[str, np.ndarray],
+        errors: list[str | None],
+    ) -> np.ndarray:
+        """Put the pixels of these images (n,) into `pixels`, or what is wrong into `errors`; return the good rows."""
+        requests = [question({"IMAGE": np.array([[images[row]]], object)}, [name]) for row in rows]
         good = []
-        for row, response in zip(given, self.preprocess.execute(requests) if requests else (), strict=True):
+        for row, response in zip(rows.tolist(), self.preprocess.execute(requests) if requests else (), strict=True):
             if response.has_error():
                 errors[row] = response.error().message()
                 continue
+            (tensor,) = response.output_tensors()
+            _put(pixels, name, tensor.as_numpy(), np.array([row]), len(images))
             good.append(row)
-            for tensor in response.output_tensors():
-                decoded[tensor.name()].append(tensor.as_numpy()[0])
-        found: dict[str, np.ndarray] = {}
-        if good:
-            pixels = {name: np.stack(column) for name, column in decoded.items()}
-            found = self._answer(pixels, None if places is None else [places[row] for row in good])
-        return self._table(errors, found)
+        return np.array(good, int)
 
-    def _answer(self, pixels: Mapping[str, np.ndarray], places: Sequence[int] | None) -> dict[str, np.ndarray]:
-        """Return output tensors by name for N decoded images: pixels (N, S, S, 3) uint8 of each size."""
-        columns: dict[str, np.ndarray] = {}
-        count = len(pixels[self.pixels[0]])
-        rows = np.arange(count)
-        for number, (stage, name) in enumerate(zip(self.stages, self.pixels, strict=True), 1):
-            size = self.batch_size
-            if number > 1 and places is not None:
-                size = min(size, LATER_GPU if stage.gpu else LATER)
-            on = []
-            for mine, slots in _batches(rows, places, size):
-                batch = pixels[name][mine]
-                if slots is not None:
-                    whole = np.repeat(batch[:1], size, axis=0)
-                    whole[slots] = batch
-                    batch = whole
-                found, doubtful = self._answer_batch(number, batch, slots)
-                for tensor, values in found.items():
-                    _put(columns, tensor, values, mine, count)
-                on.append(mine[doubtful])
-            rows = np.sort(np.concatenate(on))
-            if not len(rows):
-                break
-        return columns
+    def _answer(
+        self,
+        number: int,
+        pixels: np.ndarray,
+        rows: np.ndarray,
+        places: Sequence[int] | None,
+        columns: dict[str, np.ndarray],
+    ) -> np.ndarray:
+        """Put a stage's answers for these rows of the pixels (N, S, S, 3) into `columns`; return those that go on."""
+        stage, size = self.stages[number - 1], self.batch_size
+        if number > 1 and places is not None:
+            size = min(size, LATER_GPU if stage.gpu else LATER)
+        on = []
+        for mine, slots in _batches(rows, places, size):
+            batch = pixels[mine]
+            if slots is not None:
+                whole = np.repeat(batch[:1], size, axis=0)
+                whole[slots] = batch
+                batch = whole
+            found, doubtful = self._answer_batch(number, batch, slots)
+            for tensor, values in found.items():
+                _put(columns, tensor, values, mine, len(pixels))
+            on.append(mine[doubtful])
+        return np.sort(np.concatenate(on))
 
     def _answer_batch(
         self, number: int, pixels: np.ndarray, slots: np.ndarray | None

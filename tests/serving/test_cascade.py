@@ -26,6 +26,7 @@ from vilu.serving.about import load_config
 from vilu.serving.classes import get_set, put_set
 from vilu.serving.door import own_server
 from vilu.serving.monitor import watch
+from vilu.serving.offline.triton import InferenceResponse, TritonError
 from vilu.serving.record import open_record
 from vilu.serving.record.recorder import RecordOptions
 from vilu.serving.record.table import SCHEMA
@@ -163,6 +164,30 @@ def test_an_offline_answer_of_a_cascade_depends_on_its_place_alone(cascade, imag
             if not near:
                 assert row["confidence"] == pytest.approx(confidence, abs=TOLERANCE)
                 assert row["failure_probability"] == pytest.approx(failure, abs=TOLERANCE)
+
+
+def test_offline_pixels_of_a_later_stage_are_made_of_the_images_that_go_on(cascade, images, monkeypatch):
+    """Where they cannot be made, the row says so, as one whose image cannot be decoded at all."""
+    scorer = Scorer(cascade.root)
+    asked: list[str] = []
+    original, bad = scorer.preprocess.execute, ""
+
+    def execute(requests):
+        responses = original(requests)
+        asked.extend(name for request in requests for name in request.requested_output_names())
+        if bad in asked[-len(requests) :]:
+            responses[0] = InferenceResponse(error=TritonError("too long and thin"))
+        return responses
+
+    monkeypatch.setattr(scorer.preprocess, "execute", execute)
+    whole = scorer.answers(images, range(len(images)))
+    stages = whole["stage"].to_pylist()
+    assert 0 < stages.count(2) < len(images)
+    assert (asked.count("PIXELS"), asked.count("PIXELS_2")) == (len(images), stages.count(2))
+    bad = "PIXELS_2"
+    found, lost = scorer.answers(images, range(len(images))).to_pylist(), stages.index(2)
+    assert (found[lost]["error"], found[lost]["stage"], found[lost]["label"]) == ("too long and thin", None, None)
+    assert [*found[:lost], *found[lost + 1 :]] == [row for i, row in enumerate(whole.to_pylist()) if i != lost]
 
 
 def test_an_offline_identity_covers_every_stage_and_the_rule(cascade, tmp_path):
