@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from starlette.testclient import TestClient
 
 from tests.serving.browser import Browser, find_chromium, web
@@ -31,6 +32,7 @@ from vilu.serving.record.table import SCHEMA
 
 START = datetime(2026, 1, 2, tzinfo=timezone.utc)
 CHECKPOINT = "a" * 64
+WENT_ON = (0.1, 0.2, 0.1, 0.2, 0.4, 0.5)  # shares of the answers of each window of `watching`
 
 
 def world(random, n, shift=0.0):
@@ -418,10 +420,11 @@ def test_the_alert_rules_are_right(tmp_path):
 
 @pytest.fixture
 def watching(record):
-    """The URL of `vilu monitor`, as a process of its own, over a record with a shift at its end."""
+    """The URL of `vilu monitor`, as a process of its own, over a cascade's record with a shift at its end."""
     random = np.random.default_rng(13)
-    fill(record, random, 2000, policy=(0.5, 1.0))
-    fill(record, random, 1000, start=2000, shift=2.0, policy=(0.5, 1.0))
+    for number, share in enumerate(WENT_ON):
+        shift = 0.0 if number < 4 else 2.0
+        fill(record, random, 500, start=500 * number, shift=shift, policy=(0.5, 1.0), later=share)
     command = [
         sys.executable,
         "-m",
@@ -446,13 +449,21 @@ def test_the_page_shows_the_risk_the_drift_and_what_was_rejected(watching, tmp_p
         browser.go(f"{url}monitor")
         browser.wait("document.querySelector('svg .target') !== null")
         assert "alarm: risk and drift" in browser.text(".badge")
-        assert browser.run("document.querySelectorAll('svg').length") == 2
-        assert (
-            browser.run("document.querySelectorAll('svg:first-of-type .dot').length") == 12
-        )  # six windows, two charts
+        assert browser.run("document.querySelectorAll('svg').length") == 3
+        assert browser.run("document.querySelectorAll('svg .dot').length") == 18  # six windows, three charts
+        stages = "document.querySelector('svg[aria-label=\"Went on to a later stage\"]')"
+        titles = browser.run(f"[...{stages}.querySelectorAll('.dot title')].map((title) => title.textContent)")
+        assert [float(title.split(": ")[1][:-1]) for title in titles] == [100 * share + 0.2 for share in WENT_ON]
+        heights = browser.run(f"[...{stages}.querySelectorAll('.dot')].map((dot) => dot.getBoundingClientRect().y)")
+        assert sorted(WENT_ON) == [share for _, share in sorted(zip(heights, WENT_ON, strict=True), reverse=True)]
+        assert browser.run(f"{stages}.querySelector('.curve').getBoundingClientRect().width") > 200
         assert "failure probability" in browser.text("table")
         assert len(browser.run("[...document.querySelectorAll('table')].pop().innerText").splitlines()) == 9
         browser.screenshot(tmp_path / "page.png")
+        box = browser.run(f"(({{x, y, right, bottom}}) => [x, y, right, bottom])({stages}.getBoundingClientRect())")
+        drawn = np.asarray(Image.open(tmp_path / "page.png").convert("RGB").crop(box), int)
+        accent = (np.abs(drawn - (0x35, 0x57, 0xD6)).max(axis=2) < 40).sum()
+        assert accent > 300, "the curve and its dots are seen"
         assert browser.complaints == []
         assert all(one.startswith((url, "data:")) for one in browser.requests)
     with web("127.0.0.1:1", "--monitor", "http://127.0.0.1:1") as (_, url), Browser(find_chromium()) as browser:

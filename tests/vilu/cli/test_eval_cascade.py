@@ -3,25 +3,38 @@
 import json
 
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
+from tests.serving.browser import Browser, find_chromium
 from vilu import load_checkpoint, save_checkpoint, tiny
 from vilu.checkpoint import Checkpoint
 from vilu.cli.eval import eval_command
 from vilu.cli.train import train_command
 from vilu.evaluation.cascade_curve import METHODS
+from vilu.evaluation.report.tables import HTML
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Checkpoints of a small and a large head on the digits, and the folder of their embeddings."""
-    from click.testing import CliRunner
-
     folder = tmp_path_factory.mktemp("pair")
     for name in tiny.FOLDERS:
         arguments = ["--clip", name, "--dataset", "digits", "--epochs", "5", "--no-estimate-images"]
         arguments += ["--output", str(folder / f"{name}.safetensors"), "--cache", str(folder / "cache")]
         CliRunner().invoke(train_command, arguments, catch_exceptions=False, standalone_mode=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(pair):
+    """What `vilu eval --cascade --json` prints of them, and its report's folder."""
+    paths = [str(pair / f"{name}.safetensors") for name in (tiny.NAME, tiny.LARGE)]
+    options = ["--dataset", "digits", "--resamples", "50", "--cache", str(pair / "cache"), "--json"]
+    arguments = ["--cascade", *paths, *options, "--output", str(pair / "out")]
+    result = CliRunner().invoke(eval_command, arguments, catch_exceptions=False, standalone_mode=False)
+    assert result.stderr == ""
+    return json.loads(result.stdout), pair / "out"
 
 
 @pytest.fixture
@@ -35,10 +48,8 @@ def ask(command_line, pair):
     return of
 
 
-def test_the_embedded_pair(ask, tmp_path):
-    code, out, err = ask("--dataset", "digits", "--resamples", 50, "--output", tmp_path / "out", "--json")
-    assert (code, err) == (0, "")
-    document = json.loads(out)
+def test_the_embedded_pair(ask, evaluated):
+    document, folder = evaluated
     small, large = document["alone"]
     assert (small["name"], large["name"]) == (tiny.NAME, tiny.LARGE)
     assert large["accuracy"]["value"] > small["accuracy"]["value"] + 0.05
@@ -48,11 +59,31 @@ def test_the_embedded_pair(ask, tmp_path):
     assert ours["cheapest"]["accuracy"]["value"] >= large["accuracy"]["value"] - document["margin"]
     assert 0 < ours["cheapest"]["reached"][1] < 1
     assert ours["share"]["value"] < min(line["share"]["value"] for line in others)
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["lines"] == document["lines"]
+    assert json.loads((folder / "evaluation.json").read_text())["lines"] == document["lines"]
     code, out, err = ask("--dataset", "digits", "--resamples", 5, "--margin", 0.02)
     assert (code, err) == (0, "")
     for words in ("vilu-tiny-large", "P(failure)", "Entropy", "loses at most 2 points against the last stage"):
         assert words in out
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium: apt-get install chromium")
+def test_the_page_of_the_report_is_drawn(evaluated, tmp_path):
+    _, folder = evaluated
+    with Browser(find_chromium()) as browser:
+        browser.go((folder / HTML).as_uri())
+        browser.wait("document.images.length === 1 && document.images[0].complete")
+        assert browser.run("document.images[0].naturalWidth") > 400
+        assert browser.run("document.images[0].getBoundingClientRect().height") > 200
+        rows = browser.run("[...document.querySelectorAll('tbody tr')].map((row) => row.cells[0].textContent)")
+        assert rows[: 2 + len(METHODS)] == [tiny.NAME, tiny.LARGE, *METHODS]
+        browser.screenshot(tmp_path / "page.png")
+        box = browser.run(
+            "(({x, y, right, bottom}) => [x, y, right, bottom])(document.images[0].getBoundingClientRect())"
+        )
+        drawn = Image.open(tmp_path / "page.png").convert("L").crop(box)
+        assert drawn.getextrema()[0] < 60, "the picture is not blank"
+        assert browser.complaints == []
+        assert all(one.startswith(("file:", "data:")) for one in browser.requests)
 
 
 @pytest.mark.parametrize(
