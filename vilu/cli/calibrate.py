@@ -24,6 +24,7 @@ from vilu.cli.options import (
     drop_known_option,
     dtype_option,
     embeddings_option,
+    refuse_options,
     stages_argument,
 )
 from vilu.cli.progress import progress_bar
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     from vilu.checkpoint import ClipSpec
     from vilu.embeddings import EmbeddedSet
     from vilu.evaluation.calibration import Outlook
+
+# What --cascade takes, besides --margin or --target-risk.
+CASCADE_OPTIONS = (
+    "cascade", "data", "dataset", "root", "image_column", "caption_column", "split", "cache", "drop_known",
+    "confidence", "output", "dtype", "as_json",
+)  # fmt: skip
 
 
 @click.command("calibrate", cls=Command, extra="train")
@@ -144,9 +151,9 @@ def calibrate_command(
         from vilu.data import open_source
 
         check_stages(() if ckpt is not None else stages, cascade)
-        others = (embeddings, clip_name, pretrained, from_record, since, target_coverage, target_tpr, refuse_outliers)
-        if any(value is not None for value in others) or probability != "none":
-            raise UserError("--cascade takes --data or --dataset, and --margin or --target-risk")
+        rule = "margin" if target_risk is None else "target_risk"
+        why = "has no meaning beside --cascade" + (" and --target-risk" if rule == "target_risk" else "")
+        refuse_options(why, *CASCADE_OPTIONS, rule, others=True)
         choose_threshold(
             stages,
             open_source(data, dataset=dataset, root=root, split=split, cache=cache, **columns),
@@ -161,6 +168,7 @@ def calibrate_command(
         )
         return
     check_stages(stages, cascade)
+    refuse_options("is for --cascade", "margin")
     if ckpt is None:
         raise UserError("give --ckpt")
     import numpy as np

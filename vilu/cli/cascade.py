@@ -85,6 +85,8 @@ def choose_threshold(
         f"the last stage alone {found.last_accuracy:.2%}; promised at {found.confidence:.0%}: at most {what} "
         f"(bound {found.bound:.2%})"
     )
+    if not any(found.reached[1:]):
+        say("no image goes on: the first stage alone keeps this promise, and needs no cascade")
     say(f"cost {found.cost:.2f} ms an image, {found.cost / alone:.0%} of the last stage alone")
     try:
         other = choose(by_method["MCM"])

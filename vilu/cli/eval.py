@@ -22,6 +22,7 @@ from vilu.cli.options import (
     column_options,
     drop_known_option,
     dtype_option,
+    refuse_options,
     stages_argument,
 )
 from vilu.cli.progress import progress_bar
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Named = tuple[str, "str | Path"]  # ("data", "dataset" or "embeddings", its name or path)
 SMALLEST, GROWTH = 200, 2  # a learning curve has 200, 400, ... and all images
+CASCADE_OPTIONS = (
+    "cascade", "margin", "data", "datasets", "root", "image_column", "caption_column", "split", "drop_known", "output",
+    "resamples", "seed", "cache", "dtype", "as_json",
+)  # fmt: skip
 CURVE_RESAMPLES = 400  # the most for a learning curve, which resamples for every size and seed
 
 
@@ -195,9 +200,9 @@ def eval_command(
         from vilu.data import open_source
 
         check_stages(() if ckpts else stages, cascade)
-        others = (embeddings, train_data, train_datasets, train_embeddings, outside_data, outside_datasets)
-        if any((*others, outside_embeddings, clip_name, pretrained, curve)) or len((*data, *datasets)) != 1:
-            raise UserError("--cascade takes one data set, --data or --dataset, and no other CLIP or data")
+        refuse_options("has no meaning beside --cascade", *CASCADE_OPTIONS, others=True)
+        if len((*data, *datasets)) != 1:
+            raise UserError("--cascade takes one data set, --data or --dataset")
         source = open_source(
             data[0] if data else None,
             dataset=datasets[0] if datasets else None,
@@ -220,6 +225,7 @@ def eval_command(
         )
         return
     check_stages(stages, cascade)
+    refuse_options("is for --cascade", "margin")
     if not ckpts:
         raise UserError("give --ckpt")
     from vilu.checkpoint import check_fits, load_checkpoint

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from vilu.cli import output as said
 from vilu.errors import UserError
@@ -43,6 +44,19 @@ def default_cache() -> Path | None:
     except UserError as error:
         said.note(f"{error}; until then none are kept")
         return None
+
+
+def refuse_options(why: str, *names: str, others: bool = False) -> None:
+    """Refuse options that were given on the command line and would be ignored: these, or with `others` all but these.
+
+    Raises:
+        UserError: "OPTION WHY".
+    """
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and isinstance(option, click.Option) and (option.name in names) != others:
+            raise UserError(f"{option.opts[0]} {why}")
 
 
 def all_of(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:

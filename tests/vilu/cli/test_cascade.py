@@ -25,7 +25,8 @@ from vilu.preprocess.image import pixels
 from vilu.tiny import data
 
 embed_module = sys.modules[embed.__module__]
-ASKED = ("--dataset", "digits", "--split", "test", "--margin", "0.05")
+ASKED = ("--dataset", "digits", "--split", "test")
+MARGIN = ("--margin", "0.05")
 
 
 def save(path, clip):
@@ -76,9 +77,9 @@ def accuracy(clip):
     return float((answers.numpy() == digits.labels).mean())
 
 
-def calibrate(folder, names, *options):
+def calibrate(folder, names, *options, rule=MARGIN):
     paths = [str(folder / f"{name}.safetensors") for name in names]
-    arguments = ["--cascade", *paths, "--cache", str(folder / "cache"), *ASKED, *map(str, options)]
+    arguments = ["--cascade", *paths, "--cache", str(folder / "cache"), *ASKED, *rule, *map(str, options)]
     return CliRunner().invoke(calibrate_command, arguments, catch_exceptions=False, standalone_mode=False)
 
 
@@ -104,6 +105,12 @@ def test_the_threshold_and_what_it_costs(pair, tmp_path):
     with pytest.raises(UserError, match="chosen for another checkpoint as stage 1"):
         threshold_of(given, paths[::-1], loaded[::-1])
     assert note["stages"][1]["accuracy"] == note["last_accuracy"] > note["stages"][0]["accuracy"]
+
+
+def test_a_promise_that_the_first_stage_keeps_alone(pair):
+    output = calibrate(pair[0], ("small", "large"), rule=("--target-risk", "0.9")).output
+    assert "0.0% to stage 2" in output
+    assert "no image goes on: the first stage alone keeps this promise, and needs no cascade" in output
 
 
 def test_no_image_is_embedded_twice(pair, tmp_path, monkeypatch):
@@ -141,8 +148,10 @@ def test_what_is_refused(pair, tmp_path, clip, monkeypatch):
         with pytest.raises(UserError, match="cannot be written"):
             calibrate(folder, ("small", "large"), "--output", output)
     monkeypatch.undo()
-    for option in (("--from-record", folder / "record"), ("--since", "2026-01-01")):
-        with pytest.raises(UserError, match="--cascade takes --data or --dataset"):
+    ignored = ("--from-record", folder / "record"), ("--since", "2026-01-01"), ("--seed", 1), ("--target-risk", 0.2)
+    for option in ignored:  # of the last, --margin would be
+        name = "--margin" if option[0] == "--target-risk" else option[0]
+        with pytest.raises(UserError, match=f"^{name} has no meaning beside --cascade"):
             calibrate(folder, ("small", "large"), *option)
     assert large.class_set is not None
     other = replace(large, class_set=clip.class_set(("cat", "dog")))

@@ -91,7 +91,8 @@ def test_the_page_of_the_report_is_drawn(evaluated, tmp_path):
     [
         ((), "takes one data set"),
         (("--dataset", "digits", "--dataset", "shapes"), "takes one data set"),
-        (("--dataset", "digits", "--clip", "vilu-tiny"), "no other CLIP"),
+        (("--dataset", "digits", "--clip", "vilu-tiny"), "--clip has no meaning beside --cascade"),
+        (("--dataset", "digits", "--methods", "MCM"), "--methods has no meaning beside --cascade"),
         (("--dataset", "digits", "--ckpt", "{d}/vilu-tiny.safetensors"), "two or more checkpoints"),
         (("--dataset", "shapes-captions"), "answers with classes, not with captions"),
         (("--dataset", "digits", "--split", "train"), "nothing can be promised on them"),
@@ -112,3 +113,4 @@ def test_stages_that_do_not_fit(ask, pair, command_line):
     plain = command_line(eval_command, "vilu eval")
     assert "or give --cascade" in plain(pair / "nameless.safetensors", "--dataset", "digits")[2]
     assert "give --ckpt" in plain("--dataset", "digits")[2]
+    assert "--margin is for --cascade" in plain("--dataset", "digits", "--margin", 0.01)[2]
