@@ -2,7 +2,8 @@
 
 Every stage is an export of its own, with its own parity report. The first keeps the names of its models, so the
 repository also serves it alone; the models of later stages have a prefix (`stage2_`). What joins them is one Python
-model, `vilu_router`, and two ensembles, `vilu_cascade` and, for labels of a request's own, `vilu_cascade_open`.
+model, `vilu_router`, and two ensembles, `vilu_cascade` and, for labels of a request's own, `vilu_cascade_open`. The
+router asks a later stage by one call of an ensemble of its own, `stage2_vilu` or `stage2_vilu_open`.
 """
 
 from __future__ import annotations
@@ -231,8 +232,13 @@ def _join(
     wanted = {name: kinds[name] for name in sorted({"PIXELS" if one == "PIXELS" else "IMAGE" for one in pixels[1:]})}
     about = [
         {"prefix": _prefix(number), "dim": stage.dim, "pixels": name}
+        | ({"model": f"{_prefix(number)}vilu"} if number > 1 else {})
         for number, (stage, name) in enumerate(zip(stages, pixels, strict=True), 1)
     ]
+    for number, (stage, name) in enumerate(zip(stages[1:], pixels[1:], strict=True), 2):
+        given = "PIXELS" if name == "PIXELS" else "IMAGE"
+        for candidates in (False, True):
+            _write_stage(root, _prefix(number), stage, name, {given: kinds[given]}, candidates=candidates)
     _write_router(root / ROUTER, stages, about, wanted, threshold, seconds)
     front = "vilu" if as_default else FRONT
     # On a GPU the head is a kernel that only vilu_head runs.
@@ -242,6 +248,35 @@ def _join(
         copy_graph(path, root / ROUTER / "1" / path.name)
     _write_front(root / front, stages[0], wanted, head=None if own else "vilu_head", candidates=False)
     _write_front(root / f"{front}_open", stages[0], wanted, head="vilu_embeddings", candidates=True)
+
+
+def _write_stage(root: Path, prefix: str, served: Served, pixels: str, image: Tensors, *, candidates: bool) -> None:
+    """Write the ensemble that the router asks of a later stage, for all of the stage's steps in one call.
+
+    Args:
+        pixels: the name of the stage's pixels among the outputs of `preprocess`.
+        image: what the router gives: the image, or its PIXELS where they are the first stage's, too.
+        candidates: the request brings LABELS of its own.
+    """
+    own = models.LABELS if candidates else {}
+    head = "vilu_embeddings" if candidates else "vilu_head"
+    answers = {name: name for name in models.HEAD_TENSORS}
+    # IMAGE_EMBEDDING is an output and an input of a step: right only where all outputs are asked for, as the router
+    # does (see `repository.write_answering`).
+    embedding = {"IMAGE_EMBEDDING": "IMAGE_EMBEDDING"}
+    steps = [
+        Step(f"{prefix}clip_image", {"PIXELS": pixels}, embedding),
+        Step(prefix + head, embedding | dict.fromkeys(own, "LABELS"), answers),
+    ]
+    if "IMAGE" in image:
+        steps.insert(0, Step("preprocess", {"IMAGE": "IMAGE"}, {pixels: pixels}))
+    write_ensemble(
+        root / (f"{prefix}vilu_open" if candidates else f"{prefix}vilu"),
+        {**image, **own},
+        {**models.HEAD_TENSORS, "IMAGE_EMBEDDING": ("TYPE_FP32", [served.dim])},
+        steps,
+        served.max_batch_size,
+    )
 
 
 def _write_router(

@@ -53,7 +53,9 @@ def _stages(path: Path) -> list[str]:
     if path.parent.name != "vilu_router":
         return []
     try:
-        prefixes = [stage["prefix"] for stage in json.loads(config.parameters["stages"].string_value)]
+        stages = json.loads(config.parameters["stages"].string_value)
+        asked = [f"{stage['prefix']}{name}" for stage in stages for name in ("clip_image", "vilu_head", "vilu_details")]
+        # Exports before 2026-11-27 have no such ensembles.
+        return asked + [stage["model"] + end for stage in stages if "model" in stage for end in ("", "_open")]
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path}: does not name the stages of its cascade") from None
-    return [f"{prefix}{name}" for prefix in prefixes for name in ("clip_image", "vilu_head", "vilu_details")]

@@ -48,7 +48,7 @@ def test_every_stage_and_the_rule_are_proven(cascade, repository):
 
 def test_the_repository_is_that_of_the_first_stage_and_more(cascade, repository):
     later = {f"stage2_{name}" for name in STAGE_MODELS}
-    more = {"vilu_cascade", "vilu_cascade_open", "vilu_router"}
+    more = {"vilu_cascade", "vilu_cascade_open", "vilu_router", "stage2_vilu", "stage2_vilu_open"}
     assert set(versions.models(cascade.root)) == {*versions.models(repository), *later, *more}
     assert [path.name for path in cascade.root.iterdir() if path.name.startswith(".")] == []
     config = load_config(cascade.root / "stage2_vilu_text" / "config.pbtxt")

@@ -59,18 +59,12 @@ class Towers:
         self.hold.wait(5)
         if model in self.broken:
             raise RuntimeError("not loaded")
-        if model == "preprocess":
-            return {
-                name: first.reshape(-1, 1, 1, 1).astype(np.uint8) + np.zeros((1, 2, 2, 3), np.uint8) for name in outputs
-            }
-        prefix, _, kind = model.partition("_")
-        stage = int(prefix.removeprefix("stage"))
+        stage = int(model.removeprefix("stage").removesuffix("_vilu"))
         number = first.reshape(len(first), -1)[:, 0].astype(int)
-        if kind == "clip_image":
-            found = np.zeros((len(first), DIMS[stage - 1]), np.float32)
-            found[:, 0] = number
-            return {"IMAGE_EMBEDDING": found}
-        return answer(stage, number, self.failure)
+        embedding = np.zeros((len(first), DIMS[stage - 1]), np.float32)
+        embedding[:, 0] = number
+        found = answer(stage, number, self.failure) | {"IMAGE_EMBEDDING": embedding}
+        return {name: found[name] for name in outputs}
 
 
 def answer(stage, number, failure):
@@ -218,7 +212,10 @@ def make(monkeypatch, tmp_path):
         spec.loader.exec_module(module)
         about = [{"prefix": "", "dim": DIMS[0], "pixels": "PIXELS"}]
         pixels = {2: "PIXELS_2", 3: "PIXELS"}  # the third sees images as the first does
-        about += [{"prefix": f"stage{n}_", "dim": DIMS[n - 1], "pixels": pixels[n]} for n in range(2, stages + 1)]
+        about += [
+            {"prefix": f"stage{n}_", "dim": DIMS[n - 1], "pixels": pixels[n], "model": f"stage{n}_vilu"}
+            for n in range(2, stages + 1)
+        ]
         given = {"cascade_threshold": repr(THRESHOLD), "stages": json.dumps(about), "max_waiting": "0"}
         given |= {"escalation_seconds": "5", "threshold": "0.9", "fingerprint": "", "intra_op_thread_count": "1"}
         given |= parameters
@@ -262,9 +259,8 @@ def test_the_rule_is_that_of_the_calibration(make, stages):
         assert counted["vilu_escalated_total", str(number), "pets"] == sum(
             (truth[i] >= number - 1).sum() for i in asked
         )
-    assert {model for model, _ in towers.asked if not model.startswith("stage")} == {"preprocess"}
-    prepared = sum(size for model, size in towers.asked if model == "preprocess")
-    assert prepared == sum((truth[i] >= 1).sum() for i in asked), "no image that stays, and none for stage 3"
+        called = sum(size for model, size in towers.asked if model == f"stage{number}_vilu")
+        assert called == sum((truth[i] >= number - 1).sum() for i in asked), "no image that stays"
     assert max(size for _, size in towers.asked) <= 4
     assert max(size for _, size in towers.asked) > 1, "doubtful images of several requests share a call"
 
@@ -272,7 +268,7 @@ def test_the_rule_is_that_of_the_calibration(make, stages):
 def test_an_answer_that_no_later_stage_gives_is_rejected_and_marked(make):
     failure = np.full((3, 4), 0.8, np.float32)
     failure[0, 0] = 0.2
-    for broken, stage in (("stage2_clip_image", 1), ("stage2_vilu_head", 1), ("stage3_clip_image", 2)):
+    for broken, stage in (("stage2_vilu", 1), ("stage3_vilu", 2)):
         towers = Towers(failure)
         towers.broken = {broken}
         router, counted = make(towers)

@@ -310,9 +310,11 @@ def test_a_stage_that_does_not_load_is_one_line(cascade, tmp_path):
     message = r"ended at start with code 1: stage2_vilu_head did not load \(Internal: .*labels.txt'\); see .*log$"
     with pytest.raises(UserError, match=message), Server(root, log=tmp_path / "log"):
         pass
-    shutil.rmtree(root / "stage2_clip_image")
-    with pytest.raises(UserError, match="names the model 'stage2_clip_image', which the repository lacks"):
-        own_server(root)
+    for name in ("stage2_vilu_open", "stage2_clip_image"):
+        (root / name).rename(tmp_path / name)
+        with pytest.raises(UserError, match=f"names the model '{name}', which the repository lacks"):
+            own_server(root)
+        (tmp_path / name).rename(root / name)
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 The first stage's answer over a class set comes from the head beside this file, in the same step; for a request's own
 labels, and on a GPU, the ensemble has asked that stage's own head before. An image whose failure probability is above
 the cascade's threshold is asked of the next stage, by calls that wait in threads: the model answers all other images at
-once, and later requests do not wait for those that go on. The batcher of the next stage joins the images of many
-requests.
+once, and later requests do not wait for those that go on. One call asks the next stage's ensemble for all of its steps,
+and the batchers of these steps join the images of many calls.
 
 Where a stage does not answer (it is overloaded, down, or out of time), the image gets the answer of the stage before,
 rejected and marked with ESCALATION_FAILED. The file needs no torch.
@@ -162,7 +162,8 @@ class TritonPythonModel(head.Head):
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
         self.threshold = float(self.parameters["cascade_threshold"])
-        self.stages = json.loads(self.parameters["stages"])  # of each stage: prefix of its models, its pixels, its dim
+        # Of each stage: prefix of its models, its pixels and dim; of a later one also `model`, the ensemble to ask.
+        self.stages = json.loads(self.parameters["stages"])
         self.given = {"PIXELS" if stage["pixels"] == "PIXELS" else "IMAGE" for stage in self.stages[1:]}
         self.dim = max(stage["dim"] for stage in self.stages)
         self.most = int(self.parameters["max_waiting"])
@@ -286,22 +287,13 @@ class TritonPythonModel(head.Head):
             self.counters.count(metric, number, class_set=name, **labels)
 
     def _answers(self, stage: dict[str, Any], class_set: str, images: list[Going]) -> dict[str, np.ndarray]:
-        """Return a stage's answers and embeddings for these images."""
-        pixels = self._pixels(stage["pixels"], images)
-        tower = stage["prefix"] + "clip_image"
-        embedding = self._call(tower, {"PIXELS": pixels}, ["IMAGE_EMBEDDING"])["IMAGE_EMBEDDING"]
-        inputs, head = {"IMAGE_EMBEDDING": embedding}, "vilu_head"
+        """Return a stage's answers and embeddings for these images, from one call of its ensemble."""
+        name = "PIXELS" if stage["pixels"] == "PIXELS" else "IMAGE"
+        inputs, model = {name: np.stack([image.data[name] for image in images])}, stage["model"]
         if images[0].labels is not None:
-            inputs["LABELS"], head = np.array([image.labels.tolist() for image in images], object), "vilu_embeddings"
-        answers = self._call(stage["prefix"] + head, inputs, ASKED, class_set)
-        return answers | {"IMAGE_EMBEDDING": embedding}
-
-    def _pixels(self, name: str, images: list[Going]) -> np.ndarray:
-        """Return pixels (N, S, S, 3) of a size. Those of a later stage alone are made here, as most images stay."""
-        if name in self.given:
-            return np.stack([image.data[name] for image in images])
-        files = np.stack([image.data["IMAGE"] for image in images])
-        return self._call("preprocess", {"IMAGE": files}, [name])[name]
+            inputs["LABELS"] = np.array([image.labels.tolist() for image in images], object)
+            model += "_open"
+        return self._call(model, inputs, [*ASKED, "IMAGE_EMBEDDING"], class_set)
 
     def _call(
         self, model: str, inputs: dict[str, np.ndarray], outputs: list[str], class_set: str = ""
