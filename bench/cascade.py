@@ -51,6 +51,7 @@ from vilu import Checkpoint, load_clip
 from vilu.class_set import ClassSet
 from vilu.cli.progress import progress_bar
 from vilu.clip import Clip
+from vilu.data.pipeline import cores
 from vilu.errors import FailedError, UserError
 from vilu.export import export, model_config
 from vilu.export.cascade import export_cascade
@@ -138,7 +139,10 @@ def pair(clips: Sequence[Clip], images: Sequence[bytes]) -> list[Checkpoint]:
 
 
 def add_models(root: Path) -> None:
-    """Add `large`, the last stage alone, and `calls`, the cascade by calls, to a cascade's repository."""
+    """Add `large`, the last stage alone, and `calls`, the cascade by calls, to a cascade's repository.
+
+    `large` has a tower of its own, which shares the cores with no other: as `vilu export` writes it without a cascade.
+    """
     router = load_config(root / "vilu_router" / CONFIG)
     second = json.loads(router.parameters["stages"].string_value)[1]
     outputs = {name: (tensor, [1]) for name, tensor in zip(
@@ -147,9 +151,15 @@ def add_models(root: Path) -> None:
     image = {"IMAGE": ("TYPE_STRING", [1])}
     steps = [
         Step("preprocess", {"IMAGE": "IMAGE"}, {second["pixels"]: "pixels"}),
-        Step(second["prefix"] + "clip_image", {"PIXELS": "pixels"}, {"IMAGE_EMBEDDING": "embedding"}),
+        Step("large_clip_image", {"PIXELS": "pixels"}, {"IMAGE_EMBEDDING": "embedding"}),
         Step(second["prefix"] + "vilu_head", {"IMAGE_EMBEDDING": "embedding"}, {name: name for name in outputs}),
     ]
+    shutil.copytree(root / (second["prefix"] + "clip_image"), root / "large_clip_image")
+    tower = load_config(root / "large_clip_image" / CONFIG)
+    tower.name = "large_clip_image"
+    tower.parameters["pin_threads"].string_value = "yes"
+    tower.parameters["intra_op_thread_count"].string_value = str(cores() // tower.instance_group[0].count)
+    model_config.save_config(root / "large_clip_image", tower)
     model_config.write_ensemble(root / "large", image, outputs, steps, router.max_batch_size)
     config = load_config(root / "vilu_router" / CONFIG)
     config.name = "calls"
@@ -298,7 +308,7 @@ def finish(
     windows: dict[str, dict[int, list[Window]]], share: float, threshold: float, small: str, large: str, output: Path
 ) -> dict[str, Any]:
     """Summarise, print and write the results."""
-    stages = ("clip_image", "stage2_clip_image")
+    stages = ("clip_image", "stage2_clip_image", "large_clip_image")
     rows: dict[str, Any] = {}
     for name, by_level in windows.items():
         rows[name] = {}

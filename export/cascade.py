@@ -21,6 +21,7 @@ import vilu.export.repository as models
 from vilu import atomic
 from vilu.checkpoint import Checkpoint, digest
 from vilu.clip import Clip
+from vilu.clip.cost import multiply_adds
 from vilu.errors import UserError
 from vilu.export import checks, versions
 from vilu.export.job import Progress
@@ -42,6 +43,8 @@ ESCALATION_SECONDS = 20.0  # below the 30 s that a client waits
 # Requests that wait for later stages. The front door has 64 under way at a time: where a stage hangs, a quarter is left
 # for the images that do not go on.
 WAITING = 48
+# Multiply-adds of an image, less than a ms on a core, below which more threads cost a busy server more than they save.
+SMALL = 100_000_000
 DETAILS = models.DETAIL_TENSORS  # without embeddings and outlier scores: those of two CLIPs cannot be compared
 STAGE: Tensors = {"STAGE": ("TYPE_INT32", [1]), "ESCALATION_FAILED": ("TYPE_BOOL", [1])}
 
@@ -123,6 +126,7 @@ def export_cascade(
             for checkpoint, clip in zip(checkpoints, clips, strict=True)
         ]
         _join(root, stages, clips, threshold, as_default, escalation_seconds, preprocess)
+        _share_cores(root, clips)
         summary = reports[0] | {
             "cascade": {
                 "threshold": threshold,
@@ -248,6 +252,20 @@ def _join(
         copy_graph(path, root / ROUTER / "1" / path.name)
     _write_front(root / front, stages[0], wanted, head=None if own else "vilu_head", candidates=False)
     _write_front(root / f"{front}_open", stages[0], wanted, head="vilu_embeddings", candidates=True)
+
+
+def _share_cores(root: Path, clips: Sequence[Clip]) -> None:
+    """Have the stages' image towers, which compute side by side, share the cores of a CPU."""
+    for number, clip in enumerate(clips, 1):
+        folder = root / f"{_prefix(number)}clip_image"
+        config = load_config(folder / CONFIG)
+        if "intra_op_thread_count" in config.parameters:  # on a CPU
+            # A thread that is tied to a core waits for another tower's thread there, and the rest of its own for it.
+            config.parameters["pin_threads"].string_value = "no"
+            if multiply_adds(clip) < SMALL:
+                threads = config.parameters["intra_op_thread_count"]
+                threads.string_value = str(max(1, int(threads.string_value) // len(clips)))
+            save_config(folder, config)
 
 
 def _write_stage(root: Path, prefix: str, served: Served, pixels: str, image: Tensors, *, candidates: bool) -> None:

@@ -57,6 +57,17 @@ def test_the_repository_is_that_of_the_first_stage_and_more(cascade, repository)
     assert f"P(failure) > {cascade.threshold:.6g}" in result.output
 
 
+def test_the_towers_share_the_cores(cascade, repository):
+    """No tower's threads are tied to a core, and a small one takes half of the cores."""
+    alone = load_config(repository / "clip_image" / "config.pbtxt").parameters
+    assert "pin_threads" not in alone
+    for name in ("clip_image", "stage2_clip_image"):
+        tower = load_config(cascade.root / name / "config.pbtxt").parameters
+        assert tower["pin_threads"].string_value == "no"
+        threads = [int(one["intra_op_thread_count"].string_value) for one in (tower, alone)]
+        assert threads[0] == max(1, threads[1] // 2)
+
+
 def test_one_decoding_gives_every_size():
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     for kind in ("JPEG", "PNG", "WEBP"):

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import onnx
@@ -64,7 +66,8 @@ def test_a_request_that_spoils_a_batch_gets_its_error_and_the_others_their_answe
 
 
 @pytest.mark.skipif(session.cores() < 2 or not session.has_openvino(), reason="needs two cores and OpenVINO")
-def test_a_session_with_fewer_threads_than_cores_is_tied_to_none(tmp_path):
+@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": session.cores(), "pin": False}])
+def test_a_session_that_shares_the_cores_is_tied_to_none(tmp_path, options):
     """OpenVINO ties threads to the first cores, the same in each process: two workers would share one core."""
     side = 1500
     weight = helper.make_tensor("W", TensorProto.FLOAT, [side, side], np.ones((side, side), np.float32).tobytes(), True)
@@ -76,7 +79,14 @@ def test_a_session_with_fewer_threads_than_cores_is_tied_to_none(tmp_path):
         [weight],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
-    opened = session.open_session(tmp_path / "m.onnx", "openvino", threads=1)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # sessions of one process share OpenVINO's threads
+        allowed = pool.submit(cores_of, tmp_path / "m.onnx", side, options).result()
+    assert allowed == {frozenset(os.sched_getaffinity(0))}
+
+
+def cores_of(path, side, options):
+    """The sets of cores that a session's calling thread may use while it computes."""
+    opened = session.open_session(path, "openvino", **options)
     allowed, ended, caller = set[frozenset[int]](), threading.Event(), threading.get_native_id()
 
     def look():
@@ -89,4 +99,4 @@ def test_a_session_with_fewer_threads_than_cores_is_tied_to_none(tmp_path):
         opened.run(["Y"], {"X": np.ones((side, side), np.float32)})
     ended.set()
     watcher.join()
-    assert allowed == {frozenset(os.sched_getaffinity(0))}
+    return allowed

@@ -38,6 +38,7 @@ class TritonPythonModel:
             asked.get("provider", "cpu"),
             asked.get("precision", "float32"),
             int(asked.get("intra_op_thread_count", 0)),  # the native backend's own parameter
+            pin=asked.get("pin_threads", "yes") != "no",
         )
         pb_utils.Logger.log_info(f"{self.name}: {self.session.provider} (onnxruntime {onnxruntime.__version__})")
         self.inputs = self.session.inputs

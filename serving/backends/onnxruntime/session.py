@@ -114,11 +114,16 @@ class OpenVino:
 
 
 def open_session(
-    path: str | os.PathLike[str], provider: str = "cpu", precision: str = "float32", threads: int = 0
+    path: str | os.PathLike[str],
+    provider: str = "cpu",
+    precision: str = "float32",
+    threads: int = 0,
+    *,
+    pin: bool = True,
 ) -> OnnxRuntime | OpenVino:
     """A graph without strings on `provider` ("cpu" or "openvino"), or on ONNX Runtime's CPU provider where that is
     absent here. bfloat16 is OpenVINO's, on a CPU that has it; else such a graph is computed in float32.
-    `threads` 0: as many as there are cores.
+    `threads` 0: as many as there are cores. `pin` False: the cores are shared with other graphs.
     """
     if provider != "openvino" or not has_openvino():
         return OnnxRuntime(path, threads)
@@ -126,5 +131,6 @@ def open_session(
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         # OpenVINO would pin the threads to the first cores, in each process to the same ones.
-        options |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": "NO" if threads < cores() else "YES"}
+        options |= {"INFERENCE_NUM_THREADS": threads}
+        options |= {"ENABLE_CPU_PINNING": "YES" if pin and threads >= cores() else "NO"}
     return OnnxRuntime(path, threads, options) if openvino_cpu() else OpenVino(path, options)
