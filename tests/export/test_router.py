@@ -168,7 +168,7 @@ class Request:
         responses = router.execute(requests)
         assert len(responses) == len(requests)
         for request, response in zip(requests, responses, strict=True):
-            assert request.later == (response is None)
+            assert request.later == (response is None), "one response"
             if response is not None:
                 request.response = response
                 request.done.set()
@@ -305,6 +305,43 @@ def test_a_stage_that_hangs_costs_its_own_images_alone(make):
     again = Request([3], failure)
     Request.run(router, [again])
     assert again.answered()["STAGE"].tolist() == [[2]]
+
+
+@pytest.mark.parametrize("missing", ["PIXELS", "IMAGE", "IMAGE_EMBEDDING", "CONFIDENCE"])
+def test_a_request_without_an_input_takes_no_place(make, missing):
+    failure = np.array([[0.8]] * 3, np.float32)
+    router, counted = make(Towers(failure), max_waiting="1")
+    for _ in range(2):
+        bad = Request([0], failure)
+        del bad.tensors[missing]
+        Request.run(router, [bad])
+        assert bad.response.error.message() == f"the request has no {missing}"
+    assert router.waiting == 0
+    good = Request([0], failure)
+    Request.run(router, [good])
+    assert good.answered()["STAGE"].tolist() == [[3]]
+    assert not any(reason == "overloaded" for _, _, reason, *_ in (key for key in counted if "failed" in key[0]))
+
+
+@pytest.mark.parametrize("stage", [-1, 0, 1.5, 4, 1e30, np.nan])
+def test_details_of_no_stage_are_refused(make, stage):
+    router, _ = make(Towers(np.zeros((3, 1), np.float32)))
+    bad, good = Request.for_details([1, stage]), Request.for_details([3])
+    Request.run(router, [bad, good])
+    assert bad.response.error.message() == "ANSWERED is not what the router gave with an answer"
+    assert good.answered()["ENTROPY"].tolist() == [[len("stage3_vilu_details")]]
+
+
+def test_a_request_that_cannot_be_given_up_does_not_end_the_watch(make):
+    failure = np.array([[0.8]] * 3, np.float32)
+    towers = Towers(failure)
+    towers.hold.clear()
+    router, _ = make(towers, escalation_seconds="0.2")
+    router.deadlines.put((0.0, None))
+    request = Request([0], failure)
+    Request.run(router, [request])
+    assert request.answered()["ESCALATION_FAILED"].tolist() == [[True]]
+    towers.hold.set()
 
 
 def test_a_stage_whose_details_hang_holds_up_no_others_for_long(make):

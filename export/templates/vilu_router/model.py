@@ -41,8 +41,10 @@ class Question:
             the largest stage's, and shorter embeddings end in zeros.
         open: the images that are going on.
         going: how many images the calls to later stages are about.
-        sender: of the response, for a request with such images.
+        sender: of the response, for a request with such images; set once nothing of the request can be wrong.
     """
+
+    sender: Any
 
     def __init__(self, request: Any, columns: dict[str, Any], first: np.ndarray, dim: int, threshold: float) -> None:
         self.wanted = list(request.requested_output_names())
@@ -57,7 +59,6 @@ class Question:
         doubt = self.columns["FAILURE_PROBABILITY"].reshape(-1).astype(np.float64)
         self.open = set(np.flatnonzero(doubt > threshold).tolist())
         self.going = 0
-        self.sender = request.get_response_sender() if self.open else None
         self.lock = threading.Lock()
 
     def name(self, row: int) -> str:
@@ -209,13 +210,13 @@ class TritonPythonModel(head.Head):
                 if not question.open:
                     responses[place] = question.response()
                     continue
+                name, going = sets.requested_set(request), self._going(request, question)
+                question.sender = request.get_response_sender()
                 if not self._enter(question):
-                    going = [Going(question, row, {}, None) for row in sorted(question.open)]
                     self._count("vilu_escalated_total", going, stage="2")
                     self._give_up(going, 2, "overloaded", f"{self.most} requests wait already")
                     continue
-                name = sets.requested_set(request)
-                for one in self._going(request, question):
+                for one in going:
                     width = 0 if one.labels is None else len(one.labels)
                     groups.setdefault((name, width), []).append(one)
                 self.deadlines.put((time.monotonic() + self.seconds, question))
@@ -325,24 +326,32 @@ class TritonPythonModel(head.Head):
     def _watch(self) -> None:
         """Give up the images whose time is over. All have the same time, so they come in the order of their ends."""
         while (item := self.deadlines.get()) is not None:
-            end, question = item
+            end, late = item
             time.sleep(max(0.0, end - time.monotonic()))
-            if isinstance(question, Details):
-                question.expire(self.seconds)
-                continue
-            for row in sorted(question.open):
-                name, stage = question.name(row), int(question.stage[row, 0]) + 1
-                given = question.give_up([row])
-                self.counters.count(
-                    "vilu_escalation_failed_total", given, class_set=name, stage=str(stage), reason="timeout"
-                )
-                if given:
-                    self._log(f"stage {stage} gave no answer in {self.seconds:g} s")
+            try:
+                self._expire(late)
+            except Exception as error:  # one request does not end the thread that watches all
+                pb_utils.Logger.log_error(f"a request was not given up: {error}")
+
+    def _expire(self, late: Any) -> None:
+        if isinstance(late, Details):
+            late.expire(self.seconds)
+            return
+        for row in sorted(late.open):
+            name, stage = late.name(row), int(late.stage[row, 0]) + 1
+            given = late.give_up([row])
+            by = {"class_set": name, "stage": str(stage), "reason": "timeout"}
+            self.counters.count("vilu_escalation_failed_total", given, **by)
+            if given:
+                self._log(f"stage {stage} gave no answer in {self.seconds:g} s")
 
     def _detail(self, request: Any) -> None:
         """Ask the stages that answered for the details of their answers, in a thread."""
         name = sets.requested_set(request)
         answered = np.array(_input(request, "ANSWERED"))
+        known = np.isin(answered[:, 0], np.arange(1, len(self.stages) + 1))
+        if not (known & np.isfinite(answered[:, 1])).all():
+            raise sets.RequestError("ANSWERED is not what the router gave with an answer")
         labels = pb_utils.get_input_tensor_by_name(request, "LABELS")
         own = None if labels is None else labels.as_numpy()
         wanted = list(request.requested_output_names())
@@ -384,7 +393,10 @@ def _class_sets(candidates: list[Any]) -> dict[str, np.ndarray]:
 
 
 def _input(request: Any, name: str) -> np.ndarray:
-    values: np.ndarray = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        raise sets.RequestError(f"the request has no {name}")
+    values: np.ndarray = tensor.as_numpy()
     return values
 
 
