@@ -60,8 +60,8 @@ def _project_rows(
 
 @triton.jit(do_not_specialize=["B"])
 def project(
-    v: tl.tensor, query: tl.tensor, packed: tl.tensor, u: tl.tensor, hidden: tl.tensor, B: tl.tensor,
-    D: tl.constexpr, H: tl.constexpr, OFFSETS: tl.constexpr, IMAGE: tl.constexpr, QUERY: tl.constexpr,
+    v: tl.tensor, query: tl.tensor, packed: tl.tensor, u: tl.tensor, hidden: tl.tensor, x: tl.tensor, B: tl.tensor,
+    D: tl.constexpr, H: tl.constexpr, OFFSETS: tl.constexpr, IMAGE: tl.constexpr, QUERY: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -69,17 +69,29 @@ def project(
 
     Grid (tiles of BLOCK_M images, tiles of BLOCK_N outputs of u, then of hidden). v (B, D); query (D, D); u (B, D) and
     hidden (B, H) float32, rows at multiples of 16. BLOCK_M = 1 multiplies whole rows without tensor cores.
+    ROWS, for `score_tile` with its BLOCK_M: v and u go to x in the weights' type, u after v's rows in tiles of ROWS; the
+    first programs then copy v.
     """
     start_dependents(PDL)
     b = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_b = b < B
     i_n = tl.program_id(1)
     c_n = tl.arange(0, BLOCK_N)
-    NQ: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N if QUERY else 0
-    if QUERY:
-        if i_n < NQ:
+    NV: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N if ROWS else 0
+    NQ: tl.constexpr = NV + ((D + BLOCK_N - 1) // BLOCK_N if QUERY else 0)
+    y = u
+    if ROWS:
+        DP: tl.constexpr = (D + 15) // 16 * 16
+        p_x = x.to(tl.pointer_type(packed.dtype.element_ty), bitcast=True)
+        y = p_x + tl.cdiv(B, ROWS).to(tl.int64) * ROWS * DP
+        if i_n < NV:
             o = i_n * BLOCK_N + c_n
-            _project_rows(v, query, packed, u, b, m_b, o, D, D, False, BLOCK_M, BLOCK_D, STAGES, SLICES)
+            m_v = m_b[:, None] & (o < D)[None, :]
+            tl.store(p_x + b[:, None] * DP + o[None, :], tl.load(v + b[:, None] * D + o[None, :], m_v, 0.0), m_v)
+    if QUERY:
+        if (i_n >= NV) & (i_n < NQ):
+            o = (i_n - NV) * BLOCK_N + c_n
+            _project_rows(v, query, packed, y, b, m_b, o, D, D, False, BLOCK_M, BLOCK_D, STAGES, SLICES)
     if IMAGE:
         if i_n >= NQ:
             o = (i_n - NQ) * BLOCK_N + c_n

@@ -1,6 +1,6 @@
 """Launch the fused head's kernels from PyTorch: one plan of launches a batch, on the current stream.
 
-The kernels are in attention.py and mlp.py; plan.py says which run. They pass intermediate values in scratch memory that
+The kernels are in attention.py, large_batch.py and mlp.py; plan.py says which run. They pass intermediate values in scratch memory that
 belongs to one call, counters included, which its own kernels zero: calls on several streams, in CUDA graphs and in
 torch.compile do not meet.
 """
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vilu.kernels import attention, mlp
+from vilu.kernels import attention, large_batch, mlp
 from vilu.kernels.plan import Variant, plan_launches, tuned
 from vilu.kernels.softmax_state import INTERPRETED
 
@@ -22,6 +22,8 @@ KERNELS: dict[str, Any] = {
     "project": attention.project,
     "attend_image": attention.attend_image,
     "attend_tile": attention.attend_tile,
+    "score_tile": large_batch.score_tile,
+    "sum_tile": large_batch.sum_tile,
     "tail": mlp.tail,
 }
 

@@ -4,9 +4,11 @@
     attend_image   one image a program; float32 with few images, and class sets per image
     attend_few     a tile of 16 images; up to 16 images, in float32 more than MAX_FEW
     attend_tile    larger tiles of images
+    score_tile     large batches over large class sets, 16-bit, where the compute capability has settings for it: the
+    sum_tile       attention as two products (large_batch.py)
     tail           merge the splits, CLIP's scores, the MLP (mlp.py)
 
-`project` and `tail` have a second form, `..._few`, for up to MAX_FEW images.
+`project` and `tail` have a second form, `..._few`, for up to MAX_FEW images; `project_large` is for `score_tile`.
 
 tuning.json holds a list of settings for each compute capability and role; the first entry whose conditions hold is
 taken, else one of "default". `python bench/head.py --tune` measures them on a GPU; nothing is tuned while serving.
@@ -19,6 +21,7 @@ taken, else one of "default". `python bench/head.py --tune` measures them on a G
     STAGES             loads in flight
     num_warps          warps of a program
     waves              programs aimed at, in units of the multiprocessors
+    images, classes    the smallest batch and class set that `score_tile` takes
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ from typing import Any
 
 # Numbers of a softmax state in scratch (softmax_state.py).
 STATE_SLOTS = ("max", "rest", "squares", "entropy", "best", "index", "attention_max", "attention_sum")
-ROLES = ("project", "project_few", "attend_image", "attend_few", "attend_tile", "tail", "tail_few")
+ROLES = (
+    "project", "project_few", "attend_image", "attend_few", "attend_tile", "score_tile", "sum_tile", "tail", "tail_few",
+)  # fmt: skip
 MAX_FEW = 8
 MAX_SPLITS = 256
+MAX_WEIGHTS = 256 << 20  # bytes of scratch for the weights of `score_tile`; beyond, `attend_tile` runs
 COUNTERS = 32  # of an image in scratch, one for each stage of `tail`: as many layers an MLP may have
 
 
@@ -121,7 +127,7 @@ class Plan:
     splits: programs that share an image's rows.
     scratch: float32 numbers of scratch memory in all.
     regions: where each intermediate value starts in it, a multiple of 16: state, sums, u, hidden, t_pred, z, odds, h,
-        counters of the kernels.
+        counters, x, weights, bases of the kernels.
     """
 
     kernels: tuple[Kernel, ...]
@@ -132,6 +138,7 @@ class Plan:
 
 Settings = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]  # of each role, hashable
 CONDITIONS = ("bytes", "width", "projected", "folded")
+NO_CONSTANTS = ("num_warps", "waves", "images", "classes")
 SOURCE = "from"  # of an entry in tuning.json: where its settings come from
 
 
@@ -141,7 +148,7 @@ def tuned(arch: int, variant: Variant) -> Settings:
     table = json.loads((Path(__file__).parent / "tuning.json").read_text("utf-8"))
     found = {}
     for role in ROLES:
-        entries = table.get(str(arch), {}).get(role, []) + table["default"][role]
+        entries = table.get(str(arch), {}).get(role, []) + table["default"].get(role, [])
         chosen = next((entry for entry in entries if _fits(entry, variant)), None)
         if chosen is not None:
             found[role] = tuple((key, chosen[key]) for key in sorted(chosen) if key not in (*CONDITIONS, SOURCE))
@@ -171,7 +178,8 @@ def plan_launches(
 ) -> Plan:
     """The launches for B images over K rows. pdl: the GPU has programmatic dependent launch (9.0 and later)."""
     chosen = {role: dict(entries) for role, entries in settings}
-    role = _attention_role(variant, B, K, ragged)
+    large = not ragged and _is_large(variant, chosen, B, K)
+    role = "score_tile" if large else _attention_role(variant, B, ragged)
     if role == "attend_image":
         tiles, block = B, max(chosen[role]["TILE"] // _power(max(variant.dim, variant.value_dim)), 1)
         # Split the same way for 1 and 8 images: an answer does not depend on the batch it came in.
@@ -180,12 +188,15 @@ def plan_launches(
             aim, rows = -(-aim // B), -(-K // B)
     else:
         tiles, block, rows = -(-B // chosen[role]["BLOCK_M"]), chosen[role]["BLOCK_N"], K
+        tiles *= 1 + large  # v and u have programs of their own
         aim = multiprocessors * chosen[role]["waves"] // tiles
     splits = max(1, min(aim, -(-rows // block), MAX_SPLITS))
     few = "_few" if B <= MAX_FEW else ""
     made = {kernel.name: kernel for kernel in all_kernels(variant, settings, shared_softmax=shared_softmax, pdl=pdl)}
     suffix = "_ragged" if ragged else ""
     names = [f"project{few}", role + ("_ragged" if role == "attend_image" and ragged else ""), f"tail{few}{suffix}"]
+    if large:
+        names = ["project_large", "score_tile", "sum_tile", "tail"]
     kernels = []
     for name in names:
         if name not in made:  # nothing to project
@@ -193,17 +204,21 @@ def plan_launches(
         kernel, constants = made[name], dict(made[name].constants)
         images = -(-B // constants.get("BLOCK_M", 1))
         if kernel.function == "project":
-            outputs = variant.dim * constants["QUERY"], variant.widths[0] * constants["IMAGE"]
+            outputs = (
+                variant.dim * large, variant.dim * constants["QUERY"], variant.widths[0] * constants["IMAGE"]
+            )  # fmt: skip
             grid: tuple[int, ...] = (images, sum(-(-n // constants["BLOCK_N"]) for n in outputs))
         elif kernel.function == "tail":
             grid = (images, constants["STARTS"][-1])
+        elif kernel.function == "sum_tile":
+            grid = (images * -(-variant.value_dim // constants["BLOCK_N"]), splits)
         else:
             grid = (tiles, splits)
         kernels.append(replace(kernel, grid=grid))
     sizes = {
         "state": B * splits * len(STATE_SLOTS),
         "sums": B * splits * _aligned(variant.value_dim),
-        "u": B * _aligned(variant.dim) * variant.needs_query,
+        "u": B * _aligned(variant.dim) * (variant.needs_query and not large),
         "hidden": B * _aligned(variant.widths[0]),
         "t_pred": B * _aligned(variant.dim) * (not variant.first_layer_in_combine),
         "z": B * _aligned(variant.dim) * (not variant.first_layer_in_combine),
@@ -211,6 +226,9 @@ def plan_launches(
         "h": B * _places(variant.widths)[-1],
         "counters": B * COUNTERS,
     }
+    # Of 16-bit numbers, two in each of float32, for whole tiles of images and of the class set.
+    images, columns = tiles // 2 * chosen[role].get("BLOCK_M", 0) * large, -(-K // block)
+    sizes |= {"x": images * _aligned(variant.dim), "weights": images * columns * block // 2, "bases": images * columns}
     regions, scratch = [], 0
     for name, size in sizes.items():
         regions.append((name, scratch))
@@ -218,7 +236,20 @@ def plan_launches(
     return Plan(tuple(kernels), splits, scratch, tuple(regions))
 
 
-def _attention_role(variant: Variant, B: int, K: int, ragged: bool) -> str:
+def _is_large(variant: Variant, chosen: dict[str, dict[str, int]], B: int, K: int) -> bool:
+    """Whether the attention runs as `score_tile` and `sum_tile`."""
+    if not _has_large_kernels(variant, chosen):
+        return False
+    mine = chosen["score_tile"]
+    images, classes = (-(-n // mine[block]) * mine[block] for n, block in ((B, "BLOCK_M"), (K, "BLOCK_N")))
+    return B >= mine["images"] and K >= mine["classes"] and 2 * images * classes <= MAX_WEIGHTS
+
+
+def _has_large_kernels(variant: Variant, chosen: dict[str, dict[str, int]]) -> bool:
+    return "score_tile" in chosen and "attended" in variant.parts and variant.itemsize == 2
+
+
+def _attention_role(variant: Variant, B: int, ragged: bool) -> str:
     if ragged:
         return "attend_image"
     if variant.itemsize == 4 and B <= MAX_FEW:
@@ -251,11 +282,12 @@ def all_kernels(variant: Variant, settings: Settings, *, shared_softmax: bool, p
 
     def add(name: str, function: str, role: str, **constants: Any) -> None:
         if role in chosen:
-            mine = {key: value for key, value in chosen[role].items() if key not in ("num_warps", "waves")}
+            mine = {key: value for key, value in chosen[role].items() if key not in NO_CONSTANTS}
             constants |= mine | {"PDL": pdl}
             warps = chosen[role]["num_warps"]
             made.append(Kernel(name, function, (), warps, tuple(sorted(constants.items()))))
 
+    large = _has_large_kernels(variant, chosen)
     both = ("", "_few")
     for few in both:
         # With few images `tail` forms the image's share itself, and in the plain layout it always does.
@@ -263,14 +295,24 @@ def all_kernels(variant: Variant, settings: Settings, *, shared_softmax: bool, p
         if share or variant.needs_query:
             add(
                 f"project{few}", "project", f"project{few}", D=dim, H=widths[0], OFFSETS=at, IMAGE=share,
-                QUERY=variant.needs_query,
+                QUERY=variant.needs_query, ROWS=0,
             )  # fmt: skip
+    if large:
+        rows = chosen["score_tile"]["BLOCK_M"]
+        add(
+            "project_large", "project", "project", D=dim, H=widths[0], OFFSETS=at,
+            IMAGE=image and variant.first_layer_in_combine, QUERY=variant.needs_query, ROWS=rows,
+        )  # fmt: skip
     shape: dict[str, Any] = {"D": dim, "W": variant.value_dim, "ATTENDED": attended, "PROJECTED": variant.projected}
     shape["FOLDED"] = variant.folded
     for suffix in ("", "_ragged") if variant.itemsize == 4 else ("_ragged",):
         add(f"attend_image{suffix}", "attend_image", "attend_image", RAGGED=bool(suffix), **shape)
     for role in ("attend_few", "attend_tile"):
         add(role, "attend_tile", role, SHARED_SOFTMAX=shared_softmax, **shape)
+    if large:
+        add("score_tile", "score_tile", "score_tile", D=dim, PROJECTED=variant.projected, FOLDED=variant.folded)
+        tile = chosen["score_tile"]["BLOCK_N"]
+        add("sum_tile", "sum_tile", "sum_tile", W=variant.value_dim, FOLDED=variant.folded, TILE=tile, ROWS=rows)
     for few, suffix in itertools.product(both, ("", "_ragged")):
         add(
             f"tail{few}{suffix}", "tail", f"tail{few}", D=dim, WIDTHS=widths, OFFSETS=at, IMAGE=image,

@@ -297,18 +297,27 @@ def load_state(state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor
 
 
 @triton.jit
-def store_state(
+def store_scores(
     state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor,
     m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor,
-    ma: tl.tensor, la: tl.tensor, ATTENDED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write states to slots of n numbers each, at `place`."""
+    """Write CLIP's part of states to slots of n numbers each, at `place`."""
     tl.store(state + MAX * n + place, m, mask)
     tl.store(state + REST * n + place, r, mask)
     tl.store(state + SQUARES * n + place, l2, mask)
     tl.store(state + ENTROPY * n + place, le, mask)
     tl.store(state + BEST * n + place, best, mask)
     tl.store(state + INDEX * n + place, index.to(tl.float32, bitcast=True), mask)
+
+
+@triton.jit
+def store_state(
+    state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor,
+    m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor,
+    ma: tl.tensor, la: tl.tensor, ATTENDED: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write states to slots of n numbers each, at `place`."""
+    store_scores(state, place, n, mask, m, r, l2, le, best, index)
     if ATTENDED:
         tl.store(state + ATTENTION_MAX * n + place, ma, mask)
         tl.store(state + ATTENTION_SUM * n + place, la, mask)

@@ -150,3 +150,74 @@ def test_real_text_embeddings(B, layout):
     t = t[:200] if INTERPRETED else t
     v = torch.nn.functional.normalize(t[:B] + 0.5 * t[100 : 100 + B], dim=1)
     check(make_head(512), v, t, dtype=torch.float32, layout=layout)
+
+
+SMALL_TILES = {
+    "score_tile": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 32, "STAGES": 2, "waves": 4, "images": 2, "classes": 2},
+    "sum_tile": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 16, "STAGES": 2},
+}
+
+
+@pytest.fixture
+def large_batches(monkeypatch):
+    """Every batch runs as `score_tile` and `sum_tile`; the plans that were made."""
+    from vilu.kernels import fused, plan
+
+    made = []
+
+    def tuned(arch, variant):
+        others = [entry for entry in plan.tuned(arch, variant) if entry[0] not in SMALL_TILES]
+        tiles = {role: tuple((values | {"num_warps": 4}).items()) for role, values in SMALL_TILES.items()}
+        return (*others, *tiles.items())
+
+    def plan_launches(*args, **kwargs):
+        made.append(plan.plan_launches(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(fused, "tuned", tuned)
+    monkeypatch.setattr(fused, "plan_launches", plan_launches)
+    yield made
+    assert all("score_tile" in [kernel.name for kernel in one.kernels] for one in made), "another kernel ran"
+
+
+@pytest.mark.parametrize(
+    ("B", "K", "D", "projection", "layout", "dtype"),
+    [
+        (20, 200, 64, "shared", "plain", torch.bfloat16),
+        (33, 63, 100, "separate", "plain", torch.float16),
+        (2, 128, 64, "identity", "plain", torch.bfloat16),
+        (18, 100, 64, "separate", "folded", torch.float16),
+        (40, 33, 100, "identity", "folded", torch.float16),
+        (20, 2, 64, "shared", "plain", torch.float16),
+    ],
+)
+def test_large_batches(B, K, D, projection, layout, dtype, large_batches):
+    head = make_head(D, projection=projection)
+    check(head, unit_rows(B, D, 1), unit_rows(K, D, 2), dtype=dtype, layout=layout)
+    assert large_batches
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_large_batches_with_extreme_logits(scale, large_batches):
+    head = make_head(64, projection="identity", attention_scale=100.0)
+    check(head, unit_rows(9, 64, 9), unit_rows(200, 64, 10), dtype=torch.float16, layout="plain", scale=scale)
+
+
+def test_large_batches_take_the_lowest_index_on_ties(large_batches):
+    rows = torch.randint(-4, 5, (30, 64), generator=torch.Generator().manual_seed(13)) / 16
+    out = check(make_head(64), rows[:20], rows[20:].repeat(12, 1), dtype=torch.bfloat16, layout="plain")
+    assert out.class_index.max() < 10
+    assert large_batches[0].splits > 1
+
+
+def test_large_batches_keep_a_row_that_is_not_finite_alone(large_batches):
+    v, t = unit_rows(20, 64, 15).half().to(DEVICE), unit_rows(100, 64, 16).half().to(DEVICE)
+    folded = fold(make_head(64).to(DEVICE), t, layout="plain")
+    clean = fused_head(v, folded)
+    bad = v.clone()
+    bad[1, 3], bad[2, 63] = math.nan, math.inf
+    out = fused_head(bad, folded)
+    assert out.failure_probability[1:3].isnan().all()
+    assert out.class_index[1:3].tolist() == [0, 0]
+    rest = [0, *range(3, 20)]
+    assert_equal([column[rest] for column in out], [column[rest] for column in clean])
