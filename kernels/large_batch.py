@@ -197,14 +197,15 @@ def sum_tile(
     width = tl.zeros((), tl.int64) + W
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     wait_for_inputs(PDL)
-    top = tl.load(p_base + (hi - 1) * rows, lo < hi, 0.0)
     for k in tl.range(lo * TILE, hi * TILE, BLOCK_D, num_stages=STAGES):
         j = k // TILE
         b_w = tl.load(p_w + j * (rows - 1) * TILE + k + (c_m[:, None] * TILE + c_d[None, :]))
         p_row = values + k * width + i_o
         b_t = tl.load(p_row + (c_d[:, None] * W + c_n[None, :]), (k + c_d < K)[:, None] & m_o[None, :], 0.0)
-        f = _exp2(tl.load(p_base + j * rows) - top)
-        acc = dot((b_w.to(tl.float32) * f[:, None]).to(dtype), b_t, acc)
+        acc = dot(b_w, b_t, acc)
+        if (k + BLOCK_D) % TILE == 0:  # the next tile's weights are relative to its own base
+            f = tl.load(p_base + j * rows) - tl.load(p_base + tl.minimum(j + 1, hi - 1) * rows)
+            acc = acc * _exp2(f)[:, None]
     b = i_m + c_m
     m_b = b < B
     p_o = sums + (b * n_s + i_s)[:, None] * ((W + 15) // 16 * 16) + o[None, :]

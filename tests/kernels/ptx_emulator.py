@@ -16,7 +16,7 @@ It raises `RaceError` where the outcome depends on the order, even if the order 
 
 Blocks that wait for each other for ever are an AssertionError, as is a write to a kernel's input.
 
-Not modelled: wgmma, TMA, mbarriers, tensor memory, and the memory model within a warp. An instruction that it does not
+wgmma is in ptx_wgmma.py. Not modelled: TMA, mbarriers, tensor memory, and the memory model within a warp. An instruction that it does not
 know raises NotImplementedError.
 """
 
@@ -28,7 +28,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-LANES = np.arange(32)
+from tests.kernels.ptx_wgmma import LANES, Product, RaceError, WarpGroupProducts
+
 BASE = 1 << 32  # the address where global memory starts
 NAN_BYTE = 0xFF
 TYPES = {
@@ -38,11 +39,7 @@ TYPES = {
     "b8": np.uint8,
 }  # fmt: skip
 BANKS = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64}
-SYNCHRONOUS = ("bar", "shfl", "redux", "ldmatrix", "stmatrix", "mma", "cp", "griddepcontrol")
-
-
-class RaceError(AssertionError):
-    """The outcome depends on the order of two accesses."""
+SYNCHRONOUS = ("bar", "shfl", "redux", "ldmatrix", "stmatrix", "mma", "cp", "griddepcontrol", "wgmma")
 
 
 class Tracker:
@@ -167,6 +164,9 @@ class Warp:
         self.split: np.ndarray | None = None  # where each lane goes on, while they are apart
         self.groups: list[list[Callable[[], None]]] = []
         self.open_group: list[Callable[[], None]] = []
+        self.products: list[list[Product]] = []  # of wgmma, by group
+        self.open_products: list[Product] = []
+        self.written: set[str] = set()  # registers, since the last wgmma.fence
         self.registers = {
             bank: np.full((kernel.registers.get(bank, 0), 32), np.array(-1).astype(kind), kind)
             for bank, kind in BANKS.items()
@@ -189,11 +189,13 @@ class Block:
         self.epoch = 0
         self.shared = np.full(max(shared, 16), NAN_BYTE, np.uint8)
         self.pending = np.zeros(len(self.shared), bool)  # a cp.async is on its way to these bytes
+        self.read_by_products = np.zeros(len(self.shared), np.int64)
+        self.unfenced = np.full(len(self.shared), -1)  # the warp that wrote it without a proxy fence
         self.tracker = Tracker(len(self.shared))
         self.warps = [Warp(kernel, self, i) for i in range(kernel.threads // 32)]
 
 
-class Kernel:
+class Kernel(WarpGroupProducts):
     """One kernel of PTX text. `run` launches it."""
 
     def __init__(self, ptx: str) -> None:
@@ -210,6 +212,8 @@ class Kernel:
                 if re.match(r"@?!?[%a-z]", statement):
                     self.lines.append(statement)
         self.code = [self._compile(line) for line in self.lines]
+        if any(line.startswith("wgmma") for line in self.lines):
+            self.code = [self._watch(line, step) for line, step in zip(self.lines, self.code, strict=True)]
         self.idle, self.looked = 0, False  # turns without a barrier or a block's end
 
     def run(
@@ -404,6 +408,8 @@ class Kernel:
         places = addresses[:, None] + np.arange(size)
         if block.pending[places].any():
             raise RaceError("a cp.async to these bytes has not landed")
+        if rows is not None and block.read_by_products[places].any():
+            raise RaceError("a wgmma still reads these bytes")
         same = None if rows is None else (block.shared[places] == rows).ravel()
         block.tracker.touch(places.ravel(), warp.who, same)
         return places
@@ -495,6 +501,7 @@ class Kernel:
         if space == "shared":
             places = self._touch_shared(warp, addresses, size, rows)
             warp.block.shared[places] = rows
+            warp.block.unfenced[places] = warp.number
             return
         for tensor, lanes, places in self._touch_global(warp, addresses, size, rows):
             self.memory.tensors[tensor][places] = rows[lanes]
@@ -569,6 +576,7 @@ class Kernel:
             def land():
                 block.pending[places] = False
                 self._scatter(warp, "shared", to, rows)
+                block.unfenced[places] = -1
 
             warp.open_group.append(land)
 
@@ -621,7 +629,8 @@ class Kernel:
                 if "trans" in parts:
                     matrix = matrix.T
                 rows = np.ascontiguousarray(matrix).view(np.uint8).reshape(8, 16)
-                warp.block.shared[self._matrix_rows(warp, at, i, rows)] = rows
+                places = self._matrix_rows(warp, at, i, rows)
+                warp.block.shared[places], warp.block.unfenced[places] = rows, warp.number
 
         return step
 
@@ -698,6 +707,8 @@ class Kernel:
             return lambda warp, mask: write(warp, narrow(reads[0](warp)), mask)
         if source == "bf16":
             return lambda warp, mask: write(warp, (reads[0](warp).astype(np.uint32) << np.uint32(16)).view("f4"), mask)
+        if "rpi" in parts:
+            return lambda warp, mask: write(warp, np.ceil(reads[0](warp)), mask)
         return lambda warp, mask: write(warp, reads[0](warp).astype(TYPES[target]), mask)
 
     def _setp(self, parts, operands):
