@@ -61,7 +61,7 @@ for what in "$@"; do
         ;;
     tune)
         export -f bench && export python results
-        for kernel in attend_image attend_few attend_tile tail,tail_few; do
+        for kernel in attend_image attend_few attend_tile score_tile,sum_tile tail,tail_few; do
             step "tune-${kernel%%,*}" bash -c "bench --tune --kernels $kernel --dims 512 --shapes none"
         done
         cp kernels/tuning.json "$output/"

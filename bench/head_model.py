@@ -46,7 +46,7 @@ HANDOVER = 2.5 * TRIP
 REGISTERS, SHARED, L2_TO_SM = 1 << 16, 227 << 10, 64 * CLOCK  # of a multiprocessor; bytes/s
 FIRST, GAP = 2.0e-6, 0.7e-6  # from a graph's start to the first kernel; between kernels, with dependent launch
 # Loads that wait for each other: its inputs, and what their values point to.
-ROUND_TRIPS = {"project": 1, "attend_image": 2, "attend_tile": 2}
+ROUND_TRIPS = {"project": 1, "attend_image": 2, "attend_tile": 2, "score_tile": 2, "sum_tile": 2}
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,43 @@ def seconds(kernel: Kernel, plan: Plan, folded: FoldedHead, shape: Shape) -> flo
     return chain + sums + late + max(issue, products, memory - late)
 
 
+def large_seconds(kernel: Kernel, plan: Plan, folded: FoldedHead, shape: Shape) -> float:
+    """The estimate for `score_tile` or `sum_tile`, without the gap before it.
+
+    A step of the loop asks for later chunks while wgmma multiplies. What comes after a tile's last product (the dearest
+    way through the loop, less the cheapest) waits for it and overlaps with loads alone.
+    """
+    variant, dtype, constants = folded.variant, folded.text_embeddings.dtype, dict(kernel.constants)
+    done = aot.compile_kernel(kernel, variant, ARCH, stored=dtype, image=dtype)
+    assert "wgmma" in done.ptx
+    code = disassemble(done.cubin)
+    body = within(code, loops(code)[0])
+    dear, cheap = (longest_way(body, lambda one: 1.0, pick=pick) for pick in (max, min))
+    scores = kernel.function == "score_tile"
+    rows, columns = constants["BLOCK_M"], constants["BLOCK_N"]  # of the accumulators
+    tile = columns if scores else constants["TILE"]
+    chunks = -(-constants["D"] // constants["BLOCK_D"]) if scores else tile // constants["BLOCK_D"]
+    all_tiles = -(-shape.classes // tile)
+    tiles = -(-all_tiles // plan.splits)  # of a program
+    depth = constants["D"] if scores else tile
+    products = 2 * rows * columns * depth * tiles / (WGMMA / MULTIPROCESSORS)
+    rate = 4 / done.num_warps * CLOCK
+    took = max(products, tiles * chunks * cheap / rate) + tiles * (dear - cheap) / rate
+    took += tiles * (2 * chunks + count(body, "BAR")) * BARRIER
+    # Through L2: the class set for each tile of images, the other factor for each tile of classes or columns.
+    parts = kernel.grid[0] if scores else -(-shape.images // rows)
+    width = variant.dim if scores else variant.value_dim
+    weights = (parts // 2 if scores else parts) * rows * all_tiles * tile * dtype.itemsize
+    traffic = parts * shape.classes * width * dtype.itemsize
+    if scores:
+        traffic += parts * all_tiles * rows * width * dtype.itemsize + weights
+    else:
+        traffic += weights * -(-width // columns) + shape.images * plan.splits * width * 4
+    memory = (shape.classes * width * dtype.itemsize + weights) / MEMORY
+    busiest = -(-kernel.grid[0] * kernel.grid[1] // MULTIPROCESSORS)
+    return ROUND_TRIPS[kernel.function] * TRIP + max(busiest * took, traffic / L2, memory)
+
+
 def _work(one: Instruction, body: set[Instruction], turns: int, rate: float) -> float:
     """Seconds of an instruction: `turns` times if it is in the loop's body, issued at `rate` for each clock."""
     return (turns if one in body else 1) * (1 / rate / CLOCK + BARRIER * one.name.startswith("BAR"))
@@ -210,6 +247,8 @@ def estimate(shape: Shape, dim: int = 512) -> list[tuple[str, float]]:
     for place, kernel in enumerate(plan.kernels):
         if kernel.function == "tail":
             took = tail_seconds(kernel, plan.kernels[place - 1], plan, folded, shape)
+        elif kernel.function in ("score_tile", "sum_tile"):
+            took = large_seconds(kernel, plan, folded, shape)
         else:
             took = seconds(kernel, plan, folded, shape)
         if kernel.function == "project" and shape.layout == "folded":

@@ -36,13 +36,19 @@ CANDIDATES: dict[str, dict[str, list[int]]] = {
         "BLOCK_M": [16, 32, 64], "BLOCK_N": [16, 32, 64], "BLOCK_D": [64, 128, 256], "BLOCK_W": [64, 128],
         "SLICES": [1, 4, 8], "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
     },
+    "score_tile": {"STAGES": [2, 3], "waves": [1, 2], "BLOCK_D": [32, 64]},
+    "sum_tile": {"STAGES": [2, 3, 4], "BLOCK_D": [32, 64], "BLOCK_N": [128, 256]},
     "tail": {
         "BLOCK_N": [8, 16, 32], "CHUNK": [64, 128, 256, 512], "BLOCK_S": [16, 32, 64], "BLOCK_D": [128, 256],
         "SLICES": [4, 8], "num_warps": [4, 8],
     },
     "tail_few": {"BLOCK_N": [4, 8, 16], "CHUNK": [4, 8, 16], "num_warps": [4, 8]},
 }  # fmt: skip
-TUNED_IMAGES = {"attend_image": 1, "attend_few": 1, "attend_tile": 512, "tail": 64, "tail_few": 1}
+TUNED_IMAGES = {
+    "attend_image": 1, "attend_few": 1, "attend_tile": 64, "score_tile": 512, "sum_tile": 512, "tail": 64,
+    "tail_few": 1,
+}  # fmt: skip
+LARGE = ("score_tile", "sum_tile")
 TUNED_CLASSES = {"folded": 1000, "plain": 65536}
 
 
@@ -73,6 +79,8 @@ def tune(
         settings = {kernel: dict(values) for kernel, values in tuned(arch, variant)}
         if name not in settings or (name == "attend_image" and variant.itemsize == 2):
             continue  # this type does not run that kernel
+        if name in LARGE and (variant.itemsize == 4 or layout == "folded"):
+            continue  # nor do so few classes
         best = cost(settings, folded, exact, v)
         for key, values in CANDIDATES[name].items():
             for value in values:

@@ -61,16 +61,16 @@ def _project_rows(
 @triton.jit(do_not_specialize=["B"])
 def project(
     v: tl.tensor, query: tl.tensor, packed: tl.tensor, u: tl.tensor, hidden: tl.tensor, x: tl.tensor, B: tl.tensor,
-    D: tl.constexpr, H: tl.constexpr, OFFSETS: tl.constexpr, IMAGE: tl.constexpr, QUERY: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
-    PDL: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, OFFSETS: tl.constexpr, IMAGE: tl.constexpr, QUERY: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    SLICES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """u = query_map v where QUERY, and hidden = W_1v v + b_1 where IMAGE.
 
     Grid (tiles of BLOCK_M images, tiles of BLOCK_N outputs of u, then of hidden). v (B, D); query (D, D); u (B, D) and
     hidden (B, H) float32, rows at multiples of 16. BLOCK_M = 1 multiplies whole rows without tensor cores.
-    ROWS, for `score_tile` with its BLOCK_M: v and u go to x in the weights' type, u after v's rows in tiles of ROWS; the
-    first programs then copy v.
+    ROWS, for `score_tile`, its BLOCK_M: v, then u go to x (see there) in the weights' type, each padded to a multiple of
+    ROWS rows; the first programs copy v.
     """
     start_dependents(PDL)
     b = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,8 +1,8 @@
 """Launch the fused head's kernels from PyTorch: one plan of launches a batch, on the current stream.
 
-The kernels are in attention.py, large_batch.py and mlp.py; plan.py says which run. They pass intermediate values in scratch memory that
-belongs to one call, counters included, which its own kernels zero: calls on several streams, in CUDA graphs and in
-torch.compile do not meet.
+The kernels are in attention.py, large_batch.py and mlp.py; plan.py says which run. They pass intermediate values in
+scratch memory that belongs to one call, counters included, which its own kernels zero: calls on several streams, in
+CUDA graphs and in torch.compile do not meet.
 """
 
 from __future__ import annotations

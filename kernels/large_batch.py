@@ -1,12 +1,12 @@
 """The attention of large batches over large class sets in 16 bits, as two matrix products of their own.
 
-    a = [v; u] · t_j                  `score_tile`: CLIP's softmax state, and the weights w_j = 2^{a_j - base} in scratch
-    sums = Σ 2^{base - max} w_j value_j   `sum_tile`
+    a = [v; u] · t_j                    `score_tile`: CLIP's softmax state, and weights w_j = 2^{a_j - base} in scratch
+    sums = Σ 2^{base - last} w_j value_j    `sum_tile`
 
-`attend_tile` keeps the weights on the chip, but there an image's sums and both scores share the registers, so its tiles
-are small. Here each product has a tile of 128 x 256, which the tensor cores of 9.0 read from shared memory (wgmma). The
-price is the weights' way through scratch. Logits are in units of log 2: a base is a whole number, so that the factor
-2^{base - max} rounds nothing.
+`attend_tile` keeps the weights on the chip, but there an image's sums share the registers with both scores, so its
+tiles are small. Here each product has a tile of 128 x 256, and the tensor cores of 9.0 read its factors from shared
+memory (wgmma). The price is the weights' way through scratch. Logits are in units of log 2 here, and a base, a tile's running
+maximum, is rounded up to a whole number: the factors between bases are powers of two and round nothing.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ def score_tile(
 ) -> None:  # fmt: skip
     """Softmax states, and the attention's weights: grid (2 x tiles of images, splits).
 
-    The first half of the programs multiply v with t, for CLIP's state; the second half u with t (v with the keys in the
-    folded layout, v with t without projections), for the attention's state, weights and bases.
-    x: v (B, D), then u (B, D), rows at multiples of 16, in t's type (`project`). Out weights (B, K) in t's type, rows at
-    multiples of BLOCK_N, 0 beyond K; bases (B, tiles of BLOCK_N rows) float32; state as in `attend_tile`.
+    The first half of the programs multiplies v with t, for CLIP's state; the second half u with t (v with the keys in
+    the folded layout, v with t without projections), for the attention's state, weights and bases.
+    B and K are rounded up to whole tiles in x (2, B, D), v and u in t's type, rows at multiples of 16 (`project`), and
+    in what goes out: weights (K / BLOCK_N, B, BLOCK_N) in t's type, 0 beyond K, and bases (K / BLOCK_N, B) float32.
+    state is as in `attend_tile`.
     """
     start_dependents(PDL)
     QUERY: tl.constexpr = PROJECTED and not FOLDED
@@ -124,6 +125,7 @@ def score_tile(
     b_index = tl.full((BLOCK_M,), FAR, tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     wait_for_inputs(PDL)
+    # Triton turns zeros that it knows of into a select in every step, for which every step would wait for its product.
     zero = tl.minimum(tl.maximum(logit_scale, 0.0), 0.0)
     # One loop over all chunks of all tiles, so that loads stay in flight while a tile's scores are used.
     for i in tl.range(lo * ND, hi * ND, num_stages=STAGES):

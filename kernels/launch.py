@@ -155,10 +155,14 @@ class CubinHead:
 
     def warm_up(self) -> None:
         """Launch every plan once on zeros, so that no request waits for CUDA to load a kernel."""
-        gpu, most = self.gpu, 17  # more than the most images of each form of a kernel: 8 and 16
+        batches = [1, 9, 17]  # 8 and 16 are the most images of a form of a kernel
+        large = dict(dict(self._settings).get("score_tile", ()))
+        if large and self.manifest["classes"] >= large["classes"]:
+            batches.append(max(large["images"], 18))
+        gpu, most = self.gpu, batches[-1]
         v, scores, index = (gpu.allocate(size) for size in (4 * most * self.variant.dim, 16 * most, 4 * most))
         gpu.zero(v, most * self.variant.dim)
-        for images in (1, 9, most):
+        for images in batches:
             self(v, images, scores, index)
         gpu.synchronize()
         for address in (v, scores, index):

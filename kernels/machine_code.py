@@ -86,10 +86,16 @@ def count(code: Sequence[Instruction], *opcodes: str) -> int:
     return sum(one.name.split(".")[0] in opcodes for one in code)
 
 
-def longest_way(code: Sequence[Instruction], cost: Callable[[Instruction], float], first: str | None = None) -> float:
+def longest_way(
+    code: Sequence[Instruction],
+    cost: Callable[[Instruction], float],
+    first: str | None = None,
+    pick: Callable[[Sequence[float]], float] = max,
+) -> float:
     """Cost of the costliest way through the code: one side of each branch, no loop taken twice.
 
     first: the opcode that the way starts behind; by default the kernel's first instruction.
+    pick: `min` for the cheapest way.
     """
     costs: dict[int, float] = {}  # address -> from there to the end
     after = 0.0
@@ -100,6 +106,6 @@ def longest_way(code: Sequence[Instruction], cost: Callable[[Instruction], float
         ways = [after] if goes_on else []
         if target:
             ways.append(costs.get(int(target[0], 16), 0.0))
-        after = costs[one.address] = cost(one) + max(ways, default=0.0)
+        after = costs[one.address] = cost(one) + (pick(ways) if ways else 0.0)
     starts = [one.address for one in code if first is not None and one.name.split(".")[0] == first]
     return max((costs[address] for address in starts), default=after)

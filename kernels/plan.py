@@ -242,7 +242,7 @@ def _is_large(variant: Variant, chosen: dict[str, dict[str, int]], B: int, K: in
         return False
     mine = chosen["score_tile"]
     images, classes = (-(-n // mine[block]) * mine[block] for n, block in ((B, "BLOCK_M"), (K, "BLOCK_N")))
-    return B >= mine["images"] and K >= mine["classes"] and 2 * images * classes <= MAX_WEIGHTS
+    return mine["images"] <= B and mine["classes"] <= K and 2 * images * classes <= MAX_WEIGHTS
 
 
 def _has_large_kernels(variant: Variant, chosen: dict[str, dict[str, int]]) -> bool:

@@ -16,8 +16,8 @@ It raises `RaceError` where the outcome depends on the order, even if the order 
 
 Blocks that wait for each other for ever are an AssertionError, as is a write to a kernel's input.
 
-wgmma is in ptx_wgmma.py. Not modelled: TMA, mbarriers, tensor memory, and the memory model within a warp. An instruction that it does not
-know raises NotImplementedError.
+wgmma is in ptx_wgmma.py. Not modelled: TMA, mbarriers, tensor memory, and the memory model within a warp. An
+instruction that it does not know raises NotImplementedError.
 """
 
 # mypy: disallow_untyped_defs=false

@@ -18,6 +18,7 @@ fence there.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,11 @@ def targets_of(line: str) -> frozenset[str]:
 
 class WarpGroupProducts:
     """Instructions of `Kernel`; `Warp` has `products`, `open_products` and `written`, `Block` `read_by_products`."""
+
+    _reader: Callable[..., Any]
+    _writer: Callable[..., Any]
+    _list: Callable[..., list[str]]
+    _touch_shared: Callable[..., np.ndarray]
 
     def _watch(self, line, step):
         """The step, after a check of the registers that it uses against the products on their way."""

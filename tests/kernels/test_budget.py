@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.nvidia import compiler as nvidia
 
 from vilu.kernels import aot
-from vilu.kernels.machine_code import disassemble, loops, within
+from vilu.kernels.machine_code import disassemble, longest_way, loops, within
 
 pytestmark = pytest.mark.slow  # 150 compilations
 F32, BF16 = torch.float32, torch.bfloat16
@@ -49,7 +49,7 @@ def compiled():
             folded = fold(ViLUHead(dim, projection=projection), unit_rows(5, dim, 0).to(dtype), layout=layout)
             for name, make in aot.variants(folded, arch, [dtype]):
                 # Ragged kernels differ by two loads; beyond D = 512 the attention alone has limits to reach.
-                if "ragged" not in name and (dim == 512 or "attend" in name):
+                if "ragged" not in name and (dim == 512 or name.startswith(("attend", "score", "sum"))):
                     jobs[head, name] = pool.submit(make)
     return {key: job.result() for key, job in jobs.items()}
 
@@ -65,6 +65,29 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     functions = {"project", "project_few", "attend_image", "attend_few", "attend_tile", "tail", "tail_few"}
     for arch in aot.SHARED_LIMIT:
         assert {name for have, name in made if have == arch} >= functions
+    assert {name for have, name in made if have == 90} >= {"project_large", "score_tile", "sum_tile"}
+
+
+def test_products_of_large_batches_run_beside_their_warps(compiled, code):
+    """Both factors come from shared memory, filled 16 bytes at a time, and a step waits for the product before it.
+
+    A tile of 128 x 256 numbers costs a warp of `score_tile` at most 2,000 instructions beyond the steps to it.
+    """
+    seen = set()
+    for (head, name), done in compiled.items():
+        if name.startswith(("score_tile", "sum_tile")):
+            products = re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (\S+),", done.ptx)
+            assert len(products) == 4, head
+            assert all(a.startswith("%rd") for a in products), f"{head}: a factor in registers"
+            assert re.findall(r"wgmma\.wait_group\S* (\d)", done.ptx) == ["1", "0", "0"], head
+            body = within(code[head, name], loops(code[head, name])[0])
+            assert {one.load_width for one in body if one.name.startswith("LDGSTS")} == {16}, head
+            if name.startswith("score_tile"):
+                assert {one.load_width for one in body} == {0, 16}, head
+                assert longest_way(body, lambda one: 1.0) <= 2200, head
+            assert longest_way(body, lambda one: 1.0, pick=min) <= 250, head
+            seen.add(name)
+    assert len(seen) >= 2
 
 
 def test_kernels_fit_and_never_spill(compiled):

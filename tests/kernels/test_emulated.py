@@ -1,7 +1,7 @@
 """The compiled kernels themselves, run by ptx_emulator.py: right answers in every order of events, and no race.
 
-The kernels that use wgmma or tensor memory (16-bit batches on 9.0 and 10.0) are not among them; the same source
-compiled for 8.0 and 12.0 is.
+Those that Triton gives wgmma or tensor memory (`attend_tile` in 16 bits on 9.0 and 10.0) are not among them; the same
+source compiled for 8.0 and 12.0 is. `score_tile` and `sum_tile` are in test_emulated_large.py.
 """
 
 import functools
