@@ -69,8 +69,8 @@ def project(
 
     Grid (tiles of BLOCK_M images, tiles of BLOCK_N outputs of u, then of hidden). v (B, D); query (D, D); u (B, D) and
     hidden (B, H) float32, rows at multiples of 16. BLOCK_M = 1 multiplies whole rows without tensor cores.
-    ROWS, for `score_tile`, its BLOCK_M: v, then u go to x (see there) in the weights' type, each padded to a multiple of
-    ROWS rows; the first programs copy v.
+    ROWS, for `score_tile`, its BLOCK_M: v, then u go to x (see there) in the weights' type, each padded to a multiple
+    of ROWS rows; the first programs copy v.
     """
     start_dependents(PDL)
     b = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

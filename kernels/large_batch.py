@@ -5,8 +5,8 @@
 
 `attend_tile` keeps the weights on the chip, but there an image's sums share the registers with both scores, so its
 tiles are small. Here each product has a tile of 128 x 256, and the tensor cores of 9.0 read its factors from shared
-memory (wgmma). The price is the weights' way through scratch. Logits are in units of log 2 here, and a base, a tile's running
-maximum, is rounded up to a whole number: the factors between bases are powers of two and round nothing.
+memory (wgmma). The price is the weights' way through scratch. Logits are in units of log 2 here, and a base, a tile's
+running maximum, is rounded up to a whole number: the factors between bases are powers of two and round nothing.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ def test_kernels_fit_and_never_spill(compiled):
     for key, done in compiled.items():
         assert done.spilled == 0, key
         assert done.shared <= aot.SHARED_LIMIT[key[0][0]], key
-        assert 16 < done.registers <= 255, f"{key}: a kernel this small is a trap, not a kernel"
+        least = 10 if key[1].startswith("project_large") else 16  # which may have no more to do than copy
+        assert least < done.registers <= 255, f"{key}: a kernel this small is a trap, not a kernel"
 
 
 def test_tensor_cores_serve_every_type_and_float32_is_multiplied_by_three_products(compiled):
