@@ -121,7 +121,8 @@ def test_the_class_set_is_loaded_128_bits_at_a_time(code):
 def test_weights_are_loaded_128_bits_at_a_time(compiled, code):
     """But for biases and the image, which are few numbers. (`tail` also reads states and counters, one by one.)"""
     for key, instructions in code.items():
-        if key[1].startswith("project"):
+        copies = key[1].startswith("project_large") and key[0][3:] == ("plain", "identity")  # the image alone
+        if key[1].startswith("project") and not copies:
             wide = sum(one.load_width for one in instructions if one.load_width == 16)
             narrow = sum(one.load_width for one in instructions if one.load_width < 16)
             assert narrow <= wide / 3, key
