@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from vilu.kernels import aot
-from vilu.kernels.launch import LaunchError, pick_build
+from vilu.kernels.launch import CubinHead, Gpu, LaunchError, pick_build
 from vilu.kernels.plan import COUNTERS, MAX_SPLITS, all_kernels, plan_launches, tuned
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -98,3 +98,20 @@ def test_plans_are_compiled_for():
                     starts = dict(plan.kernels[-1].constants)["STARTS"]
                     assert list(starts) == sorted(set(starts))
                     assert len(starts) - 1 <= COUNTERS
+
+
+@pytest.mark.slow
+def test_a_start_launches_the_kernels_of_large_batches(tmp_path, monkeypatch):
+    """With arguments as their cubins declare them, and only where the class set is large."""
+    bindings = pytest.importorskip("cuda.bindings")
+    from tests.kernels.fake_cuda import FakeDriver
+
+    head, large = ViLUHead(64, hidden=(16, 8)), {"project_large-fp32", "score_tile", "sum_tile"}
+    for classes in (8, 8192):
+        folded = fold(head, unit_rows(classes, 64, 0).to(BF16), layout="plain")
+        folder = tmp_path / str(classes)
+        driver = FakeDriver(folded, aot.build(folded, [90], folder, image_types=[F32]))
+        monkeypatch.setattr(driver, "_check_weights", lambda sent: None)  # it reads float32 alone
+        monkeypatch.setattr(bindings, "driver", driver)
+        CubinHead(folder, Gpu()).warm_up()
+        assert set(driver.launched) & large == (large if classes == 8192 else set())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-MORE = "real_sizes or half_precision or hidden_widths or extreme_logits"
+MORE = "large_batches or real_sizes or half_precision or hidden_widths or extreme_logits"
 SUITES = [
     pytest.param("test_parity.py", f"not ({MORE})", id="parity"),
     pytest.param("test_parity.py", MORE, marks=pytest.mark.slow, id="parity-more"),
