@@ -27,7 +27,7 @@ from vilu.export import checks, versions
 from vilu.export.job import Progress
 from vilu.export.limits import MAX_LIMITS, Limits
 from vilu.export.measure import Measured
-from vilu.export.model_config import Step, Tensors, save_config, write_config, write_ensemble
+from vilu.export.model_config import TEXT_NICE, Step, Tensors, save_config, write_config, write_ensemble
 from vilu.export.onnx_file import copy_graph
 from vilu.export.precision import HEAD_BUDGET
 from vilu.export.repository import Served
@@ -45,6 +45,9 @@ ESCALATION_SECONDS = 20.0  # below the 30 s that a client waits
 WAITING = 48
 # Multiply-adds of an image, less than a ms on a core, below which more threads cost a busy server more than they save.
 SMALL = 100_000_000
+# Niceness that each stage after it adds to an image tower: an image that goes on has waited longest, so it goes first.
+# On the embedded pair p99 of 16 requests at a time fell by a fifth or more, and as many images were answered.
+STAGE_NICE = 5
 DETAILS = models.DETAIL_TENSORS  # without embeddings and outlier scores: those of two CLIPs cannot be compared
 STAGE: Tensors = {"STAGE": ("TYPE_INT32", [1]), "ESCALATION_FAILED": ("TYPE_BOOL", [1])}
 
@@ -255,16 +258,23 @@ def _join(
 
 
 def _share_cores(root: Path, clips: Sequence[Clip]) -> None:
-    """Have the stages' image towers, which compute side by side, share the cores of a CPU."""
+    """Have the stages' towers, which compute side by side, share the cores of a CPU, later stages first."""
     for number, clip in enumerate(clips, 1):
-        folder = root / f"{_prefix(number)}clip_image"
-        config = load_config(folder / CONFIG)
-        if "intra_op_thread_count" in config.parameters:  # on a CPU
-            # A thread that is tied to a core waits for another tower's thread there, and the rest of its own for it.
-            config.parameters["pin_threads"].string_value = "no"
-            if multiply_adds(clip) < SMALL:
-                threads = config.parameters["intra_op_thread_count"]
-                threads.string_value = str(max(1, int(threads.string_value) // len(clips)))
+        for tower in ("clip_image", "clip_text"):
+            folder = root / f"{_prefix(number)}{tower}"
+            config = load_config(folder / CONFIG)
+            given = config.parameters
+            if "intra_op_thread_count" not in given:  # on a GPU
+                continue
+            if tower == "clip_text":  # names wait for all images
+                given["nice"].string_value = str(TEXT_NICE + STAGE_NICE * (len(clips) - 1))
+            else:
+                given["nice"].string_value = str(STAGE_NICE * (len(clips) - number))
+                # A thread that is tied to a core waits for another tower's thread there, and the rest of its own for it.
+                given["pin_threads"].string_value = "no"
+                if multiply_adds(clip) < SMALL:
+                    threads = given["intra_op_thread_count"]
+                    threads.string_value = str(max(1, int(threads.string_value) // len(clips)))
             save_config(folder, config)
 
 

@@ -58,11 +58,15 @@ def test_the_repository_is_that_of_the_first_stage_and_more(cascade, repository)
 
 
 def test_the_towers_share_the_cores(cascade, repository):
-    """No tower's threads are tied to a core, and a small one takes half of the cores."""
+    """No tower's threads are tied to a core, a small one takes half of the cores, and later stages come first."""
     alone = load_config(repository / "clip_image" / "config.pbtxt").parameters
     assert "pin_threads" not in alone
-    for name in ("clip_image", "stage2_clip_image"):
+    nice = {"clip_image": "5", "stage2_clip_image": "0", "clip_text": "10", "stage2_clip_text": "10"}
+    for name, value in nice.items():
         tower = load_config(cascade.root / name / "config.pbtxt").parameters
+        assert tower["nice"].string_value == value
+        if name.endswith("clip_text"):
+            continue
         assert tower["pin_threads"].string_value == "no"
         threads = [int(one["intra_op_thread_count"].string_value) for one in (tower, alone)]
         assert threads[0] == max(1, threads[1] // 2)
