@@ -238,30 +238,37 @@ def _tile_pairs(
 
 
 @triton.jit
+def _spread(x: tl.tensor) -> tl.tensor:
+    """Numbers of the rows of a tile, [BLOCK_M] or [BLOCK_M, BLOCK_N], as they meet the tile."""
+    return x[:, None] if len(x.shape) == 1 else x
+
+
+@triton.jit
 def _update_tile(
     b_s: tl.tensor, row: tl.tensor, m_l: tl.tensor, logit_scale: tl.tensor,
     b_m: tl.tensor, b_r: tl.tensor, b_l2: tl.tensor, b_le: tl.tensor, b_best: tl.tensor, b_index: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
-    """The states of BLOCK_M images, each [BLOCK_M, C] of equal columns, after similarities b_s [BLOCK_M, BLOCK_N].
+    """The states of BLOCK_M images after similarities b_s [BLOCK_M, BLOCK_N]; also e^{x-m} and e^{-g}.
 
-    Also e^{x-m} [BLOCK_M, BLOCK_N] and e^{-g} [BLOCK_M, C].
+    e^{x-m} is [BLOCK_M, BLOCK_N]; the states and e^{-g} are [BLOCK_M], or [BLOCK_M, BLOCK_N] of equal columns.
     """
+    KEEP: tl.constexpr = len(b_m.shape) > 1
     b_c = tl.where(m_l, b_s, float("-inf"))
-    win = tl.max(b_c, 1, keep_dims=True)
-    first = tl.min(tl.where(b_c == win, row.to(tl.int32)[None, :], FAR), 1, keep_dims=True)
+    win = tl.max(b_c, 1, keep_dims=KEEP)
+    first = tl.min(tl.where(b_c == _spread(win), row.to(tl.int32)[None, :], FAR), 1, keep_dims=KEEP)
     rises = win > b_best
     b_index = tl.where(rises, first, b_index)
     b_best = tl.maximum(win, b_best)
     b_x = b_s * logit_scale
-    top = tl.maximum(b_m, tl.max(tl.where(m_l, b_x, LOWEST), 1, keep_dims=True))
+    top = tl.maximum(b_m, tl.max(tl.where(m_l, b_x, LOWEST), 1, keep_dims=KEEP))
     g = top - b_m
     c = tl.exp(-g)
-    d_x = tl.where(m_l, b_x - top, 0.0)
+    d_x = tl.where(m_l, b_x - _spread(top), 0.0)
     e = tl.where(m_l, tl.exp(d_x), 0.0)
-    b_le = c * (b_le - g * (1 + b_r)) + tl.sum(e * d_x, 1, keep_dims=True)
-    others = tl.sum(tl.where(row.to(tl.int32)[None, :] == first, 0.0, e), 1, keep_dims=True)
+    b_le = c * (b_le - g * (1 + b_r)) + tl.sum(e * d_x, 1, keep_dims=KEEP)
+    others = tl.sum(tl.where(row.to(tl.int32)[None, :] == _spread(first), 0.0, e), 1, keep_dims=KEEP)
     b_r = others + tl.where(rises, c * (1 + b_r), b_r + tl.exp(win * logit_scale - top))
-    return top, b_r, c * c * b_l2 + tl.sum(e * e, 1, keep_dims=True), b_le, b_best, b_index, e, c
+    return top, b_r, c * c * b_l2 + tl.sum(e * e, 1, keep_dims=KEEP), b_le, b_best, b_index, e, c
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -291,7 +298,9 @@ def attend_tile(
     ND: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     NW: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W if ATTENDED else 0
     # Slices are added where a warp has all columns of a row: with a state for every column no warp asks another.
-    C: tl.constexpr = BLOCK_N if SLICES > 1 else 1
+    # Without slices a state is [BLOCK_M]: as [BLOCK_M, 1], the layout of a product would hold each number twice.
+    COLUMNS: tl.constexpr = SLICES > 1
+    STATE: tl.constexpr = (BLOCK_M, BLOCK_N) if COLUMNS else (BLOCK_M,)
     BOTH: tl.constexpr = ATTENDED and PROJECTED and FOLDED and not RESIDENT  # both products in one loop
     AHEAD: tl.constexpr = FOLDED and NW == 1  # the values come while the products with t and the keys are formed
     d = tl.arange(0, BLOCK_D)
@@ -321,14 +330,14 @@ def attend_tile(
                 b_u = b_u + (x.to(dtype),)
                 b_u_low = b_u_low + ((x - x.to(dtype).to(tl.float32)).to(dtype),)
 
-    b_m = tl.full((BLOCK_M, C), LOWEST, tl.float32)
-    b_r = tl.zeros((BLOCK_M, C), tl.float32)
-    b_l2 = tl.zeros((BLOCK_M, C), tl.float32)
-    b_le = tl.zeros((BLOCK_M, C), tl.float32)
-    b_best = tl.full((BLOCK_M, C), float("-inf"), tl.float32)
-    b_index = tl.full((BLOCK_M, C), FAR, tl.int32)
-    b_ma = tl.full((BLOCK_M, C), LOWEST, tl.float32)
-    b_la = tl.zeros((BLOCK_M, C), tl.float32)
+    b_m = tl.full(STATE, LOWEST, tl.float32)
+    b_r = tl.zeros(STATE, tl.float32)
+    b_l2 = tl.zeros(STATE, tl.float32)
+    b_le = tl.zeros(STATE, tl.float32)
+    b_best = tl.full(STATE, float("-inf"), tl.float32)
+    b_index = tl.full(STATE, FAR, tl.int32)
+    b_ma = tl.full(STATE, LOWEST, tl.float32)
+    b_la = tl.zeros(STATE, tl.float32)
     b_sum = ()
     for i in tl.static_range(NW):
         b_sum = b_sum + (tl.zeros((BLOCK_M, BLOCK_W), tl.float32),)
@@ -369,12 +378,12 @@ def attend_tile(
                         b_v, b_v, b_t, p_v, m_b, query, row, live, D, BLOCK_M, BLOCK_D, STAGES, SLICES, RESIDENT,
                         False, False,
                     )  # fmt: skip
-                top = tl.maximum(b_ma, tl.max(tl.where(m_l, b_a, LOWEST), 1, keep_dims=True))
+                top = tl.maximum(b_ma, tl.max(tl.where(m_l, b_a, LOWEST), 1, keep_dims=COLUMNS))
                 c = tl.exp(b_ma - top)
-                e = tl.where(m_l, tl.exp(tl.where(m_l, b_a - top, 0.0)), 0.0)
-                b_la = b_la * c + tl.sum(e, 1, keep_dims=True)
+                e = tl.where(m_l, tl.exp(tl.where(m_l, b_a - _spread(top), 0.0)), 0.0)
+                b_la = b_la * c + tl.sum(e, 1, keep_dims=COLUMNS)
                 b_ma = top
-            fall = tl.max(c, 1)
+            fall = tl.max(c, 1) if COLUMNS else c
             new = ()
             for i in tl.static_range(NW):
                 o = i * BLOCK_W + c_w
@@ -401,23 +410,14 @@ def attend_tile(
     n = B.to(tl.int64) * n_s
     if not QUERY:
         wait_for_inputs(PDL)
-    # The first column alone is stored. Addresses that rise with the column keep the layout: a warp has all columns.
-    column = tl.arange(0, C)[None, :]
-    store_state(
-        state,
-        place[:, None] + column,
-        n,
-        m_b[:, None] & (column == 0),
-        b_m,
-        b_r,
-        b_l2,
-        b_le,
-        b_best,
-        b_index,
-        b_ma,
-        b_la,
-        ATTENDED,
-    )
+    p_s = place
+    m_s = m_b
+    if COLUMNS:
+        # The first column alone is stored. Addresses that rise with the column keep the layout: a warp has all columns.
+        column = tl.arange(0, BLOCK_N)[None, :]
+        p_s = place[:, None] + column
+        m_s = m_b[:, None] & (column == 0)
+    store_state(state, p_s, n, m_s, b_m, b_r, b_l2, b_le, b_best, b_index, b_ma, b_la, ATTENDED)
     for i in tl.static_range(NW):
         o = i * BLOCK_W + c_w
         p_o = sums + place[:, None] * ((W + 15) // 16 * 16) + o[None, :]
