@@ -270,7 +270,7 @@ def _share_cores(root: Path, clips: Sequence[Clip]) -> None:
                 given["nice"].string_value = str(TEXT_NICE + STAGE_NICE * (len(clips) - 1))
             else:
                 given["nice"].string_value = str(STAGE_NICE * (len(clips) - number))
-                # A thread that is tied to a core waits for another tower's thread there, and the rest of its own for it.
+                # A thread that is tied to a core waits for another tower's there, and its own tower's others for it.
                 given["pin_threads"].string_value = "no"
                 if multiply_adds(clip) < SMALL:
                     threads = given["intra_op_thread_count"]
