@@ -33,7 +33,9 @@ HEADS = [
     *itertools.product((90,), (512,), (F32, BF16), ("folded", "plain"), ("shared",)),
     (90, 512, BF16, "plain", "identity"),
     *itertools.product((86, 90), (768,), (F32, BF16), ("folded",), ("shared",)),
+    *((arch, 768, BF16, "plain", "shared") for arch in (86, 90, 120)),
     (86, 1152, BF16, "plain", "shared"),
+    (120, 512, BF16, "folded", "shared"),
     *((arch, 512, F32, "folded", "shared") for arch in (80, 86, 89, 100, 120)),
     *((arch, 512, BF16, "plain", "shared") for arch in (80, 86, 89, 100, 120)),
 ]
