@@ -143,7 +143,7 @@ class WarpGroupProducts:
             if (block.unfenced[bytes_] >= 0).any():
                 raise RaceError("shared memory written without fence.proxy.async after it")
             registers = [read(warp).copy() for read in a_reads] if in_registers else []
-            keeps = adds is None or bool(adds(warp)[0])
+            keeps = operands[3] != "0" if adds is None else bool(adds(warp)[0])
             block.read_by_products[bytes_] += 1
 
             def load(where):

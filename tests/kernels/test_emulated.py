@@ -101,6 +101,8 @@ MORE = [
     (80, F32, "folded", "shared", 18),
     (90, F32, "folded", "shared", 18),
     (80, F16, "plain", "separate", 18),
+    (90, BF16, "plain", "shared", 18),
+    (90, F16, "folded", "shared", 70),
     (90, F16, "folded", "identity", 3),
     (86, F32, "folded", "identity", 1),
     (89, F16, "folded", "shared", 10),
