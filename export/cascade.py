@@ -236,14 +236,14 @@ def _join(
     # Pixels of the first stage's kind are there; a later stage makes others from the file of an image that goes on.
     size = clips[0].transform.size
     kinds: Tensors = {"PIXELS": ("TYPE_UINT8", [size, size, 3]), "IMAGE": ("TYPE_STRING", [1])}
-    wanted = {name: kinds[name] for name in sorted({"PIXELS" if one == "PIXELS" else "IMAGE" for one in pixels[1:]})}
+    wanted = {name: kinds[name] for name in sorted({_given(one) for one in pixels[1:]})}
     about = [
         {"prefix": _prefix(number), "dim": stage.dim, "pixels": name}
         | ({"model": f"{_prefix(number)}vilu"} if number > 1 else {})
         for number, (stage, name) in enumerate(zip(stages, pixels, strict=True), 1)
     ]
     for number, (stage, name) in enumerate(zip(stages[1:], pixels[1:], strict=True), 2):
-        given = "PIXELS" if name == "PIXELS" else "IMAGE"
+        given = _given(name)
         for candidates in (False, True):
             _write_stage(root, _prefix(number), stage, name, {given: kinds[given]}, candidates=candidates)
     _write_router(root / ROUTER, stages, about, wanted, threshold, seconds)
@@ -255,6 +255,11 @@ def _join(
         copy_graph(path, root / ROUTER / "1" / path.name)
     _write_front(root / front, stages[0], wanted, head=None if own else "vilu_head", candidates=False)
     _write_front(root / f"{front}_open", stages[0], wanted, head="vilu_embeddings", candidates=True)
+
+
+def _given(pixels: str) -> str:
+    """What a later stage with these pixels is given: the first stage's, or the file, of which it makes its own."""
+    return "PIXELS" if pixels == "PIXELS" else "IMAGE"
 
 
 def _share_cores(root: Path, clips: Sequence[Clip]) -> None:

@@ -46,6 +46,21 @@ def bits(tensor):
     return tensor.detach().contiguous().view(torch.uint8).numpy()
 
 
+def memory_of(folded, plan, v):
+    """Memory before a batch, where each value lies in it, and the sizes of what the kernels write."""
+    memory = Memory()
+    values: dict[str, Any] = {name: memory.put(bits(x)) for name, x in folded.kernel_tensors().items() if x is not None}
+    values["t"] = values.pop("text_embeddings")
+    # Each region is a tensor of its own, so that a kernel which leaves its region is found.
+    ends = [start for _, start in plan.regions[1:]] + [plan.scratch]
+    sizes = {name: 4 * (end - start) for (name, start), end in zip(plan.regions, ends, strict=True)}
+    sizes |= {"scores": 16 * len(v), "index": 4 * len(v)}
+    values |= {"v": memory.put(bits(v))} | {name: memory.new(size) for name, size in sizes.items()}
+    values |= {"B": len(v), "K": len(folded.text_embeddings), "n_s": plan.splits, "prior": folded.prior or 0.0}
+    values |= {"logit_scale": folded.logit_scale, "attention_scale": folded.attention_scale}
+    return memory, values, sizes
+
+
 def run_batch(arch, dtype, layout, projection, v, *, seed=0, multiprocessors=3, only=None, change=None, **options):
     """Memory after a batch, and where each value lies in it.
 
@@ -59,18 +74,9 @@ def run_batch(arch, dtype, layout, projection, v, *, seed=0, multiprocessors=3, 
         multiprocessors=multiprocessors, pdl=arch >= 90,
         shared_softmax=folded.variant.shares_softmax(folded.logit_scale, folded.attention_scale),
     )  # fmt: skip
-    memory = Memory()
-    values: dict[str, Any] = {name: memory.put(bits(x)) for name, x in folded.kernel_tensors().items() if x is not None}
-    values["t"] = values.pop("text_embeddings")
-    # Each region is a tensor of its own, so that a kernel which leaves its region is found.
-    ends = [start for _, start in plan.regions[1:]] + [plan.scratch]
-    sizes = {name: 4 * (end - start) for (name, start), end in zip(plan.regions, ends, strict=True)}
-    sizes |= {"scores": 16 * len(v), "index": 4 * len(v)}
-    values |= {"v": memory.put(bits(v))} | {name: memory.new(size) for name, size in sizes.items()}
+    memory, values, sizes = memory_of(folded, plan, v)
     if offsets is not None:
         values["offsets"] = memory.put(np.array(offsets, np.int32))
-    values |= {"B": len(v), "K": len(folded.text_embeddings), "n_s": plan.splits, "prior": folded.prior or 0.0}
-    values |= {"logit_scale": folded.logit_scale, "attention_scale": folded.attention_scale}
     for place, kernel in enumerate(plan.kernels):
         if only in (None, kernel.name):
             name = kernel.name if make(kernel.name) else f"{kernel.name}-{aot.TYPES[dtype]}"
@@ -89,6 +95,14 @@ def answers(memory, values, sizes):
     images = sizes["index"] // 4
     scores = memory.get(values["scores"], np.float32, 4 * images).reshape(4, -1)
     return scores, memory.get(values["index"], np.int32, images)
+
+
+def assert_right(scores, index, want, dtype):
+    """The answers of a batch are those of the folded head."""
+    assert index.tolist() == want.class_index.tolist()
+    np.testing.assert_allclose(scores[0], want.failure_probability, rtol=0, atol=STORED[dtype])
+    np.testing.assert_allclose(scores[1], want.confidence, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(scores[2], want.entropy, rtol=0, atol=2e-5)
 
 
 CASES = [(90, F32, "folded", "shared", 1), (90, BF16, "plain", "shared", 1)]
@@ -126,10 +140,7 @@ def test_compiled_kernels_are_right_in_every_order(arch, dtype, layout, projecti
     first = None
     for seed in range(2):
         scores, index = answers(*run_batch(arch, dtype, layout, projection, v, seed=seed))
-        assert index.tolist() == want.class_index.tolist()
-        np.testing.assert_allclose(scores[0], want.failure_probability, rtol=0, atol=STORED[dtype])
-        np.testing.assert_allclose(scores[1], want.confidence, rtol=0, atol=2e-5)
-        np.testing.assert_allclose(scores[2], want.entropy, rtol=0, atol=2e-5)
+        assert_right(scores, index, want, dtype)
         assert first is None or np.array_equal(first, scores), "the same bits in every order"
         first = scores
 

@@ -3,13 +3,12 @@
 import copy
 import functools
 import os
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.kernels.reference import STORED, make_head
+from tests.kernels.reference import make_head
 from tests.support.embeddings import unit_rows
 from vilu.kernels import fold
 
@@ -17,8 +16,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from tests.kernels.ptx_emulator import Kernel, Memory, RaceError
-from tests.kernels.test_emulated import answers, bits, mutants
+from tests.kernels.ptx_emulator import Kernel, RaceError
+from tests.kernels.test_emulated import answers, assert_right, memory_of, mutants
 from vilu.kernels import aot
 from vilu.kernels.plan import plan_launches, tuned
 
@@ -44,22 +43,12 @@ def built(dtype, layout, projection, classes=CLASSES):
 def start(head, v, multiprocessors):
     """The plan of a batch, memory before it, where each value lies there, and the values' sizes."""
     folded, settings, _ = built(*head)
-    classes = len(folded.text_embeddings)
     plan = plan_launches(
-        folded.variant, len(v), classes, ragged=False, settings=settings, multiprocessors=multiprocessors, pdl=True,
-        shared_softmax=False,
+        folded.variant, len(v), len(folded.text_embeddings), ragged=False, settings=settings,
+        multiprocessors=multiprocessors, pdl=True, shared_softmax=False,
     )  # fmt: skip
     assert [kernel.name for kernel in plan.kernels] == ["project_large", "score_tile", "sum_tile", "tail"]
-    memory = Memory()
-    values: dict[str, Any] = {name: memory.put(bits(x)) for name, x in folded.kernel_tensors().items() if x is not None}
-    values["t"] = values.pop("text_embeddings")
-    ends = [start for _, start in plan.regions[1:]] + [plan.scratch]
-    sizes = {name: 4 * (end - start) for (name, start), end in zip(plan.regions, ends, strict=True)}
-    sizes |= {"scores": 16 * len(v), "index": 4 * len(v)}
-    values |= {"v": memory.put(bits(v))} | {name: memory.new(size) for name, size in sizes.items()}
-    values |= {"B": len(v), "K": classes, "n_s": plan.splits, "prior": folded.prior or 0.0}
-    values |= {"logit_scale": folded.logit_scale, "attention_scale": folded.attention_scale}
-    return plan, memory, values, sizes
+    return plan, *memory_of(folded, plan, v)
 
 
 def launch(head, kernel, memory, values, *, seed, ptx=None):
@@ -86,10 +75,7 @@ def test_compiled_kernels_of_large_batches_are_right_in_every_order(dtype, layou
         for kernel in plan.kernels:
             launch(head, kernel, memory, values, seed=seed)
         scores, index = answers(memory, values, sizes)
-        assert index.tolist() == want.class_index.tolist()
-        np.testing.assert_allclose(scores[0], want.failure_probability, rtol=0, atol=STORED[dtype])
-        np.testing.assert_allclose(scores[1], want.confidence, rtol=0, atol=2e-5)
-        np.testing.assert_allclose(scores[2], want.entropy, rtol=0, atol=2e-5)
+        assert_right(scores, index, want, dtype)
         assert first is None or np.array_equal(first, scores), "the same bits in every order"
         first = scores
 

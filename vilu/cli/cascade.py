@@ -138,9 +138,7 @@ def compare(
         output: folder of the report.
         as_json: print the results as JSON instead of tables.
     """
-    from rich.console import Console
-
-    from vilu.cli.tables import WIDE, print_cascade
+    from vilu.cli.tables import print_cascade, wide_console
     from vilu.clip.cost import milliseconds, multiply_adds
     from vilu.evaluation.cascade_curve import METHODS, Cost, cascade_curve
     from vilu.evaluation.report import cascade as report
@@ -173,8 +171,7 @@ def compare(
     if as_json:
         said.result(json.dumps(report.as_json(curve, settings), allow_nan=False))
         return
-    console = Console()
-    print_cascade(curve, console if console.is_terminal else Console(width=WIDE))
+    print_cascade(curve, wide_console())
     if output is not None:
         said.result(f"{output / HTML}")
 

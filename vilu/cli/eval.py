@@ -339,13 +339,9 @@ def eval_command(
             document["outside"] = [asdict(found) for found in outside]
         said.result(json.dumps(document, allow_nan=False))
         return
-    from rich.console import Console
+    from vilu.cli.tables import print_outside, print_tables, wide_console
 
-    from vilu.cli.tables import WIDE, print_outside, print_tables
-
-    console = Console()
-    # A file or a pipe has no width, so it gets every column.
-    console = console if console.is_terminal else Console(width=WIDE)
+    console = wide_console()
     print_tables(evaluation, console)
     print_outside(outside, console)
     if output is not None:

@@ -90,11 +90,10 @@ def _escalated(one: Watched) -> str:
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from vilu.cli.tables import WIDE
+    from vilu.cli.tables import wide_console
 
     def percent(value: float | None) -> str:
         return "" if value is None or value != value else f"{value:.1%}"
@@ -117,8 +116,7 @@ def _print(report: Report) -> None:
             "" if drift is None else f"e{drift:.1f}",
             f"[red]{' and '.join(one.alarms)}[/]" if one.alarms else "[green]well[/]",
         )
-    console = Console()
-    (console if console.is_terminal else Console(width=WIDE)).print(table)
+    wide_console().print(table)
     told = report.feedback
     said.note(
         f"feedback: {told['used']} used, {told['unasked']} about answers that were not chosen, {told['changed']} "

@@ -25,6 +25,12 @@ SHORTEST = 8  # cells of a terminal that a shortened column keeps
 NARROW = ("auc", "fpr95", "aurc", "ece")
 
 
+def wide_console() -> Console:
+    """The terminal, or a wide console for a file or a pipe: these have no width, so they get every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
+
+
 def print_tables(evaluation: Evaluation, console: Console) -> None:
     """Print a table per data set and one for their mean. A wide console gets intervals, a narrow one fewer metrics."""
     for result in (*evaluation.results, *([evaluation.mean] if evaluation.mean else [])):

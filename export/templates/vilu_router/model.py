@@ -165,7 +165,7 @@ class TritonPythonModel(head.Head):
         self.threshold = float(self.parameters["cascade_threshold"])
         # Of each stage: prefix of its models, its pixels and dim; of a later one also `model`, the ensemble to ask.
         self.stages = json.loads(self.parameters["stages"])
-        self.given = {"PIXELS" if stage["pixels"] == "PIXELS" else "IMAGE" for stage in self.stages[1:]}
+        self.given = {_given(stage) for stage in self.stages[1:]}
         self.dim = max(stage["dim"] for stage in self.stages)
         self.most = int(self.parameters["max_waiting"])
         self.seconds = float(self.parameters["escalation_seconds"])
@@ -289,7 +289,7 @@ class TritonPythonModel(head.Head):
 
     def _answers(self, stage: dict[str, Any], class_set: str, images: list[Going]) -> dict[str, np.ndarray]:
         """Return a stage's answers and embeddings for these images, from one call of its ensemble."""
-        name = "PIXELS" if stage["pixels"] == "PIXELS" else "IMAGE"
+        name = _given(stage)
         inputs, model = {name: np.stack([image.data[name] for image in images])}, stage["model"]
         if images[0].labels is not None:
             inputs["LABELS"] = np.array([image.labels.tolist() for image in images], object)
@@ -390,6 +390,11 @@ def _class_sets(candidates: list[Any]) -> dict[str, np.ndarray]:
         "CLASS_SET": np.array([[one.qualified_name.encode()] for one in candidates], object),
         "CLASS_SET_VERSION": np.array([[one.version] for one in candidates], np.int32),
     }
+
+
+def _given(stage: dict[str, Any]) -> str:
+    """The input of a later stage: the first stage's pixels, or the file, of which it makes its own."""
+    return "PIXELS" if stage["pixels"] == "PIXELS" else "IMAGE"
 
 
 def _input(request: Any, name: str) -> np.ndarray:
