@@ -141,7 +141,8 @@ def pair(clips: Sequence[Clip], images: Sequence[bytes]) -> list[Checkpoint]:
 def add_models(root: Path) -> None:
     """Add `large`, the last stage alone, and `calls`, the cascade by calls, to a cascade's repository.
 
-    `large` has a tower of its own, which shares the cores with no other: as `vilu export` writes it without a cascade.
+    `large` has a decoder and a tower of its own, which share the cores with no other stage: as `vilu export` writes them
+    without a cascade.
     """
     router = load_config(root / "vilu_router" / CONFIG)
     second = json.loads(router.parameters["stages"].string_value)[1]
@@ -150,16 +151,20 @@ def add_models(root: Path) -> None:
         ("TYPE_STRING", "TYPE_INT32", "TYPE_FP32", "TYPE_FP32", "TYPE_BOOL"), strict=True)}  # fmt: skip
     image = {"IMAGE": ("TYPE_STRING", [1])}
     steps = [
-        Step("preprocess", {"IMAGE": "IMAGE"}, {second["pixels"]: "pixels"}),
+        Step("large_preprocess", {"IMAGE": "IMAGE"}, {second["pixels"]: "pixels"}),
         Step("large_clip_image", {"PIXELS": "pixels"}, {"IMAGE_EMBEDDING": "embedding"}),
         Step(second["prefix"] + "vilu_head", {"IMAGE_EMBEDDING": "embedding"}, {name: name for name in outputs}),
     ]
-    shutil.copytree(root / (second["prefix"] + "clip_image"), root / "large_clip_image")
-    tower = load_config(root / "large_clip_image" / CONFIG)
-    tower.name = "large_clip_image"
-    tower.parameters["pin_threads"].string_value = "yes"
-    tower.parameters["intra_op_thread_count"].string_value = str(cores() // tower.instance_group[0].count)
-    model_config.save_config(root / "large_clip_image", tower)
+    for name, source in (("large_preprocess", "preprocess"), ("large_clip_image", second["prefix"] + "clip_image")):
+        shutil.copytree(root / source, root / name)
+        config = load_config(root / name / CONFIG)
+        config.name = name
+        given = config.parameters
+        for shared in ("nice", "pin_threads"):
+            given.pop(shared, None)
+        if "intra_op_thread_count" in given:
+            given["intra_op_thread_count"].string_value = str(cores() // config.instance_group[0].count)
+        model_config.save_config(root / name, config)
     model_config.write_ensemble(root / "large", image, outputs, steps, router.max_batch_size)
     config = load_config(root / "vilu_router" / CONFIG)
     config.name = "calls"

@@ -43,11 +43,13 @@ ESCALATION_SECONDS = 20.0  # below the 30 s that a client waits
 # Requests that wait for later stages. The front door has 64 under way at a time: where a stage hangs, a quarter is left
 # for the images that do not go on.
 WAITING = 48
-# Multiply-adds of an image, less than a ms on a core, below which more threads cost a busy server more than they save.
-SMALL = 100_000_000
-# Niceness that each stage after it adds to an image tower: an image that goes on has waited longest, so it goes first.
-# On the embedded pair p99 of 16 requests at a time fell by a fifth or more, and as many images were answered.
-STAGE_NICE = 5
+# Multiply-adds of an image, some 10 ms on a core, below which more threads cost a busy server more than they save.
+SMALL = 500_000_000
+# Niceness of what computes for every image, the decoder and the first tower; stages between it and the last have a part
+# of it. An image that goes on has waited longest, so it goes first.
+FIRST_NICE = 10
+# Microseconds. The tower sends the answers to one batch one after another, and the router would begin with the first.
+ROUTER_WAIT = 200
 DETAILS = models.DETAIL_TENSORS  # without embeddings and outlier scores: those of two CLIPs cannot be compared
 STAGE: Tensors = {"STAGE": ("TYPE_INT32", [1]), "ESCALATION_FAILED": ("TYPE_BOOL", [1])}
 
@@ -246,11 +248,11 @@ def _join(
         given = _given(name)
         for candidates in (False, True):
             _write_stage(root, _prefix(number), stage, name, {given: kinds[given]}, candidates=candidates)
-    _write_router(root / ROUTER, stages, about, wanted, threshold, seconds)
     front = "vilu" if as_default else FRONT
     # On a GPU the head is a kernel that only vilu_head runs.
     graphs = sorted((root / "vilu_head" / "1").glob("*.onnx"))
     own = any(path.stem == "model" for path in graphs)
+    _write_router(root / ROUTER, stages, about, wanted, threshold, seconds, wait=ROUTER_WAIT if own else 0)
     for path in graphs if own else ():
         copy_graph(path, root / ROUTER / "1" / path.name)
     _write_front(root / front, stages[0], wanted, head=None if own else "vilu_head", candidates=False)
@@ -263,24 +265,29 @@ def _given(pixels: str) -> str:
 
 
 def _share_cores(root: Path, clips: Sequence[Clip]) -> None:
-    """Have the stages' towers, which compute side by side, share the cores of a CPU, later stages first."""
+    """Have the stages, which compute side by side, share the cores of a CPU, later stages first."""
     for number, clip in enumerate(clips, 1):
-        for tower in ("clip_image", "clip_text"):
-            folder = root / f"{_prefix(number)}{tower}"
-            config = load_config(folder / CONFIG)
-            given = config.parameters
-            if "intra_op_thread_count" not in given:  # on a GPU
-                continue
-            if tower == "clip_text":  # names wait for all images
-                given["nice"].string_value = str(TEXT_NICE + STAGE_NICE * (len(clips) - 1))
-            else:
-                given["nice"].string_value = str(STAGE_NICE * (len(clips) - number))
-                # A thread that is tied to a core waits for another tower's there, and its own tower's others for it.
-                given["pin_threads"].string_value = "no"
-                if multiply_adds(clip) < SMALL:
-                    threads = given["intra_op_thread_count"]
-                    threads.string_value = str(max(1, int(threads.string_value) // len(clips)))
-            save_config(folder, config)
+        tower = root / f"{_prefix(number)}clip_image"
+        given = load_config(tower / CONFIG).parameters
+        if "intra_op_thread_count" not in given:  # on a GPU
+            continue
+        nice = str(FIRST_NICE * (len(clips) - number) // (len(clips) - 1))
+        # A thread that is tied to a core waits for another tower's there, and its own tower's others for it.
+        shared = {"nice": nice, "pin_threads": "no"}
+        if multiply_adds(clip) < SMALL:
+            threads = int(given["intra_op_thread_count"].string_value)
+            shared["intra_op_thread_count"] = str(max(1, threads // len(clips)))
+        _set_parameters(tower, shared)
+        _set_parameters(root / f"{_prefix(number)}clip_text", {"nice": str(FIRST_NICE + TEXT_NICE)})  # it waits for all
+        if number == 1:
+            _set_parameters(root / "preprocess", {"nice": nice})
+
+
+def _set_parameters(folder: Path, values: dict[str, str]) -> None:
+    config = load_config(folder / CONFIG)
+    for name, value in values.items():
+        config.parameters[name].string_value = value
+    save_config(folder, config)
 
 
 def _write_stage(root: Path, prefix: str, served: Served, pixels: str, image: Tensors, *, candidates: bool) -> None:
@@ -319,6 +326,8 @@ def _write_router(
     image: Tensors,
     threshold: float,
     seconds: float,
+    *,
+    wait: int,
 ) -> None:
     models.write_head_files(folder, stages[0].class_set, "vilu_router/model.py")
     dim = max(stage.dim for stage in stages)
@@ -348,6 +357,7 @@ def _write_router(
         },
         queue_limit=False,
         ragged=list(inputs),  # a request brings a stage's answer, or asks for the details of one
+        wait=wait,
     )
 
 

@@ -69,6 +69,7 @@ def write_config(
     parameters: Mapping[str, str] | None = None,
     queue_limit: bool = True,
     ragged: Sequence[str] = (),
+    wait: int = 0,
 ) -> None:
     """Write one model's config.pbtxt: explicit batch size, one instance on `device`, dynamic batching.
 
@@ -81,6 +82,7 @@ def write_config(
             has passed: the end of a batch wakes nobody. A model that ends an ensemble, and is faster than the steps
             before it, needs no limit of its own.
         ragged: optional inputs, of which the requests of one batch may have different numbers of rows.
+        wait: microseconds that a request may wait for others to share its batch.
     """
     config = _model(folder.name, backend, inputs, outputs, max_batch_size, device, parameters or {})
     if queue_limit:
@@ -89,6 +91,8 @@ def write_config(
         if tensor.name in ragged:
             tensor.optional = True
             tensor.allow_ragged_batch = True
+    if wait:
+        config.dynamic_batching.max_queue_delay_microseconds = wait
     save_config(folder, config)
 
 

@@ -58,14 +58,15 @@ def test_the_repository_is_that_of_the_first_stage_and_more(cascade, repository)
 
 
 def test_the_towers_share_the_cores(cascade, repository):
-    """No tower's threads are tied to a core, a small one takes half of the cores, and later stages come first."""
+    """No tower's threads are tied to a core, small ones take half of the cores each, and later stages come first."""
     alone = load_config(repository / "clip_image" / "config.pbtxt").parameters
     assert "pin_threads" not in alone
-    nice = {"clip_image": "5", "stage2_clip_image": "0", "clip_text": "10", "stage2_clip_text": "10"}
+    assert "nice" not in load_config(repository / "preprocess" / "config.pbtxt").parameters
+    nice = {"preprocess": 10, "clip_image": 10, "stage2_clip_image": 0, "clip_text": 15, "stage2_clip_text": 15}
     for name, value in nice.items():
         tower = load_config(cascade.root / name / "config.pbtxt").parameters
-        assert tower["nice"].string_value == value
-        if name.endswith("clip_text"):
+        assert tower["nice"].string_value == str(value)
+        if not name.endswith("clip_image"):
             continue
         assert tower["pin_threads"].string_value == "no"
         threads = [int(one["intra_op_thread_count"].string_value) for one in (tower, alone)]

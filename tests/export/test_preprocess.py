@@ -22,7 +22,7 @@ def make(monkeypatch):
     """A model for these sizes, and how often it has opened an image."""
     made = []
 
-    def model(mode, names=tuple(SIZES)):
+    def model(mode, names=tuple(SIZES), **more):
         times = []
         own = SimpleNamespace(**vars(image))
 
@@ -48,7 +48,7 @@ def make(monkeypatch):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         stored = [{field: str(value) for field, value in vars(Transform(SIZES[n], mode=mode)).items()} for n in names]
-        given = stored[0] | {"more": json.dumps(dict(zip(names[1:], stored[1:], strict=True)))}
+        given = stored[0] | {"more": json.dumps(dict(zip(names[1:], stored[1:], strict=True)))} | more
         config = {"parameters": {key: {"string_value": value} for key, value in given.items()}}
         made.append(module.TritonPythonModel())
         made[-1].initialize({"model_config": json.dumps(config), "model_name": "preprocess", "model_version": "1"})
@@ -95,3 +95,11 @@ def test_few_images_are_kept_and_none_where_one_size_is_all(make, monkeypatch):
     alone, _, _ = make("exact", ["PIXELS"])
     alone._decode((files[0], ["PIXELS"]))
     assert not alone.kept.images
+
+
+def test_a_cascade_decodes_at_a_low_priority(make, monkeypatch):
+    by = []
+    monkeypatch.setattr("os.nice", by.append)
+    make("exact")
+    make("exact", nice="10")
+    assert by == [0, 10]

@@ -55,6 +55,7 @@ def _bytes(data: bytes, picture: Any) -> int:
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
+        os.nice(int(parameters.get("nice", 0)))
         self.transforms = {"PIXELS": _transform(parameters)}
         for name, given in json.loads(parameters.get("more", "{}")).items():
             self.transforms[name] = _transform(given)
