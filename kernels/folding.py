@@ -207,8 +207,8 @@ class FoldedHead(nn.Module):
     def answer(self, image_embedding: Tensor, rows: slice = slice(None)) -> HeadOutput:
         """Return the HeadOutput of image_embedding (B, D) over these rows of the class set, quickly on a CPU.
 
-        The method reads each block of rows once and merges the softmax states by the rule in softmax.py. So it makes
-        no (B, K) tensor and no float32 copy of a 16-bit class set.
+        The method reads each block of rows once and merges the softmax states by the rule in softmax_state.py. So it
+        makes no (B, K) tensor and no float32 copy of a 16-bit class set.
         """
         v = self._read(image_embedding)
         t = self.text_embeddings[rows]

@@ -1,8 +1,8 @@
 """Launch the fused head's kernels from PyTorch: one plan of launches a batch, on the current stream.
 
-The kernels are in attention.py, large_batch.py and mlp.py; plan.py says which run. They pass intermediate values in
-scratch memory that belongs to one call, counters included, which its own kernels zero: calls on several streams, in
-CUDA graphs and in torch.compile do not meet.
+The kernels are in attention.py, tile_attention.py, large_batch.py and mlp.py; plan.py says which run. They pass
+intermediate values in scratch memory that belongs to one call, counters included, which its own kernels zero: calls on
+several streams, in CUDA graphs and in torch.compile do not meet.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vilu.kernels import attention, large_batch, mlp
+from vilu.kernels import attention, large_batch, mlp, tile_attention
 from vilu.kernels.plan import Variant, plan_launches, tuned
 from vilu.kernels.softmax_state import INTERPRETED
 
 KERNELS: dict[str, Any] = {
     "project": attention.project,
     "attend_image": attention.attend_image,
-    "attend_tile": attention.attend_tile,
+    "attend_tile": tile_attention.attend_tile,
     "score_tile": large_batch.score_tile,
     "sum_tile": large_batch.sum_tile,
     "tail": mlp.tail,

@@ -17,15 +17,17 @@ import triton
 import triton.language as tl
 
 from vilu.kernels.softmax_state import (
-    ATTENTION_MAX,
-    ATTENTION_SUM,
     FAR,
     INTERPRETED,
     LOWEST,
+    AttentionState,
+    State,
     clear_counters,
     dot,
+    empty_state,
     start_dependents,
-    store_scores,
+    store_attention,
+    store_state,
     wait_for_inputs,
 )
 
@@ -49,24 +51,22 @@ def _natural(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _update_scores(
-    b_s: tl.tensor, c_n: tl.tensor, start: tl.tensor,
-    b_m: tl.tensor, b_r: tl.tensor, b_l2: tl.tensor, b_le: tl.tensor, b_best: tl.tensor, b_index: tl.tensor,
-) -> tl.tensor:  # fmt: skip
-    """The states after similarities b_s [BLOCK_M, BLOCK_N], as `_update_tile` in attention.py, in units of log 2."""
+def _update_scores(b_state: State, b_s: tl.tensor, c_n: tl.tensor, start: tl.tensor) -> State:
+    """The states after similarities b_s [BLOCK_M, BLOCK_N], as in `_update_tile`, but in units of log 2."""
     win = tl.max(b_s, 1)
     first = tl.min(tl.where(b_s == win[:, None], c_n[None, :], FAR), 1)
-    rises = win > b_best
-    top = tl.maximum(b_m, win)
-    g = top - b_m
+    rises = win > b_state.best
+    top = tl.maximum(b_state.m, win)
+    g = top - b_state.m
     c = _exp2(-g)
     d = b_s - top[:, None]
     e = _exp2(d)
     others = tl.sum(tl.where(c_n[None, :] == first[:, None], 0.0, e), 1)
-    b_le = c * (b_le - g * (1 + b_r)) + tl.sum(e * d, 1)
-    b_r = others + tl.where(rises, c * (1 + b_r), b_r + _exp2(win - top))
-    b_l2 = c * c * b_l2 + tl.sum(e * e, 1)
-    return top, b_r, b_l2, b_le, tl.maximum(win, b_best), tl.where(rises, start + first, b_index)
+    le = c * (b_state.le - g * (1 + b_state.r)) + tl.sum(e * d, 1)
+    r = others + tl.where(rises, c * (1 + b_state.r), b_state.r + _exp2(win - top))
+    l2 = c * c * b_state.l2 + tl.sum(e * e, 1)
+    best = tl.maximum(win, b_state.best)
+    return State(top, r, l2, le, best, tl.where(rises, start + first, b_state.argmax))
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -117,12 +117,7 @@ def score_tile(
         factor = 1.0
     scale = tl.where(attends, factor, logit_scale) * LOG2_E
 
-    b_m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    b_r = tl.zeros((BLOCK_M,), tl.float32)
-    b_l2 = tl.zeros((BLOCK_M,), tl.float32)
-    b_le = tl.zeros((BLOCK_M,), tl.float32)
-    b_best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    b_index = tl.full((BLOCK_M,), FAR, tl.int32)
+    b_state = empty_state((BLOCK_M,))  # of the attention, m and r alone: its maximum and sum
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     wait_for_inputs(PDL)
     # Triton turns zeros that it knows of into a select in every step, for which every step would wait for its product.
@@ -141,25 +136,24 @@ def score_tile(
             b_s = acc * scale + tl.where(c_n < left, 0.0, DEAD)[None, :]
             acc = tl.full((BLOCK_M, BLOCK_N), zero, tl.float32)
             if attends:
-                top = tl.maximum(b_m, tl.ceil(tl.max(b_s, 1)))
+                top = tl.maximum(b_state.m, tl.ceil(tl.max(b_s, 1)))
                 e = _exp2(b_s - top[:, None])
-                b_r = b_r * _exp2(b_m - top) + tl.sum(e, 1)
-                b_m = top
+                r = b_state.r * _exp2(b_state.m - top) + tl.sum(e, 1)
+                b_state = State(top, r, b_state.l2, b_state.le, b_state.best, b_state.argmax)
                 tl.store(p_w + j * rows * BLOCK_N + (c_m[:, None] * BLOCK_N + c_n[None, :]), e.to(dtype))
                 tl.store(bases + j * rows + i_m * BLOCK_M + c_m, top)
             else:
-                b_m, b_r, b_l2, b_le, b_best, b_index = _update_scores(
-                    b_s, c_n, j * BLOCK_N, b_m, b_r, b_l2, b_le, b_best, b_index
-                )
+                b_state = _update_scores(b_state, b_s, c_n, j * BLOCK_N)
 
     b = i_m * BLOCK_M + c_m
     place = b * n_s + i_s
     n = B.to(tl.int64) * n_s
     if attends:
-        tl.store(state + ATTENTION_MAX * n + place, _natural(b_m), m_b)
-        tl.store(state + ATTENTION_SUM * n + place, b_r, m_b)
+        store_attention(state, place, n, m_b, AttentionState(_natural(b_state.m), b_state.r))
     else:
-        store_scores(state, place, n, m_b, _natural(b_m), b_r, b_l2, b_le * LOG_2, b_best, b_index)
+        m = _natural(b_state.m)
+        le = b_state.le * LOG_2
+        store_state(state, place, n, m_b, State(m, b_state.r, b_state.l2, le, b_state.best, b_state.argmax))
         if i_s == 0:
             clear_counters(counters, b, m_b)
 

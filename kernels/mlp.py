@@ -27,6 +27,7 @@ from vilu.kernels.softmax_state import (
     INDEX,
     LEAST_ODDS,
     LOWEST,
+    State,
     dot,
     load_state,
     relu,
@@ -45,18 +46,18 @@ from vilu.kernels.softmax_state import (
 @triton.jit
 def _store_scores(
     scores: tl.tensor, index: tl.tensor, odds: tl.tensor, i_b: tl.tensor, n_b: tl.tensor, n: tl.tensor,
-    good: tl.tensor, prior: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, first: tl.tensor,
+    good: tl.tensor, prior: tl.tensor, b_state: State,
 ) -> None:  # fmt: skip
     """Write one image's class, confidence scores and odds; NaN and class 0 where the answer is not good."""
     nan = float("nan")
-    l = 1 + r
-    g = l2 / (l * l)
+    l = 1 + b_state.r
+    g = b_state.l2 / (l * l)
     spread = tl.where(n > 1, tl.log(tl.maximum(n, 2).to(tl.float32)), 1.0)
-    tl.store(odds + i_b, tl.where(good, prior * tl.log(tl.maximum(r, LEAST_ODDS)), nan))
+    tl.store(odds + i_b, tl.where(good, prior * tl.log(tl.maximum(b_state.r, LEAST_ODDS)), nan))
     tl.store(scores + n_b + i_b, tl.where(good, 1.0 / l, nan))
-    tl.store(scores + 2 * n_b + i_b, tl.where(good, (le / l - tl.log(l)) / spread, nan))
+    tl.store(scores + 2 * n_b + i_b, tl.where(good, (b_state.le / l - tl.log(l)) / spread, nan))
     tl.store(scores + 3 * n_b + i_b, tl.where(good, -(1.0 - g) / g, nan))
-    tl.store(index + i_b, tl.where(good, first, 0).to(index.dtype.element_ty))
+    tl.store(index + i_b, tl.where(good, b_state.argmax, 0).to(index.dtype.element_ty))
 
 
 @triton.constexpr_function
@@ -119,11 +120,11 @@ def _scores(
     """CLIP's class, scores and odds of image i_b, whose class set has n rows."""
     split = tl.arange(0, MAX_SPLITS)
     places = B.to(tl.int64) * n_s
-    _, r, l2, le, _, first, _, _ = load_state(state, i_b * n_s + split, places, split < n_s, False)
+    b_state = load_state(state, i_b * n_s + split, places, split < n_s)
     d = tl.arange(0, triton.next_power_of_2(D))
     b_v = tl.load(v + i_b * D + d, d < D, 0.0).to(t.dtype.element_ty).to(tl.float32)
     good = (tl.min((tl.abs(b_v) < float("inf")).to(tl.int32), 0) > 0) & (n > 0)
-    _store_scores(scores, index, odds, i_b, B, n, good, prior, r, l2, le, first)
+    _store_scores(scores, index, odds, i_b, B, n, good, prior, b_state)
 
 
 @triton.jit

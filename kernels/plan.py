@@ -1,9 +1,9 @@
 """Which kernels run for a shape, and with what settings: plain Python, shared by PyTorch's launcher and the cubins'.
 
     project        u and the image's share of the first layer (attention.py)
-    attend_image   one image a program; float32 with few images, and class sets per image
-    attend_few     a tile of 16 images; up to 16 images, in float32 more than MAX_FEW
-    attend_tile    larger tiles of images
+    attend_image   one image a program (attention.py); float32 with few images, and class sets per image
+    attend_tile    a tile of images a program (tile_attention.py)
+    attend_few     the same kernel with settings for up to 16 images; float32 has more than MAX_FEW there
     score_tile     large batches over large class sets, 16-bit, where the compute capability has settings for it: the
     sum_tile       attention as two products (large_batch.py)
     tail           merge the splits, CLIP's scores, the MLP (mlp.py)
@@ -99,7 +99,7 @@ class Kernel:
     """One launch.
 
     name: unique among the kernels of a variant; the cubin's name.
-    function: the kernel's name in attention.py or mlp.py.
+    function: the kernel's name in `fused.KERNELS`.
     constants: its compile-time arguments.
     """
 

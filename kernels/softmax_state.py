@@ -20,7 +20,7 @@ log((1 - max p) / max p) = log r.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -57,6 +57,38 @@ FAR = tl.constexpr(0x7FFFFFFF)
 LEAST_ODDS = tl.constexpr(math.exp(LOWEST_LOG_ODDS))
 
 COUNTERS = tl.constexpr(plan.COUNTERS)
+
+
+class State(NamedTuple):
+    """CLIP's softmax state of every slot: each field has the shape of the slots, argmax is int32, the rest float32."""
+
+    m: tl.tensor
+    r: tl.tensor
+    l2: tl.tensor
+    le: tl.tensor
+    best: tl.tensor
+    argmax: tl.tensor
+
+
+class AttentionState(NamedTuple):
+    """The attention's softmax state of every slot: the largest logit and Σ e^{logit - ma}, float32."""
+
+    ma: tl.tensor
+    la: tl.tensor
+
+
+@triton.jit
+def empty_state(SLOTS: tl.constexpr) -> State:
+    """The state of no rows, for slots of this shape."""
+    zero = tl.zeros(SLOTS, tl.float32)
+    best = tl.full(SLOTS, float("-inf"), tl.float32)
+    return State(tl.full(SLOTS, LOWEST, tl.float32), zero, zero, zero, best, tl.full(SLOTS, FAR, tl.int32))
+
+
+@triton.jit
+def empty_attention(SLOTS: tl.constexpr) -> AttentionState:
+    """The attention's state of no rows, for slots of this shape."""
+    return AttentionState(tl.full(SLOTS, LOWEST, tl.float32), tl.zeros(SLOTS, tl.float32))
 
 
 @triton.jit
@@ -148,6 +180,21 @@ def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def remainder(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """What rounding to a type takes from x, in that type: x.to(dtype) + remainder(x, dtype) is x in twice the bits."""
+    return (x - x.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def columns(
+    p_row: tl.tensor, m_row: tl.tensor, k: tl.tensor, N: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:  # fmt: skip
+    """Columns k to k + BLOCK of rows of N numbers at pointers p_row [R, 1], as [R, BLOCK]."""
+    c = k + tl.arange(0, BLOCK)
+    return tl.load(p_row + c[None, :], m_row[:, None] & (c < N)[None, :], 0.0)
+
+
+@triton.jit
 def slices(
     p_row: tl.tensor, m_row: tl.tensor, k: tl.tensor, N: tl.constexpr, SLICES: tl.constexpr, BLOCK_D: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
@@ -187,9 +234,10 @@ def tile_dot(
 ) -> tl.tensor:  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] + x @ w.T, for rows of N_IN numbers of x at pointers p_x [BLOCK_M], of w at p_w [BLOCK_N].
 
-    x is rounded to w's type; LOW: the remainder of that rounding is multiplied as well. SLICES: of BLOCK_D, see
-    `slices`; 1 leaves the tile to Triton, which has warps repeat each other where it is small.
+    x is rounded to w's type; LOW: its `remainder` is multiplied as well. SLICES: of BLOCK_D, see `slices`; 1 leaves the
+    tile to Triton, which has warps repeat each other where it is small.
     """
+    dtype: tl.constexpr = p_w.dtype.element_ty
     if SLICES == 1:
         d = tl.arange(0, BLOCK_D)
         for k in tl.range(0, N_IN, BLOCK_D, num_stages=STAGES):
@@ -197,19 +245,17 @@ def tile_dot(
             # [BLOCK_M, BLOCK_D], [BLOCK_D, BLOCK_N]
             b_x = tl.load(p_x[:, None] + k + d[None, :], m_x[:, None] & m_d[None, :], 0.0)
             b_w = tl.load(p_w[None, :] + k + d[:, None], m_w[None, :] & m_d[:, None], 0.0)
-            b_high = b_x.to(p_w.dtype.element_ty)
-            acc = dot(b_high, b_w, acc)
+            acc = dot(b_x.to(dtype), b_w, acc)
             if LOW:
-                acc = dot((b_x - b_high.to(tl.float32)).to(p_w.dtype.element_ty), b_w, acc)
+                acc = dot(remainder(b_x, dtype), b_w, acc)
     else:
         part = tl.zeros((SLICES, acc.shape[0], acc.shape[1]), tl.float32)
         for k in tl.range(0, N_IN, BLOCK_D, num_stages=STAGES):
             b_x = slices(p_x, m_x, k, N_IN, SLICES, BLOCK_D)
             b_w = tl.permute(slices(p_w, m_w, k, N_IN, SLICES, BLOCK_D), (0, 2, 1))
-            b_high = b_x.to(p_w.dtype.element_ty)
-            part = dot(b_high, b_w, part)
+            part = dot(b_x.to(dtype), b_w, part)
             if LOW:
-                part = dot((b_x - b_high.to(tl.float32)).to(p_w.dtype.element_ty), b_w, part)
+                part = dot(remainder(b_x, dtype), b_w, part)
         acc += sum_slices(part)
     return acc
 
@@ -221,14 +267,19 @@ def relu(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def update(x: tl.tensor, live: tl.tensor, m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor) -> tl.tensor:
-    """The states (m, r, l2, le), each [N], after one more logit x [N] in every slot that is live."""
-    top = tl.maximum(m, tl.where(live, x, LOWEST))
-    g = top - m
+def update(state: State, s: tl.tensor, row: tl.tensor, live: tl.tensor, logit_scale: tl.tensor) -> State:
+    """The state after one more similarity s [N], of class `row` [N], in every slot that is live."""
+    better = live & (s > state.best)
+    best = tl.where(better, s, state.best)
+    argmax = tl.where(better, row, state.argmax)
+    x = s * logit_scale
+    top = tl.maximum(state.m, tl.where(live, x, LOWEST))
+    g = top - state.m
     c = tl.exp(-g)
     d = tl.where(live, x - top, 0.0)
     e = tl.where(live, tl.exp(d), 0.0)
-    return top, tl.where(g > 0, c * (1 + r), r + e), c * c * l2 + e * e, c * (le - g * (1 + r)) + e * d
+    r = tl.where(g > 0, c * (1 + state.r), state.r + e)
+    return State(top, r, c * c * state.l2 + e * e, c * (state.le - g * (1 + state.r)) + e * d, best, argmax)
 
 
 @triton.jit
@@ -255,11 +306,10 @@ def _merge_two(
 
 
 @triton.jit
-def merge(
-    m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor, ma: tl.tensor,
-    la: tl.tensor,
-) -> tl.tensor:  # fmt: skip
-    """One state from many, each argument [N], in one exchange between warps."""
+def merge(state: State, attention: AttentionState) -> tl.tensor:
+    """One State and one AttentionState from those of N slots, in one exchange between warps."""
+    m, r, l2, le, best, argmax = state
+    ma, la = attention
     if INTERPRETED:  # it would call `_merge_two` for every pair, from Python
         slot = tl.arange(0, m.shape[0])
         top = tl.max(m, 0)
@@ -269,55 +319,45 @@ def merge(
         holder = tl.min(tl.where(m == top, slot, FAR), 0)
         others = tl.sum(tl.where(slot == holder, r, c * l), 0)
         win = tl.max(best, 0)
-        first = tl.min(tl.where(best == win, index, FAR), 0)
+        first = tl.min(tl.where(best == win, argmax, FAR), 0)
         a = tl.max(ma, 0)
-        s = tl.sum(la * tl.exp(ma - a), 0)
-        return top, others, tl.sum(c * c * l2, 0), tl.sum(c * (le - g * l), 0), win, first, a, s
-    return tl.reduce((m, r, l2, le, best, index, ma, la), 0, _merge_two)
+        total = tl.sum(la * tl.exp(ma - a), 0)
+        entropy = tl.sum(c * (le - g * l), 0)
+        return State(top, others, tl.sum(c * c * l2, 0), entropy, win, first), AttentionState(a, total)
+    m, r, l2, le, best, argmax, ma, la = tl.reduce((m, r, l2, le, best, argmax, ma, la), 0, _merge_two)
+    return State(m, r, l2, le, best, argmax), AttentionState(ma, la)
 
 
 @triton.jit
-def load_state(state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor, ATTENDED: tl.constexpr) -> tl.tensor:
-    """One state from those at `place` [N], slots of n numbers each."""
-    ma = tl.zeros(place.shape, tl.float32) + LOWEST
-    la = tl.zeros(place.shape, tl.float32)
-    if ATTENDED:
-        ma = tl.load(state + ATTENTION_MAX * n + place, mask, LOWEST)
-        la = tl.load(state + ATTENTION_SUM * n + place, mask, 0.0)
-    return merge(
+def load_state(state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """CLIP's part of one state from those at `place` [N], slots of n numbers each."""
+    slots = State(
         tl.load(state + MAX * n + place, mask, LOWEST),
         tl.load(state + REST * n + place, mask, 0.0),
         tl.load(state + SQUARES * n + place, mask, 0.0),
         tl.load(state + ENTROPY * n + place, mask, 0.0),
         tl.load(state + BEST * n + place, mask, float("-inf")),
         tl.where(mask, tl.load(state + INDEX * n + place, mask, 0.0).to(tl.int32, bitcast=True), FAR),
-        ma,
-        la,
     )
+    merged, _ = merge(slots, empty_attention(place.shape))
+    return merged
 
 
 @triton.jit
-def store_scores(
-    state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor,
-    m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor,
-) -> None:  # fmt: skip
+def store_state(state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor, b_state: State) -> None:
     """Write CLIP's part of states to slots of n numbers each, at `place`."""
-    tl.store(state + MAX * n + place, m, mask)
-    tl.store(state + REST * n + place, r, mask)
-    tl.store(state + SQUARES * n + place, l2, mask)
-    tl.store(state + ENTROPY * n + place, le, mask)
-    tl.store(state + BEST * n + place, best, mask)
-    tl.store(state + INDEX * n + place, index.to(tl.float32, bitcast=True), mask)
+    tl.store(state + MAX * n + place, b_state.m, mask)
+    tl.store(state + REST * n + place, b_state.r, mask)
+    tl.store(state + SQUARES * n + place, b_state.l2, mask)
+    tl.store(state + ENTROPY * n + place, b_state.le, mask)
+    tl.store(state + BEST * n + place, b_state.best, mask)
+    tl.store(state + INDEX * n + place, b_state.argmax.to(tl.float32, bitcast=True), mask)
 
 
 @triton.jit
-def store_state(
-    state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor,
-    m: tl.tensor, r: tl.tensor, l2: tl.tensor, le: tl.tensor, best: tl.tensor, index: tl.tensor,
-    ma: tl.tensor, la: tl.tensor, ATTENDED: tl.constexpr,
+def store_attention(
+    state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor, b_attention: AttentionState
 ) -> None:  # fmt: skip
-    """Write states to slots of n numbers each, at `place`."""
-    store_scores(state, place, n, mask, m, r, l2, le, best, index)
-    if ATTENDED:
-        tl.store(state + ATTENTION_MAX * n + place, ma, mask)
-        tl.store(state + ATTENTION_SUM * n + place, la, mask)
+    """Write the attention's part of states to slots of n numbers each, at `place`."""
+    tl.store(state + ATTENTION_MAX * n + place, b_attention.ma, mask)
+    tl.store(state + ATTENTION_SUM * n + place, b_attention.la, mask)
