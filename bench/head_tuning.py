@@ -21,20 +21,23 @@ from bench.common import commit, cpu_name
 from bench.head_forms import GATE, Case, Exact
 from bench.head_timing import DeviceFailedError, gpu, raise_if_failed
 from vilu import atomic
+from vilu.errors import UserError
 from vilu.kernels import FoldedHead, fold, fused_head
-from vilu.kernels.plan import SOURCE, tuned
+from vilu.kernels.launch import PDL_ARCH
+from vilu.kernels.plan import SOURCE, Settings, all_kernels, tuned
 
 CANDIDATES: dict[str, dict[str, list[int]]] = {
     "attend_image": {
         "TILE": [2048, 4096, 8192, 16384], "STAGES": [1, 2, 3, 4], "num_warps": [4, 8, 16], "waves": [1, 2],
     },
     "attend_few": {
-        "BLOCK_N": [16, 32, 64], "BLOCK_D": [64, 128, 256, 512], "SLICES": [1, 4, 8], "RESIDENT": [0, 1],
-        "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
+        "BLOCK_N": [16, 32, 64], "BLOCK_D": [64, 128, 256, 512], "BLOCK_W": [64, 128, 256, 512], "SLICES": [1, 4, 8],
+        "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
     },
     "attend_tile": {
-        "BLOCK_M": [16, 32, 64], "BLOCK_N": [16, 32, 64], "BLOCK_D": [64, 128, 256], "BLOCK_W": [64, 128],
-        "SLICES": [1, 4, 8], "RESIDENT": [0, 1], "STAGES": [1, 2, 3], "num_warps": [4, 8], "waves": [1, 2],
+        "BLOCK_M": [16, 32, 64], "BLOCK_N": [16, 32, 64], "BLOCK_D": [64, 128, 256],
+        "BLOCK_W": [64, 128, 256, 512], "SLICES": [1, 4, 8], "RESIDENT": [0, 1], "STAGES": [1, 2, 3],
+        "num_warps": [4, 8], "waves": [1, 2],
     },
     "score_tile": {"STAGES": [2, 3], "waves": [1, 2], "BLOCK_D": [32, 64]},
     "sum_tile": {"STAGES": [2, 3, 4], "BLOCK_D": [32, 64], "BLOCK_N": [128, 256]},
@@ -56,7 +59,7 @@ def tune(
     device: str, kernels: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype], path: Path,
     end: float = math.inf,
 ) -> None:  # fmt: skip
-    """Write the fastest settings that pass the gate into the table at `path`, one coordinate at a time.
+    """Write the fastest settings that pass the gate and never spill into the table at `path`, one coordinate at a time.
 
     The table is written after each search. A plain bank is tuned at K = 65,536, a folded one at K = 1,000: where each
     is used. float16 takes bfloat16's settings. No search begins after `end` (time.monotonic), and one that it cuts
@@ -91,7 +94,7 @@ def tune(
                 if trial[name].get("RESIDENT"):
                     trial[name]["BLOCK_W"] = trial[name]["BLOCK_D"]
                 took = cost(trial, folded, exact, v) if trial != settings else math.inf
-                if took < best:
+                if took < best and never_spills(name, trial, folded, arch):
                     best, settings = took, trial
         found = f"{name} {layout} {str(dtype)[6:]} D={dim}"
         if not math.isfinite(best):
@@ -120,6 +123,30 @@ def one_line_an_entry(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     return "{\n" + ",\n".join(archs) + "\n}\n"
 
 
+def never_spills(role: str, settings: dict[str, dict[str, int]], folded: FoldedHead, arch: int) -> bool:
+    """Whether the role's kernel, built ahead of time, fits and keeps all its numbers in registers.
+
+    tests/kernels/test_budget.py asks as much of the committed table. True where no such build is made: for other
+    compute capabilities, and under the interpreter.
+    """
+    from vilu.kernels import aot
+
+    if aot.fused.INTERPRETED or arch not in aot.SHARED_LIMIT:
+        return True
+    variant, dtype = folded.variant, folded.text_embeddings.dtype
+    shared_softmax = variant.shares_softmax(folded.logit_scale, folded.attention_scale)
+    kernels = all_kernels(variant, hashable(settings), shared_softmax=shared_softmax, pdl=arch >= PDL_ARCH)
+    kernel = next(kernel for kernel in kernels if kernel.name == role)
+    try:
+        return aot.compile_kernel(kernel, variant, arch, stored=dtype, image=dtype).spilled == 0
+    except UserError:  # it does not fit
+        return False
+
+
+def hashable(settings: dict[str, dict[str, int]]) -> Settings:
+    return tuple((role, tuple(sorted(values.items()))) for role, values in settings.items())
+
+
 def cost(settings: dict[str, dict[str, int]], folded: FoldedHead, exact: Exact, v: Tensor) -> float:
     """Seconds of the fused head with these settings, cold; infinite where it does not compile, fit or pass the gate.
 
@@ -128,7 +155,7 @@ def cost(settings: dict[str, dict[str, int]], folded: FoldedHead, exact: Exact, 
     """
     from vilu.kernels import fused
 
-    chosen = tuple((kernel, tuple(sorted(values.items()))) for kernel, values in settings.items())
+    chosen = hashable(settings)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         out = fused_head(x, folded)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.head_tuning import never_spills
 from tests.support.embeddings import unit_rows
 from vilu import ViLUHead
 from vilu.kernels import fold
@@ -24,6 +25,7 @@ from triton.backends.nvidia import compiler as nvidia
 
 from vilu.kernels import aot
 from vilu.kernels.machine_code import disassemble, longest_way, loops, within
+from vilu.kernels.plan import tuned
 
 pytestmark = pytest.mark.slow  # 150 compilations
 F32, BF16 = torch.float32, torch.bfloat16
@@ -98,6 +100,15 @@ def test_kernels_fit_and_never_spill(compiled):
         assert done.shared <= aot.SHARED_LIMIT[key[0][0]], key
         least = 10 if key[1].startswith("project_large") else 16  # which may have no more to do than copy
         assert least < done.registers <= 255, f"{key}: a kernel this small is a trap, not a kernel"
+
+
+@pytest.mark.parametrize(("arch", "layout"), [(80, "plain"), (120, "folded")], ids=["spills", "too much shared memory"])
+def test_tuning_takes_no_settings_that_spill_or_do_not_fit(arch, layout):
+    folded = fold(ViLUHead(768, projection="shared"), unit_rows(5, 768, 0).to(BF16), layout=layout)
+    settings = {role: dict(values) for role, values in tuned(arch, folded.variant)}
+    assert never_spills("attend_tile", settings, folded, arch)
+    settings["attend_tile"]["BLOCK_W"] = 512
+    assert not never_spills("attend_tile", settings, folded, arch)
 
 
 def test_tensor_cores_serve_every_type_and_float32_is_multiplied_by_three_products(compiled):

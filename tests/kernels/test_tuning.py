@@ -30,19 +30,20 @@ def test_tuning_takes_the_fastest_settings_that_pass_the_gate(name, chosen, tmp_
     """The search that `bench/head.py --tune` makes, on the real kernels; only the clock is ours."""
     condition = {"bytes": 4, "width": 64, "projected": True, "folded": False}
     old = [condition | {"TILE": 1}, {"bytes": 2, "TILE": 2}]
-    monkeypatch.setattr(
-        head_tuning,
-        "CANDIDATES",
-        {name: {key: [*([0] if "BLOCK" in key else []), value] for key, value in chosen.items()}},
-    )
+    first = next(iter(chosen))
+    spilling = 2 * chosen[first]
+    candidates = {key: [*([0] if "BLOCK" in key else []), value] for key, value in chosen.items()}
+    candidates[first].append(spilling)
+    monkeypatch.setattr(head_tuning, "CANDIDATES", {name: candidates})
+    monkeypatch.setattr(head_tuning, "never_spills", lambda role, settings, *_: settings[role][first] != spilling)
     monkeypatch.setattr(head_tuning, "TUNED_CLASSES", {"plain": 40})
     monkeypatch.setattr(head_tuning, "TUNED_IMAGES", {name: 2 if name == "attend_image" else 9})
     monkeypatch.setattr(head_forms, "ViLUHead", functools.partial(ViLUHead, hidden=(24, 8)))
 
     def clock(run, *, cold):
-        """Each of the wished settings saves a second; a block of 0 compiles nowhere."""
+        """Each of the wished settings saves a second, the one that spills saves more; a block of 0 compiles nowhere."""
         current = dict(dict(fused.tuned(0, None))[name])
-        return [20.0 - sum(current[key] == value for key, value in chosen.items())]
+        return [20.0 - sum(current[key] == value for key, value in chosen.items()) - 5 * (current[first] == spilling)]
 
     monkeypatch.setattr(head_tuning, "gpu", clock)
     arch = str(fused.device_of(0)[0])
