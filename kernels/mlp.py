@@ -276,8 +276,9 @@ def tail(
     """Everything after the attention: grid (tiles of BLOCK_M images, STARTS[-1] programs).
 
     Programs STARTS[i] to STARTS[i + 1] are stage i. Stage 0 merges: for each image one program for its scores, then one
-    for every CHUNK columns. Stage i is layer i (layer i + 1 in the folded layout), a program for BLOCK_N outputs; the
-    last is the output layer. h (B, PLACES[-1]) holds layer i's outputs from PLACES[i - 1] on.
+    for every CHUNK columns, which reads BLOCK_S splits at once. Stage i is layer i (layer i + 1 in the folded layout),
+    a program for BLOCK_N outputs; the last is the output layer. h (B, PLACES[-1]) holds layer i's outputs from
+    PLACES[i - 1] on.
     state (slots, B, n_s) and sums (B, n_s, W) of `attend_*`; hidden (B, H) of `project`, where BLOCK_M > 1; out scores
     (4, B), index (B,), odds (B,) = prior · log((1 - max p) / max p), NaN where the image is not finite or has no class.
     With BLOCK_M > 1 the layers multiply on tensor cores, BLOCK_D columns at once in SLICES; else a warp holds rows of

@@ -16,7 +16,7 @@ taken, else one of "default". `python bench/head.py --tune` measures them on a G
     bytes, width       conditions: bytes of an element; the widest of D and the attention's values, at most
     projected, folded  conditions: projections or none; the folded layout or the plain one
     from               where the settings come from: the GPU, time, commit and date of a measurement, or "not timed"
-    TILE, BLOCK_*      tile sizes, LOW and RESIDENT: see the kernels
+    TILE, BLOCK_*      tile sizes; CHUNK, LOW and RESIDENT too are explained in the kernels
     SLICES             of BLOCK_D, one in each warp: see `slices` in softmax_state.py
     STAGES             loads in flight
     num_warps          warps of a program

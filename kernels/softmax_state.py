@@ -2,7 +2,7 @@
 
 Let s_j = v · t_j and x_j = logit_scale · s_j. CLIP's softmax p = softmax(x) has the state
 
-    m = max x,  index = argmax s (the lowest on ties),  best = max s
+    m = max x,  argmax s (the lowest index on ties),  best = max s
     r = Σ e^{x-m} over all rows but one that reaches m, so Σ e^{x-m} = 1 + r, and r is exact where p rounds to 1
     l2 = Σ e^{2(x-m)},  le = Σ e^{x-m} (x-m)
 
@@ -60,7 +60,7 @@ COUNTERS = tl.constexpr(plan.COUNTERS)
 
 
 class State(NamedTuple):
-    """CLIP's softmax state of every slot: each field has the shape of the slots, argmax is int32, the rest float32."""
+    """CLIP's softmax states (formulas above): tensors of one shape, argmax int32, the others float32."""
 
     m: tl.tensor
     r: tl.tensor
@@ -71,24 +71,24 @@ class State(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-    """The attention's softmax state of every slot: the largest logit and Σ e^{logit - ma}, float32."""
+    """The attention's softmax states: ma the largest logit, la = Σ e^{logit - ma}; float32 tensors of one shape."""
 
     ma: tl.tensor
     la: tl.tensor
 
 
 @triton.jit
-def empty_state(SLOTS: tl.constexpr) -> State:
-    """The state of no rows, for slots of this shape."""
-    zero = tl.zeros(SLOTS, tl.float32)
-    best = tl.full(SLOTS, float("-inf"), tl.float32)
-    return State(tl.full(SLOTS, LOWEST, tl.float32), zero, zero, zero, best, tl.full(SLOTS, FAR, tl.int32))
+def empty_state(SHAPE: tl.constexpr) -> State:
+    """States of no rows, in this shape."""
+    zero = tl.zeros(SHAPE, tl.float32)
+    best = tl.full(SHAPE, float("-inf"), tl.float32)
+    return State(tl.full(SHAPE, LOWEST, tl.float32), zero, zero, zero, best, tl.full(SHAPE, FAR, tl.int32))
 
 
 @triton.jit
-def empty_attention(SLOTS: tl.constexpr) -> AttentionState:
-    """The attention's state of no rows, for slots of this shape."""
-    return AttentionState(tl.full(SLOTS, LOWEST, tl.float32), tl.zeros(SLOTS, tl.float32))
+def empty_attention(SHAPE: tl.constexpr) -> AttentionState:
+    """The attention's states of no rows, in this shape."""
+    return AttentionState(tl.full(SHAPE, LOWEST, tl.float32), tl.zeros(SHAPE, tl.float32))
 
 
 @triton.jit
@@ -268,7 +268,7 @@ def relu(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def update(state: State, s: tl.tensor, row: tl.tensor, live: tl.tensor, logit_scale: tl.tensor) -> State:
-    """The state after one more similarity s [N], of class `row` [N], in every slot that is live."""
+    """The states after one more similarity s [N], of class `row` [N], in those that are live [N]."""
     better = live & (s > state.best)
     best = tl.where(better, s, state.best)
     argmax = tl.where(better, row, state.argmax)
@@ -307,7 +307,7 @@ def _merge_two(
 
 @triton.jit
 def merge(state: State, attention: AttentionState) -> tl.tensor:
-    """One State and one AttentionState from those of N slots, in one exchange between warps."""
+    """One State and one AttentionState from N of each, in one exchange between warps."""
     m, r, l2, le, best, argmax = state
     ma, la = attention
     if INTERPRETED:  # it would call `_merge_two` for every pair, from Python
@@ -330,8 +330,8 @@ def merge(state: State, attention: AttentionState) -> tl.tensor:
 
 @triton.jit
 def load_state(state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """CLIP's part of one state from those at `place` [N], slots of n numbers each."""
-    slots = State(
+    """One state of CLIP's from those at `place` [N] in scratch, slots of n numbers each."""
+    states = State(
         tl.load(state + MAX * n + place, mask, LOWEST),
         tl.load(state + REST * n + place, mask, 0.0),
         tl.load(state + SQUARES * n + place, mask, 0.0),
@@ -339,13 +339,13 @@ def load_state(state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor
         tl.load(state + BEST * n + place, mask, float("-inf")),
         tl.where(mask, tl.load(state + INDEX * n + place, mask, 0.0).to(tl.int32, bitcast=True), FAR),
     )
-    merged, _ = merge(slots, empty_attention(place.shape))
+    merged, _ = merge(states, empty_attention(place.shape))
     return merged
 
 
 @triton.jit
 def store_state(state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor, b_state: State) -> None:
-    """Write CLIP's part of states to slots of n numbers each, at `place`."""
+    """Write CLIP's states to scratch, slots of n numbers each, at `place`."""
     tl.store(state + MAX * n + place, b_state.m, mask)
     tl.store(state + REST * n + place, b_state.r, mask)
     tl.store(state + SQUARES * n + place, b_state.l2, mask)
@@ -358,6 +358,6 @@ def store_state(state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tenso
 def store_attention(
     state: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor, b_attention: AttentionState
 ) -> None:  # fmt: skip
-    """Write the attention's part of states to slots of n numbers each, at `place`."""
+    """Write the attention's states to scratch, slots of n numbers each, at `place`."""
     tl.store(state + ATTENTION_MAX * n + place, b_attention.ma, mask)
     tl.store(state + ATTENTION_SUM * n + place, b_attention.la, mask)

@@ -93,7 +93,7 @@ def _score_pairs(
 
 @triton.jit
 def _spread(x: tl.tensor) -> tl.tensor:
-    """Numbers of the rows of a tile, [BLOCK_M] or [BLOCK_M, BLOCK_N], as they meet the tile."""
+    """Numbers of the rows of a tile, [BLOCK_M] or [BLOCK_M, BLOCK_N] of equal columns, as a shape that meets it."""
     return x[:, None] if len(x.shape) == 1 else x
 
 
@@ -189,7 +189,7 @@ def attend_tile(
     # Slices are added where a warp has all columns of a row: with a state for every column no warp asks another.
     # Without slices a state is [BLOCK_M]: as [BLOCK_M, 1], the layout of a product would hold each number twice.
     COLUMNS: tl.constexpr = SLICES > 1
-    SLOTS: tl.constexpr = (BLOCK_M, BLOCK_N) if COLUMNS else (BLOCK_M,)
+    SHAPE: tl.constexpr = (BLOCK_M, BLOCK_N) if COLUMNS else (BLOCK_M,)
     c_w = tl.arange(0, BLOCK_W)
     b = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_b = b < B
@@ -212,8 +212,8 @@ def attend_tile(
         if QUERY:
             b_u, b_low = _round_tiles(_load_tiles(p_u[:, None], m_b, D, BLOCK_D), dtype)
 
-    b_state = empty_state(SLOTS)
-    b_attention = empty_attention(SLOTS)
+    b_state = empty_state(SHAPE)
+    b_attention = empty_attention(SHAPE)
     b_sum = ()
     for i in tl.static_range(NW):
         b_sum = b_sum + (tl.zeros((BLOCK_M, BLOCK_W), tl.float32),)
