@@ -23,6 +23,7 @@ import triton.language as tl
 from vilu.kernels.softmax_state import (
     LOWEST,
     AttentionState,
+    aligned,
     clear_counters,
     empty_attention,
     empty_state,
@@ -57,7 +58,7 @@ def _project_rows(
         b_y = tile_dot(b_y, v + b * D, m_b, w + o * D, m_o, D, BLOCK_D, STAGES, SLICES)
     if BIAS:
         b_y += tl.load(bias + o, m_o, 0.0).to(tl.float32)[None, :]
-    tl.store(y + b[:, None] * ((N_OUT + 15) // 16 * 16) + o[None, :], b_y, m_b[:, None] & m_o[None, :])
+    tl.store(y + b[:, None] * aligned(N_OUT) + o[None, :], b_y, m_b[:, None] & m_o[None, :])
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -70,9 +71,9 @@ def project(
     """u = query_map v where QUERY, and hidden = W_1v v + b_1 where IMAGE.
 
     Grid (tiles of BLOCK_M images, tiles of BLOCK_N outputs of u, then of hidden). v (B, D); query (D, D); u (B, D) and
-    hidden (B, H) float32, rows at multiples of 16. BLOCK_M = 1 multiplies whole rows without tensor cores.
-    ROWS, for `score_tile`, its BLOCK_M: v, then u go to x (see there) in the weights' type, each padded to a multiple
-    of ROWS rows; the first programs copy v.
+    hidden (B, H) float32, rows `aligned`. BLOCK_M = 1 multiplies whole rows without tensor cores.
+    ROWS is the BLOCK_M of a `score_tile` that follows, else 0. For it v and then u go to its x, in the weights' type
+    and each padded to a multiple of ROWS rows; the grid's first programs copy v.
     """
     start_dependents(PDL)
     b = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,7 +84,7 @@ def project(
     NQ: tl.constexpr = NV + ((D + BLOCK_N - 1) // BLOCK_N if QUERY else 0)
     y = u
     if ROWS:
-        DP: tl.constexpr = (D + 15) // 16 * 16
+        DP: tl.constexpr = aligned(D)
         p_x = x.to(tl.pointer_type(packed.dtype.element_ty), bitcast=True)
         y = p_x + tl.cdiv(B, ROWS).to(tl.int64) * ROWS * DP
         if i_n < NV:
@@ -113,7 +114,7 @@ def attend_image(
     """One image per program: grid (images, splits). A tile of the class set has TILE elements.
 
     v (B, D); t (K, D); query: keys (K, D) when FOLDED; attended (K, W) when FOLDED; offsets (B + 1,) when RAGGED;
-    u (B, D) float32; out state (slots, B, splits) and sums (B, splits, W) float32, rows at multiples of 16.
+    u (B, D) float32; out state (slots, B, splits) and sums (B, splits, W) float32, rows of u and sums `aligned`.
     Every row slot of a tile keeps a state of its own, and they merge once at the end. Tiles are [BLOCK, chunks, L] (see
     `row_tile`). The counters (B, COUNTERS) are zeroed for `tail`.
     """
@@ -150,7 +151,7 @@ def attend_image(
         clear_counters(counters, i_b + tl.arange(0, 1), tl.arange(0, 1) == 0)
     b_u = b_v
     if QUERY:
-        b_u = row_tile(u + i_b * ((D + 15) // 16 * 16) + 0 * slot, slot >= 0, D, L)
+        b_u = row_tile(u + i_b * aligned(D) + 0 * slot, slot >= 0, D, L)
 
     b_state = empty_state((BLOCK,))
     b_attention = empty_attention((BLOCK,))
@@ -185,4 +186,4 @@ def attend_image(
         store_attention(state, place, n_b * n_s, True, attention)
         total = tl.sum(b_sum * tl.exp(b_attention.ma - attention.ma)[:, None, None], 0)  # [WP / LW, LW]
         w = tl.arange(0, WP // LW)[:, None] * LW + tl.arange(0, LW)[None, :]
-        tl.store(sums + place * ((W + 15) // 16 * 16) + w, total, w < W)
+        tl.store(sums + place * aligned(W) + w, total, w < W)

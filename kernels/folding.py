@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vilu.head import LOWEST_LOG_ODDS, ViLUHead, log_odds
-from vilu.kernels.plan import Variant
+from vilu.kernels.plan import Variant, aligned
 
 BLOCK_ROWS = 2048  # 4 MB of float32 rows at D = 512
 FAR = -1e4  # stands for -infinity: e^FAR is 0 in every type, and 0 · FAR is 0, not NaN
@@ -158,7 +158,7 @@ class FoldedHead(nn.Module):
         The order is W_1v, W_1p, W_1a W_V, b_1, then weight and bias of every later layer. Each weight starts at a
         multiple of 16 elements, so that the kernels can load 128 bits at once. An absent weight takes no room.
         """
-        sizes = [0 if m is None else -(-m.numel() // 16) * 16 for m in self._matrices()]
+        sizes = [0 if m is None else aligned(m.numel()) for m in self._matrices()]
         return tuple(sum(sizes[:i]) for i in range(len(sizes)))
 
     def _pack(self) -> Tensor:

@@ -22,6 +22,7 @@ from vilu.kernels.softmax_state import (
     LOWEST,
     AttentionState,
     State,
+    aligned,
     clear_counters,
     dot,
     empty_state,
@@ -80,7 +81,7 @@ def score_tile(
 
     The first half of the programs multiplies v with t, for CLIP's state; the second half u with t (v with the keys in
     the folded layout, v with t without projections), for the attention's state, weights and bases.
-    B and K are rounded up to whole tiles in x (2, B, D), v and u in t's type, rows at multiples of 16 (`project`), and
+    B and K are rounded up to whole tiles in x (2, B, D), v and u in t's type, rows `aligned` (`project`), and
     in what goes out: weights (K / BLOCK_N, B, BLOCK_N) in t's type, 0 beyond K, and bases (K / BLOCK_N, B) float32.
     state is as in `attend_tile`.
     """
@@ -88,7 +89,7 @@ def score_tile(
     QUERY: tl.constexpr = PROJECTED and not FOLDED
     dtype: tl.constexpr = t.dtype.element_ty
     ND: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    DP: tl.constexpr = (D + 15) // 16 * 16
+    DP: tl.constexpr = aligned(D)
     tiles = tl.num_programs(0) // 2
     attends = tl.program_id(0) >= tiles
     i_m = (tl.program_id(0) % tiles).to(tl.int64)
@@ -204,5 +205,5 @@ def sum_tile(
             acc = acc * _exp2(f)[:, None]
     b = i_m + c_m
     m_b = b < B
-    p_o = sums + (b * n_s + i_s)[:, None] * ((W + 15) // 16 * 16) + o[None, :]
+    p_o = sums + (b * n_s + i_s)[:, None] * aligned(W) + o[None, :]
     tl.store(p_o, acc, m_b[:, None] & m_o[None, :])

@@ -28,6 +28,7 @@ from vilu.kernels.softmax_state import (
     LEAST_ODDS,
     LOWEST,
     State,
+    aligned,
     dot,
     load_state,
     relu,
@@ -136,7 +137,7 @@ def _combine(
 ) -> None:  # fmt: skip
     """Columns o [CHUNK] of h_1 where FIRST_LAYER, after the image's share b_h; else of t_pred and z."""
     W: tl.constexpr = H if FIRST_LAYER else D
-    WS: tl.constexpr = (W + 15) // 16 * 16
+    WS: tl.constexpr = aligned(W)
     m_o = o < W
     split = tl.arange(0, MAX_SPLITS)
     m_s = split < n_s
@@ -182,7 +183,7 @@ def _first_layer(
     BLOCK_D: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Outputs o of h_1 in the plain layout, for BLOCK_M images from b on."""
-    IN: tl.constexpr = (D + 15) // 16 * 16
+    IN: tl.constexpr = aligned(D)
     m_o = o < H
     bias = tl.load(packed + OFFSETS[3] + o, m_o, 0.0).to(tl.float32)
     if BLOCK_M > 1:
@@ -313,7 +314,7 @@ def tail(
                         b_h = _image_product(b_h, v, packed, OFFSETS[0], i_b, o, o < H, D)
                 wait_for_inputs(PDL)
                 if FIRST_LAYER and IMAGE and BLOCK_M > 1:
-                    b_h += tl.load(hidden + i_b * ((H + 15) // 16 * 16) + o, o < H, 0.0)
+                    b_h += tl.load(hidden + i_b * aligned(H) + o, o < H, 0.0)
                 _combine(
                     t, predicted, state, sums, t_pred, z, h, b_h, i_b, o, begin, K, B, n_s, D, H, HS, PREDICTED,
                     ATTENDED, FIRST_LAYER, MAX_SPLITS, BLOCK_S,

@@ -217,22 +217,22 @@ def plan_launches(
         kernels.append(replace(kernel, grid=grid))
     sizes = {
         "state": B * splits * len(STATE_SLOTS),
-        "sums": B * splits * _aligned(variant.value_dim),
-        "u": B * _aligned(variant.dim) * (variant.needs_query and not large),
-        "hidden": B * _aligned(variant.widths[0]),
-        "t_pred": B * _aligned(variant.dim) * (not variant.first_layer_in_combine),
-        "z": B * _aligned(variant.dim) * (not variant.first_layer_in_combine),
+        "sums": B * splits * aligned(variant.value_dim),
+        "u": B * aligned(variant.dim) * (variant.needs_query and not large),
+        "hidden": B * aligned(variant.widths[0]),
+        "t_pred": B * aligned(variant.dim) * (not variant.first_layer_in_combine),
+        "z": B * aligned(variant.dim) * (not variant.first_layer_in_combine),
         "odds": B,
         "h": B * _places(variant.widths)[-1],
         "counters": B * COUNTERS,
     }
     # Of 16-bit numbers, two in each of float32, for whole tiles of images and of the class set.
     images, columns = tiles // 2 * chosen[role].get("BLOCK_M", 0) * large, -(-K // block)
-    sizes |= {"x": images * _aligned(variant.dim), "weights": images * columns * block // 2, "bases": images * columns}
+    sizes |= {"x": images * aligned(variant.dim), "weights": images * columns * block // 2, "bases": images * columns}
     regions, scratch = [], 0
     for name, size in sizes.items():
         regions.append((name, scratch))
-        scratch += _aligned(size)
+        scratch += aligned(size)
     return Plan(tuple(kernels), splits, scratch, tuple(regions))
 
 
@@ -269,7 +269,7 @@ def _starts(variant: Variant, constants: dict[str, int]) -> tuple[int, ...]:
 
 def _places(widths: tuple[int, ...]) -> tuple[int, ...]:
     """Where each hidden layer's outputs start in a row of h, and the length of the row."""
-    return tuple(itertools.accumulate(map(_aligned, widths[:-1]), initial=0))
+    return tuple(itertools.accumulate(map(aligned, widths[:-1]), initial=0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -326,7 +326,8 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _aligned(n: int) -> int:
+def aligned(n: int) -> int:
+    """n rounded up to a multiple of 16. Rows of n numbers lie so far apart in scratch, for loads of 128 bits."""
     return -(-n // 16) * 16
 
 

@@ -57,6 +57,7 @@ FAR = tl.constexpr(0x7FFFFFFF)
 LEAST_ODDS = tl.constexpr(math.exp(LOWEST_LOG_ODDS))
 
 COUNTERS = tl.constexpr(plan.COUNTERS)
+aligned = triton.constexpr_function(plan.aligned)
 
 
 class State(NamedTuple):

@@ -17,6 +17,7 @@ from vilu.kernels.softmax_state import (
     LOWEST,
     AttentionState,
     State,
+    aligned,
     clear_counters,
     columns,
     dot,
@@ -198,7 +199,7 @@ def attend_tile(
     hi = tl.minimum(lo + share, K)
 
     p_v = v + b * D
-    p_u = u + b * ((D + 15) // 16 * 16) if QUERY else p_v
+    p_u = u + b * aligned(D) if QUERY else p_v
     if QUERY:  # else last, as in `attend_image`
         wait_for_inputs(PDL)
     if i_s == 0:
@@ -263,5 +264,5 @@ def attend_tile(
         store_attention(state, p_s, n, m_s, b_attention)
     for i in tl.static_range(NW):
         o = i * BLOCK_W + c_w
-        p_o = sums + place[:, None] * ((W + 15) // 16 * 16) + o[None, :]
+        p_o = sums + place[:, None] * aligned(W) + o[None, :]
         tl.store(p_o, b_sum[i], m_b[:, None] & (o < W)[None, :])
