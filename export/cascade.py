@@ -45,6 +45,9 @@ ESCALATION_SECONDS = 20.0  # below the 30 s that a client waits
 WAITING = 48
 # Multiply-adds of an image, some 10 ms on a core, below which more threads cost a busy server more than they save.
 SMALL = 500_000_000
+# Multiply-adds of an image, less than a ms on a core, below which a tower takes one thread, and in float32 runs on ONNX
+# Runtime's own provider: where a batch has another size than the one before, OpenVINO takes some 0.4 ms more.
+TINY = 100_000_000
 # Niceness of what computes for every image, the decoder and the first tower; stages between it and the last have a part
 # of it. An image that goes on has waited longest, so it goes first.
 FIRST_NICE = 10
@@ -106,6 +109,10 @@ def export_cascade(
             options["cache"] = towers  # a stage may be written in more than one precision
 
         def write_stage(number: int, **more: Any) -> dict[str, Any]:
+            asked = options | more
+            on_cpu = asked.get("device", "cpu") == "cpu" and asked.get("precision") == "float32"
+            if on_cpu and asked.get("provider") is None and multiply_adds(clips[number]) < TINY:
+                asked["provider"] = "cpu"
             return write(
                 checkpoints[number],
                 root / f".stage{number + 1}",
@@ -115,8 +122,7 @@ def export_cascade(
                 limits=limits,
                 on_measured=partial(measured.__setitem__, number),
                 progress=_named(progress, number + 1, len(checkpoints)),
-                **options,
-                **more,
+                **asked,
             )
 
         reports = [write_stage(number) for number in range(len(checkpoints))]
@@ -274,9 +280,9 @@ def _share_cores(root: Path, clips: Sequence[Clip]) -> None:
         nice = str(FIRST_NICE * (len(clips) - number) // (len(clips) - 1))
         # A thread that is tied to a core waits for another tower's there, and its own tower's others for it.
         shared = {"nice": nice, "pin_threads": "no"}
-        if multiply_adds(clip) < SMALL:
-            threads = int(given["intra_op_thread_count"].string_value)
-            shared["intra_op_thread_count"] = str(max(1, threads // len(clips)))
+        size, threads = multiply_adds(clip), int(given["intra_op_thread_count"].string_value)
+        if size < SMALL:
+            shared["intra_op_thread_count"] = str(1 if size < TINY else max(1, threads // len(clips)))
         _set_parameters(tower, shared)
         _set_parameters(root / f"{_prefix(number)}clip_text", {"nice": str(FIRST_NICE + TEXT_NICE)})  # it waits for all
         if number == 1:

@@ -18,6 +18,7 @@ from vilu.cli.export import export_command
 from vilu.cli.info import info_command
 from vilu.clip import Clip
 from vilu.export import auto, export, versions
+from vilu.export import cascade as cascades
 from vilu.export.cascade import STAGE_MODELS, export_cascade
 from vilu.export.checks import OverBudgetError
 from vilu.export.measure import Measured
@@ -58,7 +59,7 @@ def test_the_repository_is_that_of_the_first_stage_and_more(cascade, repository)
 
 
 def test_the_towers_share_the_cores(cascade, repository):
-    """No tower's threads are tied to a core, small ones take half of the cores each, and later stages come first."""
+    """No tower's threads are tied to a core, tiny ones take one thread and no OpenVINO, and later stages come first."""
     alone = load_config(repository / "clip_image" / "config.pbtxt").parameters
     assert "pin_threads" not in alone
     assert "nice" not in load_config(repository / "preprocess" / "config.pbtxt").parameters
@@ -69,8 +70,25 @@ def test_the_towers_share_the_cores(cascade, repository):
         if not name.endswith("clip_image"):
             continue
         assert tower["pin_threads"].string_value == "no"
-        threads = [int(one["intra_op_thread_count"].string_value) for one in (tower, alone)]
-        assert threads[0] == max(1, threads[1] // 2)
+        assert tower["intra_op_thread_count"].string_value == "1"
+        # This fixture's first stage is the export of one model alone, which is served by OpenVINO where it is there.
+        served = "cpu" if name.startswith("stage2") else alone["provider"].string_value
+        assert tower["provider"].string_value == served
+
+
+@pytest.mark.parametrize(("size", "threads"), [(99_999_999, "1"), (100_000_000, "4"), (500_000_000, "8")])
+def test_larger_towers_take_more_threads(tmp_path, monkeypatch, size, threads):
+    monkeypatch.setattr(cascades, "multiply_adds", lambda _: size)
+    for name in ("clip_image", "clip_text", "preprocess"):
+        for prefix in ("", "stage2_"):
+            folder = tmp_path / f"{prefix}{name}"
+            folder.mkdir()
+            text = 'parameters { key: "intra_op_thread_count" value { string_value: "8" } }' if "clip" in name else ""
+            (folder / "config.pbtxt").write_text(text)
+    cascades._share_cores(tmp_path, (None, None))
+    for name in ("clip_image", "stage2_clip_image"):
+        given = load_config(tmp_path / name / "config.pbtxt").parameters
+        assert given["intra_op_thread_count"].string_value == threads
 
 
 def test_one_decoding_gives_every_size():

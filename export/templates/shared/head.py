@@ -37,8 +37,6 @@ class Part(NamedTuple):
 
 
 class Head:
-    TALLY = sets.Tally
-
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
@@ -52,7 +50,7 @@ class Head:
             int(args["model_version"]),
         )
         self.store = sets.Store(sets.folder_of(args), self.default, self.parameters["fingerprint"])
-        self.tally = self.TALLY(args)
+        self.tally = sets.Tally(args)
         given = self.parameters.get("outlier_threshold")
         self.outlier_threshold = None if given is None else np.float32(given)
 

@@ -247,13 +247,9 @@ class Tally:
             made = [histogram.Metric(labels=labels, buckets=list(self.BUCKETS))]
             self.metrics[name] = [*made, *(family.Metric(labels=labels) for family in counters)]
         histogram, answers, rejected = self.metrics[name]
-        self.observe(histogram, failure.ravel().tolist())
+        for value in failure.ravel().tolist():
+            histogram.observe(value)
         answers.increment(failure.size)
         refused = int(accept.size - np.count_nonzero(accept))
         if refused:
             rejected.increment(refused)
-
-    def observe(self, histogram: Any, values: list[float]) -> None:
-        """Put failure probabilities into a histogram."""
-        for value in values:
-            histogram.observe(value)

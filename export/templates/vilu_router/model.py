@@ -140,34 +140,6 @@ class Escalations:
             self.metrics[key].increment(by)
 
 
-class LaterTally(sets.Tally):
-    """Puts failure probabilities into the histogram in a thread, milliseconds later.
-
-    The server takes about 0.2 ms for each, and the router would answer nobody meanwhile.
-    """
-
-    def __init__(self, args: dict[str, str]) -> None:
-        super().__init__(args)
-        self.later: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._observe, daemon=True)
-        self.thread.start()
-
-    def observe(self, histogram: Any, values: list[float]) -> None:
-        self.later.put((histogram, values))
-
-    def _observe(self) -> None:
-        while (item := self.later.get()) is not None:
-            try:
-                super().observe(*item)
-            except Exception as error:  # one value does not end the thread that puts in all of them
-                pb_utils.Logger.log_error(f"a failure probability was not counted: {error}")
-
-    def close(self) -> None:
-        """Put in what waits, for at most a second."""
-        self.later.put(None)
-        self.thread.join(1.0)
-
-
 class Details:
     """The response to a request for details, which a thread sends, or the deadline in its place."""
 
@@ -188,8 +160,6 @@ class Details:
 
 
 class TritonPythonModel(head.Head):
-    TALLY = LaterTally
-
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
         self.threshold = float(self.parameters["cascade_threshold"])
@@ -410,7 +380,6 @@ class TritonPythonModel(head.Head):
             reply.send(sets.error_response(error))
 
     def finalize(self) -> None:
-        self.tally.close()
         self.deadlines.put(None)
         for pool in (self.pool, *self.details_pools):
             pool.shutdown(wait=False, cancel_futures=True)
