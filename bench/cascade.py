@@ -141,8 +141,8 @@ def pair(clips: Sequence[Clip], images: Sequence[bytes]) -> list[Checkpoint]:
 def add_models(root: Path) -> None:
     """Add `large`, the last stage alone, and `calls`, the cascade by calls, to a cascade's repository.
 
-    `large` has a decoder and a tower of its own, which share the cores with no other stage: as `vilu export` writes them
-    without a cascade.
+    `large` has a decoder and a tower of its own, which share the cores with no other stage: as `vilu export` writes
+    them without a cascade.
     """
     router = load_config(root / "vilu_router" / CONFIG)
     second = json.loads(router.parameters["stages"].string_value)[1]
