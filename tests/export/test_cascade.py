@@ -5,7 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_larger_towers_take_more_threads(tmp_path, monkeypatch, size, threads):
             folder.mkdir()
             text = 'parameters { key: "intra_op_thread_count" value { string_value: "8" } }' if "clip" in name else ""
             (folder / "config.pbtxt").write_text(text)
-    cascades._share_cores(tmp_path, (None, None))
+    cascades._share_cores(tmp_path, cast(Any, (None, None)))
     for name in ("clip_image", "stage2_clip_image"):
         given = load_config(tmp_path / name / "config.pbtxt").parameters
         assert given["intra_op_thread_count"].string_value == threads

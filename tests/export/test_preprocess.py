@@ -98,7 +98,7 @@ def test_few_images_are_kept_and_none_where_one_size_is_all(make, monkeypatch):
 
 
 def test_a_cascade_decodes_at_a_low_priority(make, monkeypatch):
-    by = []
+    by: list[int] = []
     monkeypatch.setattr("os.nice", by.append)
     make("exact")
     make("exact", nice="10")
