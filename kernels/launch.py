@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,14 @@ class Gpu:
         from cuda.bindings import driver
 
         self._driver = driver
-        try:
-            answer = driver.cuInit(0)
-        except RuntimeError as error:  # cuda-bindings found no libcuda
-            raise LaunchError(f"no NVIDIA driver: {error}") from None
-        self._ask(answer)
+        self._ask(driver.cuInit, 0)
         self.device = device
-        handle = self._ask(driver.cuDeviceGet(device))
-        self._context = self._ask(driver.cuDevicePrimaryCtxRetain(handle))
+        handle = self._ask(driver.cuDeviceGet, device)
+        self._context = self._ask(driver.cuDevicePrimaryCtxRetain, handle)
         self.use()
         names = driver.CUdevice_attribute
         major, minor, self.multiprocessors = (
-            self._ask(driver.cuDeviceGetAttribute(name, handle))
+            self._ask(driver.cuDeviceGetAttribute, name, handle)
             for name in (
                 names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                 names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -53,39 +49,39 @@ class Gpu:
             )
         )
         self.arch = major * 10 + minor
-        self._stream = self._ask(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
+        self._stream = self._ask(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
 
     def use(self) -> None:
         """Make this GPU the calling thread's."""
-        self._ask(self._driver.cuCtxSetCurrent(self._context))
+        self._ask(self._driver.cuCtxSetCurrent, self._context)
 
     def allocate(self, size: int) -> int:
-        return int(self._ask(self._driver.cuMemAlloc(size)))
+        return int(self._ask(self._driver.cuMemAlloc, size))
 
     def free(self, address: int) -> None:
-        self._ask(self._driver.cuMemFree(address))
+        self._ask(self._driver.cuMemFree, address)
 
     def write(self, address: int, data: bytes) -> None:
         """Copy from the host and wait for it."""
-        self._ask(self._driver.cuMemcpyHtoD(address, data, len(data)))
+        self._ask(self._driver.cuMemcpyHtoD, address, data, len(data))
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy on the stream; each address may be of this GPU, of another or of the host."""
-        self._ask(self._driver.cuMemcpyAsync(target, source, size, self._stream))
+        self._ask(self._driver.cuMemcpyAsync, target, source, size, self._stream)
 
     def zero(self, address: int, numbers: int) -> None:
         """Write this many 32-bit zeros, on the stream."""
-        self._ask(self._driver.cuMemsetD32Async(address, 0, numbers, self._stream))
+        self._ask(self._driver.cuMemsetD32Async, address, 0, numbers, self._stream)
 
     def synchronize(self) -> None:
-        self._ask(self._driver.cuStreamSynchronize(self._stream))
+        self._ask(self._driver.cuStreamSynchronize, self._stream)
 
     def load(self, code: bytes, symbol: str, shared: int) -> Any:
         """The kernel `symbol` of a cubin or of PTX, allowed its shared memory (beyond 48 KiB a kernel has to ask)."""
-        module = self._ask(self._driver.cuModuleLoadData(code))
-        function = self._ask(self._driver.cuModuleGetFunction(module, symbol.encode()))
+        module = self._ask(self._driver.cuModuleLoadData, code)
+        function = self._ask(self._driver.cuModuleGetFunction, module, symbol.encode())
         wish = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self._ask(self._driver.cuFuncSetAttribute(function, wish, shared))
+        self._ask(self._driver.cuFuncSetAttribute, function, wish, shared)
         return function
 
     def launch(
@@ -113,10 +109,18 @@ class Gpu:
             value.programmaticStreamSerializationAllowed = 1
             attribute.value = value
             config.attrs, config.numAttrs = [attribute], 1
-        self._ask(driver.cuLaunchKernelEx(config, function, (tuple(values), tuple(kinds)), 0))
+        self._ask(driver.cuLaunchKernelEx, config, function, (tuple(values), tuple(kinds)), 0)
 
-    def _ask(self, answer: tuple[Any, ...]) -> Any:
-        code, *values = answer
+    def _ask(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
+        try:
+            code, *values = function(*arguments)
+        except RuntimeError as error:  # cuda-bindings found no libcuda, or no such function in it
+            raise LaunchError(f"no NVIDIA driver, or one too old: {error}") from None
+        except (
+            KeyError,
+            ValueError,
+        ) as error:  # a code newer than cuda-bindings
+            raise LaunchError(f"CUDA: {function.__name__}: {error}") from None
         if int(code):
             text = self._driver.cuGetErrorString(code)[1]  # None for a code newer than this driver
             raise LaunchError(f"CUDA: {text.decode() if text else f'error {int(code)}'}")

@@ -186,6 +186,9 @@ def test_no_build_another_format_another_gpu_no_driver(tmp_path, root, folded, m
     )  # a code that the driver has no text for
     with pytest.raises(LaunchError, match="CUDA: error 100"):
         Gpu()
+    monkeypatch.setattr(cuda_driver, "cuInit", lambda flags: (driver.CUresult(12345),))  # as the real bindings end
+    with pytest.raises(LaunchError, match=r"CUDA: .*12345 is not a valid CUresult"):
+        Gpu()
     if not torch.cuda.is_available():
         monkeypatch.setattr(cuda.bindings, "driver", driver)
         with pytest.raises(LaunchError, match=r"no NVIDIA driver|CUDA: no"):
