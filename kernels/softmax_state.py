@@ -229,6 +229,14 @@ def sum_slices(part: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _wait_for_product(acc: tl.tensor) -> tl.tensor:
+    """acc, as a value that Triton has to wait for."""
+    if INTERPRETED:
+        return acc
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def tile_dot(
     acc: tl.tensor, p_x: tl.tensor, m_x: tl.tensor, p_w: tl.tensor, m_w: tl.tensor,
     N_IN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr, LOW: tl.constexpr = False,
@@ -249,6 +257,10 @@ def tile_dot(
             acc = dot(b_x.to(dtype), b_w, acc)
             if LOW:
                 acc = dot(remainder(b_x, dtype), b_w, acc)
+            if acc.shape[0] >= 64 and p_x.dtype.element_ty != dtype:
+                # A wgmma, which Triton takes from 64 rows on, reads converted numbers from registers; Triton 3.6 would
+                # write the next ones there while it still does (triton-lang/triton#9433).
+                acc = _wait_for_product(acc)
     else:
         part = tl.zeros((SLICES, acc.shape[0], acc.shape[1]), tl.float32)
         for k in tl.range(0, N_IN, BLOCK_D, num_stages=STAGES):

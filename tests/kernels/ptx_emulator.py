@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.kernels.ptx_wgmma import LANES, Product, RaceError, WarpGroupProducts
+from tests.kernels.ptx_wgmma import LANES, Fences, Product, RaceError, WarpGroupProducts
 
 BASE = 1 << 32  # the address where global memory starts
 NAN_BYTE = 0xFF
@@ -190,7 +190,7 @@ class Block:
         self.shared = np.full(max(shared, 16), NAN_BYTE, np.uint8)
         self.pending = np.zeros(len(self.shared), bool)  # a cp.async is on its way to these bytes
         self.read_by_products = np.zeros(len(self.shared), np.int64)
-        self.unfenced = np.full(len(self.shared), -1)  # the warp that wrote it without a proxy fence
+        self.fences = Fences(len(self.shared))
         self.tracker = Tracker(len(self.shared))
         self.warps = [Warp(kernel, self, i) for i in range(kernel.threads // 32)]
 
@@ -263,6 +263,7 @@ class Kernel(WarpGroupProducts):
             elif any(warp.waits for warp in block.warps):
                 assert all(warp.waits for warp in block.warps), "a warp waits at a barrier that another never reaches"
                 block.epoch += 1
+                block.fences.barrier()
                 self.idle = 0
                 known = np.max([warp.clock for warp in block.warps], 0)
                 for warp in block.warps:
@@ -501,7 +502,7 @@ class Kernel(WarpGroupProducts):
         if space == "shared":
             places = self._touch_shared(warp, addresses, size, rows)
             warp.block.shared[places] = rows
-            warp.block.unfenced[places] = warp.number
+            warp.block.fences.write(places, warp.number)
             return
         for tensor, lanes, places in self._touch_global(warp, addresses, size, rows):
             self.memory.tensors[tensor][places] = rows[lanes]
@@ -576,7 +577,7 @@ class Kernel(WarpGroupProducts):
             def land():
                 block.pending[places] = False
                 self._scatter(warp, "shared", to, rows)
-                block.unfenced[places] = -1
+                block.fences.clear(places)
 
             warp.open_group.append(land)
 
@@ -630,7 +631,8 @@ class Kernel(WarpGroupProducts):
                     matrix = matrix.T
                 rows = np.ascontiguousarray(matrix).view(np.uint8).reshape(8, 16)
                 places = self._matrix_rows(warp, at, i, rows)
-                warp.block.shared[places], warp.block.unfenced[places] = rows, warp.number
+                warp.block.shared[places] = rows
+                warp.block.fences.write(places, warp.number)
 
         return step
 

@@ -7,7 +7,7 @@ computed at the wait, as late as it may. Each warp of the group computes its own
     to start a product on registers that were written since the last wgmma.fence
     to write bytes of shared memory that a product still reads (another warp's product: its wait and a barrier)
     to read bytes of which a cp.async has not landed, or that st.shared or stmatrix has written without
-        fence.proxy.async after it: a product reads through a proxy of its own
+        fence.proxy.async between: a product reads through a proxy of its own
 
 What cp.async has written counts as fenced when it has landed: CUTLASS's and Triton's pipelines for 9.0 put no proxy
 fence there.
@@ -39,6 +39,37 @@ class Product:
     sources: frozenset[str]
     places: np.ndarray
     land: Callable[[], None]
+
+
+class Fences:
+    """For which warps a byte of shared memory has been written with no proxy fence on the way to them.
+
+    The fence may be the writer's, before the barrier, or the reader's, after it: within a block either is on the way
+    (Lustig et al., Mixed-Proxy Extensions for the NVIDIA PTX Memory Consistency Model, ISCA 2022, section 5.4).
+    """
+
+    def __init__(self, size: int) -> None:
+        self.missing = np.zeros(size, np.int64)  # a bit for each warp
+        self.author, self.epoch = np.zeros((2, size), np.int64)
+        self.now = 0
+
+    def write(self, places: np.ndarray, warp: int) -> None:
+        self.missing[places], self.author[places], self.epoch[places] = -1, warp, self.now
+
+    def fence(self, warp: int) -> None:
+        """Of what this warp has written itself, or may read since a barrier."""
+        self.missing[(self.author == warp) | (self.epoch < self.now)] &= ~(1 << warp)
+
+    def barrier(self) -> None:
+        """What one warp has fenced by now is fenced for all."""
+        self.missing[self.missing != -1] = 0
+        self.now += 1
+
+    def clear(self, places: np.ndarray) -> None:
+        self.missing[places] = 0
+
+    def is_missing(self, places: np.ndarray, warp: int) -> bool:
+        return bool((self.missing[places] >> warp & 1).any())
 
 
 def targets_of(line: str) -> frozenset[str]:
@@ -80,8 +111,7 @@ class WarpGroupProducts:
         assert parts[1:3] == ["proxy", "async"], parts
 
         def step(warp, mask):
-            block = warp.block
-            block.unfenced[block.unfenced == warp.number] = -1
+            warp.block.fences.fence(warp.number)
 
         return step
 
@@ -140,7 +170,7 @@ class WarpGroupProducts:
             touched = np.unique(np.concatenate([x.ravel() for x in places]))
             bytes_ = (touched[:, None] + np.arange(2)).ravel()
             self._touch_shared(warp, touched, 2)
-            if (block.unfenced[bytes_] >= 0).any():
+            if block.fences.is_missing(bytes_, warp.number):
                 raise RaceError("shared memory written without fence.proxy.async after it")
             registers = [read(warp).copy() for read in a_reads] if in_registers else []
             keeps = operands[3] != "0" if adds is None else bool(adds(warp)[0])

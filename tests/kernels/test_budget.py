@@ -94,6 +94,18 @@ def test_products_of_large_batches_run_beside_their_warps(compiled, code):
     assert len(seen) >= 2
 
 
+def test_a_product_from_registers_is_waited_for_at_once(compiled):
+    """Else Triton 3.6 writes the next factor into the registers that the product still reads."""
+    seen = 0
+    for (head, name), done in compiled.items():
+        lines = re.findall(r"^\s*(wgmma\.(?:mma_async\S* \{[^}]*\}, .|wait_group\S* \d))", done.ptx, re.M)
+        for here, after in itertools.pairwise(lines):
+            if here.endswith("{") and "wait_group" in after:
+                assert after.endswith(" 0"), (head, name)
+                seen += 1
+    assert seen
+
+
 def test_kernels_fit_and_never_spill(compiled):
     for key, done in compiled.items():
         assert done.spilled == 0, key

@@ -1,7 +1,7 @@
 """The compiled kernels themselves, run by ptx_emulator.py: right answers in every order of events, and no race.
 
-Those that Triton gives wgmma or tensor memory (`attend_tile` in 16 bits on 9.0 and 10.0) are not among them; the same
-source compiled for 8.0 and 12.0 is. `score_tile` and `sum_tile` are in test_emulated_large.py.
+`attend_tile` in 16 bits uses wgmma on 9.0 in the plain layout, and mma.sync everywhere else. The kernels of large
+batches are in test_emulated_large.py.
 """
 
 import functools
@@ -27,18 +27,19 @@ from vilu.kernels.plan import plan_launches, tuned
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DIM = 64
+WIDE = 320  # several chunks, the last one ragged: loops over the width, which DIM leaves out
 
 
 @functools.cache
-def built(arch, dtype, layout, projection):
+def built(arch, dtype, layout, projection, dim=DIM):
     """A folded head, its settings, and name -> Compiled."""
-    folded = fold(make_head(DIM, projection=projection), unit_rows(70, DIM, 2).to(dtype), layout=layout)
+    folded = fold(make_head(dim, projection=projection), unit_rows(70, dim, 2).to(dtype), layout=layout)
     return folded, tuned(arch, folded.variant), functools.cache(dict(aot.variants(folded, arch, [dtype])).get)
 
 
 @functools.cache
-def compiled(arch, dtype, layout, projection, name):
-    _, _, make = built(arch, dtype, layout, projection)
+def compiled(arch, dtype, layout, projection, name, dim=DIM):
+    _, _, make = built(arch, dtype, layout, projection, dim)
     return make(name)()
 
 
@@ -67,8 +68,8 @@ def run_batch(arch, dtype, layout, projection, v, *, seed=0, multiprocessors=3, 
     only: one kernel to run; change: kernel -> its PTX; options: `offsets` of a class set per image,
     and `at_once` of `Kernel.run`.
     """
-    offsets, at_once = options.get("offsets"), options.get("at_once", 0)
-    folded, settings, make = built(arch, dtype, layout, projection)
+    offsets, at_once, dim = options.get("offsets"), options.get("at_once", 0), v.shape[1]
+    folded, settings, make = built(arch, dtype, layout, projection, dim)
     plan = plan_launches(
         folded.variant, len(v), len(folded.text_embeddings), ragged=offsets is not None, settings=settings,
         multiprocessors=multiprocessors, pdl=arch >= 90,
@@ -80,7 +81,7 @@ def run_batch(arch, dtype, layout, projection, v, *, seed=0, multiprocessors=3, 
     for place, kernel in enumerate(plan.kernels):
         if only in (None, kernel.name):
             name = kernel.name if make(kernel.name) else f"{kernel.name}-{aot.TYPES[dtype]}"
-            done = compiled(arch, dtype, layout, projection, name)
+            done = compiled(arch, dtype, layout, projection, name, dim)
             ptx = (change or {}).get(kernel.name, done.ptx)
             arguments = [values[argument] for argument, _ in done.arguments] + [0, 0]
             dependent = kernel.waits and place > 0
@@ -123,6 +124,7 @@ MORE = [
     (100, F32, "folded", "shared", 1),
     (100, F32, "plain", "shared", 18),
     (100, BF16, "plain", "shared", 1),
+    (100, F16, "folded", "shared", 18),
     (120, F32, "plain", "separate", 10),
     (120, F16, "folded", "shared", 2),
     (120, BF16, "plain", "shared", 18),
@@ -143,6 +145,18 @@ def test_compiled_kernels_are_right_in_every_order(arch, dtype, layout, projecti
         assert_right(scores, index, want, dtype)
         assert first is None or np.array_equal(first, scores), "the same bits in every order"
         first = scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "dtype", "layout", "B"),
+    [(90, F32, "folded", 18), (90, BF16, "plain", 18), (90, F16, "plain", 2), (80, F32, "plain", 1)],
+)
+def test_wide_heads(arch, dtype, layout, B):
+    v = unit_rows(B, WIDE, 1).to(dtype)
+    folded, _, _ = built(arch, dtype, layout, "shared", WIDE)
+    scores, index = answers(*run_batch(arch, dtype, layout, "shared", v))
+    assert_right(scores, index, folded(v), dtype)
 
 
 @pytest.mark.slow
