@@ -1,8 +1,13 @@
 """Ahead-of-time builds: which kernels a build has, what it writes, and which build a GPU runs."""
 
+import contextlib
 import itertools
 import os
+import subprocess
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -15,8 +20,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from triton.backends.nvidia import compiler as nvidia
+
 from vilu.kernels import aot
-from vilu.kernels.launch import CubinHead, Gpu, LaunchError, pick_build
+from vilu.kernels.launch import PDL_ARCH, CubinHead, Gpu, LaunchError, pick_build
 from vilu.kernels.plan import COUNTERS, MAX_SPLITS, all_kernels, plan_launches, tuned
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -63,6 +70,39 @@ def test_pick_build_refuses_what_it_cannot_run(built, have, tmp_path):
     names = ", ".join(map(str, built))
     with pytest.raises(LaunchError, match=f"built for compute capability {names}, this GPU has {have}"):
         pick_build({"archs": archs}, have, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_gpu_without_cubins_loads_the_oldest_builds_ptx(tmp_path):
+    """PTX that NVIDIA's assembler, as the driver's, takes for 10.3 and 12.1, in the shared memory that 12.1 has."""
+    aot.build(folded_head(64), [80], tmp_path / "build", image_types=[F32])
+    loaded = []
+    gpu = SimpleNamespace(
+        arch=121, allocate=lambda size: 256, write=lambda address, data: None,
+        load=lambda code, symbol, shared: loaded.append((code, symbol, shared)),
+    )  # fmt: skip
+    CubinHead(tmp_path / "build", cast(Gpu, gpu))
+    assert len(loaded) >= 9
+    for code, symbol, shared in loaded:
+        assert code.endswith(b"\0"), "the driver reads PTX up to a zero"
+        text = code[:-1].decode()
+        assert f".entry {symbol}(" in text
+        assert ".target sm_80" in text
+        assert shared <= min(aot.SHARED_LIMIT.values())
+    file, tool = tmp_path / "kernel.ptx", Path(nvidia.__file__).parent / "bin" / "ptxas-blackwell"
+    for code in {symbol: code for code, symbol, _ in loaded}.values():  # one of each kernel
+        file.write_bytes(code[:-1])
+        for arch in (103, 121):
+            subprocess.run([tool, f"--gpu-name=sm_{arch}", file, "-o", os.devnull], check=True)
+
+
+def test_a_build_fits_wherever_it_may_run():
+    """A build for 8.0 runs on 8.6 and 8.9 too and, as PTX, on every later GPU without a build of its own."""
+    for arch, limit in aot.SHARED_LIMIT.items():
+        for have in aot.SHARED_LIMIT:
+            with contextlib.suppress(LaunchError):
+                pick_build({"archs": {str(arch): {"portable": arch < PDL_ARCH}}}, have, Path())
+                assert limit <= aot.SHARED_LIMIT[have], (arch, have)
 
 
 def test_plans_are_compiled_for():
