@@ -24,7 +24,7 @@ from vilu import atomic
 from vilu.errors import UserError
 from vilu.kernels import FoldedHead, fold, fused_head
 from vilu.kernels.launch import PDL_ARCH
-from vilu.kernels.plan import SOURCE, Settings, all_kernels, tuned
+from vilu.kernels.plan import SOURCE, Settings, all_kernels, plan_launches, tuned
 
 CANDIDATES: dict[str, dict[str, list[int]]] = {
     "attend_image": {
@@ -47,11 +47,11 @@ CANDIDATES: dict[str, dict[str, list[int]]] = {
     },
     "tail_few": {"BLOCK_N": [4, 8, 16], "CHUNK": [4, 8, 16], "num_warps": [4, 8]},
 }  # fmt: skip
-TUNED_IMAGES = {
-    "attend_image": 1, "attend_few": 1, "attend_tile": 64, "score_tile": 512, "sum_tile": 512, "tail": 64,
-    "tail_few": 1,
+# By bytes of an element: up to 8 images run `attend_image` in float32, and `attend_few` in 16 bits.
+TUNED_IMAGES: dict[str, dict[int, int]] = {
+    "attend_image": {4: 1}, "attend_few": {2: 1, 4: 16}, "attend_tile": {2: 64, 4: 64}, "score_tile": {2: 512},
+    "sum_tile": {2: 512}, "tail": {2: 64, 4: 64}, "tail_few": {2: 1, 4: 1},
 }  # fmt: skip
-LARGE = ("score_tile", "sum_tile")
 TUNED_CLASSES = {"folded": 1000, "plain": 65536}
 
 
@@ -70,20 +70,20 @@ def tune(
     """
     from vilu.kernels import fused
 
-    arch, _ = fused.device_of(0)
+    arch, multiprocessors = fused.device_of(0)
     for name, dtype, dim, layout in itertools.product(kernels, dtypes, dims, TUNED_CLASSES):
         if time.monotonic() > end:
             print(f"{name} {layout} {str(dtype)[6:]} D={dim}: no time left", file=sys.stderr)
             continue
-        case = Case(TUNED_IMAGES[name], TUNED_CLASSES[layout], dim, dtype)
+        if dtype.itemsize not in TUNED_IMAGES[name]:
+            continue
+        case = Case(TUNED_IMAGES[name][dtype.itemsize], TUNED_CLASSES[layout], dim, dtype)
         head, v, t = case.data(device)
         folded = fold(head, t, logit_scale=SCALE, layout=layout)
         exact, variant = Exact.of(head, v, t), folded.variant
         settings = {kernel: dict(values) for kernel, values in tuned(arch, variant)}
-        if name not in settings or (name == "attend_image" and variant.itemsize == 2):
-            continue  # this type does not run that kernel
-        if name in LARGE and (variant.itemsize == 4 or layout == "folded"):
-            continue  # nor do so few classes
+        if not runs(name, case, folded, arch, multiprocessors):
+            continue  # so few classes, or this compute capability, do without the kernel
         best = cost(settings, folded, exact, v)
         for key, values in CANDIDATES[name].items():
             for value in values:
@@ -109,6 +109,16 @@ def tune(
         atomic.write(path, one_line_an_entry(table))
         tuned.cache_clear()
         print(f"{found}: {1e6 * best:.1f} us with {settings[name]}", file=sys.stderr, flush=True)
+
+
+def runs(role: str, case: Case, folded: FoldedHead, arch: int, multiprocessors: int) -> bool:
+    """Whether a batch of the case launches the role's kernel: else its time would say nothing about the settings."""
+    plan = plan_launches(
+        folded.variant, case.images, case.classes, ragged=False, settings=tuned(arch, folded.variant),
+        multiprocessors=multiprocessors, pdl=arch >= PDL_ARCH,
+        shared_softmax=folded.variant.shares_softmax(folded.logit_scale, folded.attention_scale),
+    )  # fmt: skip
+    return role in {kernel.name for kernel in plan.kernels}
 
 
 def one_line_an_entry(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:

@@ -1,6 +1,7 @@
 """`bench/head.py --tune` and the table that it writes."""
 
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from bench import head_forms, head_tuning
 from bench.head_timing import DeviceFailedError
 from tests.kernels.reference import DEVICE, runs_kernels
 from vilu import ViLUHead
-from vilu.kernels import plan
+from vilu.kernels import fold, plan
 
 fused = pytest.importorskip("vilu.kernels.fused")
 pytestmark = runs_kernels
@@ -37,7 +38,8 @@ def test_tuning_takes_the_fastest_settings_that_pass_the_gate(name, chosen, tmp_
     monkeypatch.setattr(head_tuning, "CANDIDATES", {name: candidates})
     monkeypatch.setattr(head_tuning, "never_spills", lambda role, settings, *_: settings[role][first] != spilling)
     monkeypatch.setattr(head_tuning, "TUNED_CLASSES", {"plain": 40})
-    monkeypatch.setattr(head_tuning, "TUNED_IMAGES", {name: 2 if name == "attend_image" else 9})
+    images = {"attend_image": 2, "attend_tile": 17, "tail": 9}[name]
+    monkeypatch.setattr(head_tuning, "TUNED_IMAGES", {name: {4: images}})
     monkeypatch.setattr(head_forms, "ViLUHead", functools.partial(ViLUHead, hidden=(24, 8)))
 
     def clock(run, *, cold):
@@ -70,7 +72,7 @@ def test_a_failed_gpu_ends_the_search(tmp_path, monkeypatch):
 
     monkeypatch.setattr(head_tuning, "CANDIDATES", {"tail": {"CHUNK": [16]}})
     monkeypatch.setattr(head_tuning, "TUNED_CLASSES", {"plain": 40})
-    monkeypatch.setattr(head_tuning, "TUNED_IMAGES", {"tail": 9})
+    monkeypatch.setattr(head_tuning, "TUNED_IMAGES", {"tail": {4: 9}})
     monkeypatch.setattr(head_forms, "ViLUHead", functools.partial(ViLUHead, hidden=(24, 8)))
     monkeypatch.setattr(head_tuning, "gpu", fail)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -82,6 +84,19 @@ def test_a_failed_gpu_ends_the_search(tmp_path, monkeypatch):
     assert path.read_text() == "{}"
     head_tuning.tune(DEVICE, ["tail"], [64], [torch.float32], path, end=0.0)
     assert path.read_text() == "{}", "no search begins when the time is over"
+
+
+def test_every_kernel_is_tuned_on_a_batch_that_runs_it():
+    """Of a batch that runs another kernel the times are noise, and would enter the table as a measurement."""
+    for name, by_bytes in head_tuning.TUNED_IMAGES.items():
+        for (itemsize, images), layout in itertools.product(by_bytes.items(), head_tuning.TUNED_CLASSES):
+            dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+            case = head_forms.Case(images, head_tuning.TUNED_CLASSES[layout], 64, dtype)
+            folded = fold(ViLUHead(64), torch.eye(3, 64).to(dtype), layout=layout)
+            large = name in ("score_tile", "sum_tile")
+            for arch in (80, 90):
+                runs = head_tuning.runs(name, case, folded, arch, 132)
+                assert runs == (not large or (layout == "plain" and arch == 90)), (name, itemsize, layout, arch)
 
 
 def test_the_committed_table_is_written_as_it_is_read():
