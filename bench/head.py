@@ -12,16 +12,17 @@ cut off. Rows are added to the output, in the place of older ones of the same sh
 
     pytest -q -m gpu tests/kernels                                            # parity, graphs, cubins on this chip
     python bench/head.py --quick                                              # the targets' shapes, before tuning
-    python bench/head.py --tune --kernels attend_image --shapes none                # tune, measuring nothing
+    python bench/head.py --tune --kernels attend_image --shapes none          # tune, measuring nothing
     python bench/head.py --tune --kernels attend_tile --dtypes bfloat16 --shapes none
     python bench/head.py --tune --kernels attend_tile --dtypes float32 --shapes none
-    python bench/head.py --tune --kernels attend_few --dtypes bfloat16 --shapes none
+    python bench/head.py --tune --kernels attend_few --shapes none
+    python bench/head.py --tune --kernels score_tile,sum_tile --shapes none
     python bench/head.py --tune --kernels tail,tail_few --shapes none
     pytest -q -m gpu tests/kernels                                            # again, as tuned
     for d in 512 768; do for t in float32 float16 bfloat16; do for k in 10,1000 65536 1048576; do
         python bench/head.py --dims $d --dtypes $t --classes $k
     done; done; done
-    pytest -q tests/kernels/test_aot.py                                       # the table compiles, fits, no spills
+    pytest -q tests/kernels/test_budget.py                                    # the table compiles, fits, no spills
     git add kernels/tuning.json bench/results/head-cuda.*
 """
 
@@ -67,7 +68,7 @@ def microseconds(seconds: Sequence[float]) -> dict[str, float]:
 
 def measure(
     case: Case, device: str, seconds: float, limits: dict[str, float], wanted: Sequence[str] = (),
-    end: float = math.inf,
+    end: float = math.inf, layout: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for every contender, with its speed as a multiple of the authors' head where both pass the gate.
 
@@ -75,12 +76,13 @@ def measure(
         seconds: for each wall time.
         wanted: names of the contenders; none: all.
         end: no contender begins after it (time.monotonic).
+        layout: of the folded head, as in `fold`.
 
     Raises:
         DeviceFailedError: the GPU reported an error.
     """
     head, v, t = case.data(device)
-    folded = fold(head, t, logit_scale=SCALE)
+    folded = fold(head, t, logit_scale=SCALE, layout=layout)
     exact = Exact.of(head, v, t)
     rows, passed = [], []
     for name, build in contenders(case, head, v, t, folded):
@@ -89,6 +91,8 @@ def measure(
         row: dict[str, Any] = {
             "contender": name, "B": case.images, "K": case.classes, "D": case.dim, "dtype": str(case.dtype)[6:],
         }  # fmt: skip
+        if name == "fused" or (name == "folded" and layout):
+            row["layout"] = folded.layout
         try:
             if time.monotonic() > end:
                 raise TimeoutError("no time left")
@@ -197,7 +201,7 @@ def write(path: Path, limits: dict[str, float], rows: list[dict[str, Any]]) -> l
     """Add rows to the file, in the place of older ones of the same shape and contender; all that it has then."""
 
     def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[key] for key in ("device", "threads", "dtype", "D", "K", "B", "contender"))
+        return *(row[key] for key in ("device", "threads", "dtype", "D", "K", "B", "contender")), row.get("layout")
 
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {"limits": {}, "rows": []}
     found = list({identity(row): row for row in [*kept["rows"], *rows]}.values())
@@ -224,6 +228,9 @@ def main() -> None:
     parser.add_argument("--classes", type=numbers, metavar="K,...")
     parser.add_argument("--dims", type=numbers, metavar="D,...")
     parser.add_argument("--dtypes", type=lambda text: [names[name] for name in text.split(",")], metavar="NAME,...")
+    parser.add_argument(
+        "--layout", choices=["folded", "plain"], help="of the folded head; by default as `fold` chooses"
+    )
     parser.add_argument("--shapes", choices=["all", "none"], default="all", help="none: only tune")
     given = parser.parse_args()
     unknown = sorted({*given.contenders} - {*CONTENDERS}) or sorted({*given.kernels} - {*CANDIDATES})
@@ -252,7 +259,8 @@ def main() -> None:
         if time.monotonic() > end:
             print(f"B={case.images} K={case.classes} and what follows: no time left", flush=True)
             break
-        for row in measure(case, device, given.seconds / (4 if given.quick else 1), limits, given.contenders, end):
+        seconds = given.seconds / (4 if given.quick else 1)
+        for row in measure(case, device, seconds, limits, given.contenders, end, given.layout):
             rows.append(row | about)
             shown = row.get("skipped", "gate is red: no time")
             if best_of(row):

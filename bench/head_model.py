@@ -262,8 +262,9 @@ def measured(path: Path, shape: Shape, dim: int = 512) -> float | None:
     if not path.exists():
         return None
     for row in json.loads(path.read_text("utf-8"))["rows"]:
-        key = (row["contender"], row["B"], row["K"], row["D"], row["dtype"])
-        if key == ("fused", shape.images, shape.classes, dim, str(shape.dtype)[6:]) and "graph_warm" in row:
+        key = (row["contender"], row["B"], row["K"], row["D"], row["dtype"], row.get("layout"))
+        mine = ("fused", shape.images, shape.classes, dim, str(shape.dtype)[6:], shape.layout)
+        if key == mine and "graph_warm" in row:
             return float(row["graph_warm"]["median_us"])
     return None
 

@@ -1,14 +1,16 @@
 """The estimate from machine code, and the script for a GPU."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from bench.head_model import executed
+from bench.head_model import Shape, executed, measured
 from vilu.kernels.machine_code import Instruction
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +33,14 @@ def test_executed_counts_loops_times_their_iterations():
     assert executed(nested, 2, 4, "FFMA") == 8
 
 
+def test_a_measured_time_stands_beside_its_own_layout(tmp_path):
+    row = {"contender": "fused", "B": 1, "K": 1000, "D": 512, "dtype": "float32", "graph_warm": {"median_us": 7}}
+    path = tmp_path / "head-cuda.json"
+    path.write_text(json.dumps({"rows": [row | {"layout": "folded"}]}))
+    shapes = [Shape(1, 1000, torch.float32, layout, "shared", 10) for layout in ("folded", "plain")]
+    assert [measured(path, shape) for shape in shapes] == [7, None]
+
+
 def test_the_gpu_script_goes_on_and_writes_into_one_folder(tmp_path):
     script = [str(ROOT / "bench" / "gpu.sh"), str(tmp_path / "out")]
     fails = tmp_path / "python"
@@ -41,6 +51,9 @@ def test_the_gpu_script_goes_on_and_writes_into_one_folder(tmp_path):
     run = subprocess.run([*script, "tests", "goals"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     steps = (tmp_path / "out" / "steps.txt").read_text().splitlines()
-    assert steps == ["3 tests", "3 goal-1-1000", "3 goal-1-1048576", "3 goal-512-65536"]
+    assert steps == ["3 tests", "3 goal-1-1000", "3 goal-1-1000-plain", "3 goal-1-1048576", "3 goal-512-65536"]
     assert "--classes 65536 --dims 512 --dtypes bfloat16" in (tmp_path / "out" / "goal-512-65536.log").read_text()
-    assert subprocess.run([*script, "nonsense"], env=environment, capture_output=True).returncode == 2
+    subprocess.run([*script, "tune-tail"], env=environment, check=True)
+    assert (tmp_path / "out" / "steps.txt").read_text().splitlines()[len(steps) :] == ["3 tune-tail"]
+    for wrong in ("nonsense", "goal-2-1000"):
+        assert subprocess.run([*script, wrong], env=environment, capture_output=True).returncode == 2
