@@ -1,5 +1,7 @@
 """The PyTorch operator: schema, torch.compile, torch.export, CUDA graphs, and the same bits at every run."""
 
+import threading
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from tests.kernels.reference import DEVICE, INTERPRETED, assert_equal, make_head
 from tests.support.embeddings import unit_rows
 from vilu.kernels import FoldedHead, fold, fused_head
 
-pytest.importorskip("triton")
+fused = pytest.importorskip("vilu.kernels.fused")
 pytestmark = runs_kernels
 
 
@@ -35,6 +37,82 @@ def test_graphs_replay_on_any_stream_at_once(B):
     assert_equal(plain, want[0])
     for mine, theirs in zip(outputs, want, strict=True):
         assert_equal(mine, theirs)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no CUDA graphs here")
+@pytest.mark.parametrize("B", [1, 9])
+def test_two_threads_capture_at_once(B):
+    t = unit_rows(5000, 64, 29).float().to(DEVICE)
+    folded = fold(make_head(64).to(DEVICE), t)
+    inputs = [unit_rows(B, 64, seed).float().to(DEVICE) for seed in (30, 31)]
+    want = [fused_head(v, folded) for v in inputs]
+    graphs = [torch.cuda.CUDAGraph() for _ in inputs]
+    outputs, together = {}, threading.Barrier(2)
+
+    def capture(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            together.wait(60)
+            graphs[i].capture_begin(capture_error_mode="thread_local")
+            together.wait(60)
+            outputs[i] = fused_head(inputs[i], folded)
+            together.wait(60)
+            graphs[i].capture_end()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=capture, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in range(20):
+        for graph in graphs:
+            graph.replay()
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert_equal(outputs[i], want[i])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no CUDA graphs here")
+@pytest.mark.parametrize("B", [1, 9])
+def test_graph_trees_of_torch_compile(B):
+    t = unit_rows(300, 64, 29).float().to(DEVICE)
+    folded = fold(make_head(64).to(DEVICE), t)
+    compiled = torch.compile(lambda x: fused_head(x, folded), fullgraph=True, mode="reduce-overhead")
+    for seed in range(6):  # warmed up, captured, replayed
+        v = unit_rows(B, 64, seed).float().to(DEVICE)
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_equal(compiled(v), fused_head(v, folded))
+
+
+def test_calls_at_the_same_time_share_no_scratch(monkeypatch):
+    """Nor their counters: so threads, streams and graphs may run and capture at will."""
+    together = threading.Barrier(2)
+    seen: dict[int, set[int]] = {}
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.arg_names = kernel.arg_names
+
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                together.wait(60)  # both calls are under way
+                if "counters" in arguments:
+                    address = arguments["counters"].untyped_storage().data_ptr()
+                    seen.setdefault(threading.get_ident(), set()).add(address)
+
+            return launch
+
+    monkeypatch.setattr(fused, "KERNELS", {name: Recorder(kernel) for name, kernel in fused.KERNELS.items()})
+    v, t = unit_rows(1, 64, 19).float().to(DEVICE), unit_rows(150, 64, 20).float().to(DEVICE)
+    folded = fold(make_head(64).to(DEVICE), t)
+    threads = [threading.Thread(target=fused_head, args=(v, folded)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    one, other = seen.values()
+    assert len(one) == len(other) == 1
+    assert one != other
 
 
 @pytest.mark.parametrize("B", [3, 20])
