@@ -208,6 +208,19 @@ def test_every_wait_for_earlier_kernels_is_needed(kernel, B):
             run_batch(*head, unit_rows(B, DIM, 1).float(), change={kernel: changed})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what", ["wgmma.wait_group", "wgmma.fence", "fence.proxy.async", "cp.async.wait_group", "griddepcontrol.wait"]
+)
+def test_every_wait_and_fence_of_wide_tiles_is_needed(what):
+    """Of `attend_tile` with wgmma, whose factors come from registers and from shared memory, filled in two ways."""
+    head = (90, BF16, "plain", "shared")
+    ptx = compiled(*head, "attend_tile-bf16", WIDE).ptx
+    for _, changed in mutants(ptx, r"^\s*" + what.replace(".", r"\.")):
+        with pytest.raises(RaceError):
+            run_batch(*head, unit_rows(18, WIDE, 1).to(BF16), multiprocessors=1, change={"attend_tile": changed})
+
+
 def races(*arguments, **options):
     try:
         run_batch(*arguments, **options)
