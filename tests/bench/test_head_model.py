@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.head_model import Shape, executed, measured
+from bench.head_model import GOALS, Shape, estimate, executed, measured
 from vilu.kernels.machine_code import Instruction
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +39,17 @@ def test_a_measured_time_stands_beside_its_own_layout(tmp_path):
     path.write_text(json.dumps({"rows": [row | {"layout": "folded"}]}))
     shapes = [Shape(1, 1000, torch.float32, layout, "shared", 10) for layout in ("folded", "plain")]
     assert [measured(path, shape) for shape in shapes] == [7, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", GOALS, ids=lambda shape: f"{shape.images}-{shape.classes}-{shape.layout}")
+def test_an_estimate_reaches_its_goal_and_stands_in_the_docs(shape):
+    took = sum(took for _, took in estimate(shape))
+    assert round(took, 1) <= shape.goal
+    row = (
+        f"| {shape.images} | {shape.classes:,} | {str(shape.dtype)[6:]} | {shape.layout} | {took:.1f} | {shape.goal} |"
+    )
+    assert row in (ROOT / "docs" / "gpu.md").read_text("utf-8")
 
 
 def test_the_gpu_script_goes_on_and_writes_into_one_folder(tmp_path):
