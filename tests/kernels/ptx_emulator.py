@@ -768,6 +768,12 @@ class Kernel(WarpGroupProducts):
                 write(warp, product + c(warp) if c else product, mask)
 
             return widen
+        if parts[:2] == ["mul", "hi"] and kind in ("s32", "u32"):
+            long = {"s32": np.int64, "u32": np.uint64}[kind]
+            a, b = (self._reader(operand, kind) for operand in operands[1:3])
+            return lambda warp, mask: write(warp, (a(warp).astype(long) * b(warp).astype(long)) >> long(32), mask)
+        if {"hi", "sat", "cc"} & {*parts}:
+            raise NotImplementedError(".".join(parts))
         if name in ("shl", "shr"):
             a, b = self._reader(operands[1], kind), self._reader(operands[2], "u32")
 
