@@ -161,6 +161,7 @@ def load_model(folder: Path, models: Mapping[str, Any]) -> Any:
         UserError: the model does not load.
     """
     config = read_config(folder)
+    config["parameters"].pop("nice", None)  # this process is the caller's: no model of it lowers its priority
     version = version_folder(folder, config)
     backend = types.ModuleType(BACKEND)
     request = type("InferenceRequest", (InferenceRequest,), {"models": models})

@@ -190,6 +190,14 @@ def test_offline_pixels_of_a_later_stage_are_made_of_the_images_that_go_on(casca
     assert [*found[:lost], *found[lost + 1 :]] == [row for i, row in enumerate(whole.to_pylist()) if i != lost]
 
 
+def test_offline_answers_leave_the_priority_of_their_process(cascade, monkeypatch):
+    """The server's decoder has a low one, but here it runs in the process that asks."""
+    by: list[int] = []
+    monkeypatch.setattr("os.nice", by.append)
+    Scorer(cascade.root)
+    assert set(by) <= {0}
+
+
 def test_an_offline_identity_covers_every_stage_and_the_rule(cascade, tmp_path):
     root = shutil.copytree(cascade.root, tmp_path / "r")
     found = Scorer(root)
