@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
+from vilu.serving.answers import OUTLIER, STAGE
 from vilu.serving.door.refused import NOT_FOUND, Refused
 
 # What people ask; the models within the ensembles are not among them.
@@ -56,11 +57,22 @@ def check(request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview], mode
     asked = [output.name for output in request.outputs]
     for output in request.outputs:
         if output.name not in model["outputs"]:
-            raise Refused(f"there is no output {output.name[:64]!r}")
+            raise Refused(f"there is no output {output.name[:64]!r}{_why(output.name, model['outputs'])}")
         if output.parameters:
             raise Refused(f"output {output.name}: parameters (classes, shared memory) are not taken here")
     if len(set(asked)) < len(asked):
         raise Refused("an output is asked for twice")
+
+
+def _why(name: str, outputs: Collection[str]) -> str:
+    """Why a model with these outputs lacks this one, for an output that other exports have; else nothing."""
+    if name in STAGE:
+        return ": the model is no cascade; where the server has one, it is vilu_cascade"
+    if name in ("IMAGE_EMBEDDING", OUTLIER) and "STAGE" in outputs:
+        return ": a cascade gives none, since those of two CLIPs cannot be compared"
+    if name == OUTLIER and "LABEL" in outputs:
+        return ": the exported checkpoint has no outlier score"
+    return ""
 
 
 def parsed(kind: Any, data: bytes) -> Any:

@@ -205,6 +205,11 @@ def test_what_is_wrong_is_told_in_one_line(models):
     assert told(lambda r: r.inputs.add(name="MORE")) == "2 inputs, but the contents of 1"
     assert told(lambda r: r.ClearField("inputs")) == "input IMAGE is missing"
     assert told(lambda r: r.outputs.add(name="NOBODY")) == "there is no output 'NOBODY'"
+    assert told(lambda r: r.outputs.add(name="STAGE")).startswith("there is no output 'STAGE': the model is no cascade")
+    scored = question(b"an image")
+    scored.outputs.add(name="OUTLIER_SCORE")
+    with pytest.raises(Refused, match="'OUTLIER_SCORE': the exported checkpoint has no outlier score"):
+        checked(scored, models["vilu"] | {"outputs": {"LABEL"}})
     assert told(lambda r: [r.outputs.add(name="LABEL") for _ in range(2)]) == "an output is asked for twice"
     assert "only class_set" in told(lambda r: r.parameters["sequence_id"].SetInParent())
     assert "BYTES is wanted" in told(lambda r: setattr(r.inputs[0], "datatype", "FP32"))
