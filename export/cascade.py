@@ -113,17 +113,20 @@ def export_cascade(
             on_cpu = asked.get("device", "cpu") == "cpu" and asked.get("precision") == "float32"
             if on_cpu and asked.get("provider") is None and multiply_adds(clips[number]) < TINY:
                 asked["provider"] = "cpu"
-            return write(
-                checkpoints[number],
-                root / f".stage{number + 1}",
-                clip=clips[number],
-                max_batch_size=max_batch_size,
-                preprocess=preprocess,
-                limits=limits,
-                on_measured=partial(measured.__setitem__, number),
-                progress=_named(progress, number + 1, len(checkpoints)),
-                **asked,
-            )
+            try:
+                return write(
+                    checkpoints[number],
+                    root / f".stage{number + 1}",
+                    clip=clips[number],
+                    max_batch_size=max_batch_size,
+                    preprocess=preprocess,
+                    limits=limits,
+                    on_measured=partial(measured.__setitem__, number),
+                    progress=_named(progress, number + 1, len(checkpoints)),
+                    **asked,
+                )
+            except checks.OverBudgetError as error:
+                raise checks.OverBudgetError(f"stage {number + 1}: {error}") from None
 
         reports = [write_stage(number) for number in range(len(checkpoints))]
         rule, problems = within_budget(reports, measured, threshold, write_stage)
@@ -147,7 +150,8 @@ def export_cascade(
                 "stages": reports[1:],
             }
         }
-        summary["over_budget"] = [*(line for one in reports for line in one["over_budget"]), *problems]
+        over = [f"stage {number}: {line}" for number, one in enumerate(reports, 1) for line in one["over_budget"]]
+        summary["over_budget"] = [*over, *problems]
         (root / "parity.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", "utf-8")
         _write_text(root, summary, len(stages))
         if version is not None:

@@ -279,6 +279,18 @@ def test_the_precision_of_each_stage_is_measured(cascade, tmp_path, monkeypatch,
     assert max(images for number, images in embedded if number == 3) <= 2, "the shape of the output alone"
 
 
+def test_a_stage_over_its_budget_is_named(cascade, tmp_path):
+    def write(checkpoint, *_, **__):
+        if checkpoint is cascade.checkpoints[1]:
+            raise OverBudgetError("export refused: a line")
+        return {}
+
+    options: dict[str, Any] = {"write": write, "precision": "float32", "threshold": 0.5}
+    with pytest.raises(OverBudgetError, match=r"^stage 2: export refused: a line$"):
+        export_cascade(cascade.checkpoints, cascade.clips, tmp_path / "repository", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_stage_over_its_budget_leaves_the_old_repository(cascade, tmp_path, monkeypatch, tower_cache):
     root = tmp_path / "repository"
