@@ -82,7 +82,7 @@ def export_cascade(
         output: the repository's folder; replaced whole, or with `version` added to.
         threshold: an image goes on to the next stage where its failure probability is above this.
         calibration: what `vilu calibrate --cascade` wrote when it chose the threshold; kept in parity.json.
-        as_default: serve the cascade as `vilu` and `vilu_open`, in the place of the first stage alone.
+        as_default: serve the cascade as `vilu` and `vilu_open`, too, in the place of the first stage alone.
         escalation_seconds: how long an image may wait for later stages; then the answer so far is given, rejected.
         write: `export`, which then needs a precision, or `export_fastest`: it writes each stage. Where what the latter
             chose routes too many images to another stage, `rule.within_budget` takes the next fastest.
@@ -258,15 +258,15 @@ def _join(
         given = _given(name)
         for candidates in (False, True):
             _write_stage(root, _prefix(number), stage, name, {given: kinds[given]}, candidates=candidates)
-    front = "vilu" if as_default else FRONT
     # On a GPU the head is a kernel that only vilu_head runs.
     graphs = sorted((root / "vilu_head" / "1").glob("*.onnx"))
     own = any(path.stem == "model" for path in graphs)
     _write_router(root / ROUTER, stages, about, wanted, threshold, seconds, wait=ROUTER_WAIT if own else 0)
     for path in graphs if own else ():
         copy_graph(path, root / ROUTER / "1" / path.name)
-    _write_front(root / front, stages[0], wanted, head=None if own else "vilu_head", candidates=False)
-    _write_front(root / f"{front}_open", stages[0], wanted, head="vilu_embeddings", candidates=True)
+    for front in (FRONT, "vilu") if as_default else (FRONT,):
+        _write_front(root / front, stages[0], wanted, head=None if own else "vilu_head", candidates=False)
+        _write_front(root / f"{front}_open", stages[0], wanted, head="vilu_embeddings", candidates=True)
 
 
 def _given(pixels: str) -> str:
@@ -423,6 +423,6 @@ def _write_text(root: Path, summary: dict[str, Any], count: int) -> None:
         parts.append(f"# Stage {number}: {text}")
     first.write_text("\n".join(parts), "utf-8")
     with (root / "README.md").open("a", encoding="utf-8") as readme:
-        readme.write(
-            (models.TEMPLATES / "README.cascade.md").read_text("utf-8").replace("vilu_cascade", cascade["front"])
-        )
+        readme.write((models.TEMPLATES / "README.cascade.md").read_text("utf-8"))
+        if cascade["front"] != FRONT:
+            readme.write(f"`{cascade['front']}` and `{cascade['front']}_open` are this cascade, too.\n")

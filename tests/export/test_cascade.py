@@ -301,8 +301,17 @@ def test_a_stage_over_its_budget_leaves_the_old_repository(cascade, tmp_path, mo
         "cache": tower_cache,
         "threshold": cascade.threshold,
     }
-    export_cascade(cascade.checkpoints, cascade.clips, root, **options, as_default=True)
-    assert "vilu_cascade" not in versions.models(root)
+
+    def write(*given, **more):
+        return export(*given, **more) | {"over_budget": ["a line"]}
+
+    report = export_cascade(
+        cascade.checkpoints, cascade.clips, root, **options | {"write": write, "allow_loss": True}, as_default=True
+    )
+    assert report["over_budget"] == ["stage 1: a line", "stage 2: a line"]
+    for name in ("vilu", "vilu_open"):
+        same = (load_config(root / one / "config.pbtxt") for one in (name, name.replace("vilu", "vilu_cascade")))
+        assert len({one.ensemble_scheduling.SerializeToString(deterministic=True) for one in same}) == 1
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     real = compare_rule
 

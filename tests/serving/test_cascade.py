@@ -299,7 +299,10 @@ def test_three_stages_served_as_vilu_and_recorded(cascade, larger, images, tmp_p
             answers = client.ask(images, stage=True, details=True)
             stages = same(answers, images, three)
             assert client.ask(images[:1])[0].stage is None
-        assert send(ports, "/ask", images[0])[2]["stage"] == answers[0].stage
+        with Client(ports.grpc, model="vilu_cascade", batch_size=4) as client:  # by its own name, too
+            assert same(client.ask(images[:4]), images[:4], three) == same(answers[:4], images[:4], three)
+        for path in ("/ask", "/ask?cascade=true"):
+            assert send(ports, path, images[0])[2]["stage"] == answers[0].stage
     assert set(stages) == {1, 2, 3}
     assert {answer.class_set for answer in answers} == {"default@4"}
     rows = [row for part in open_record(str(tmp_path / "record")).batches(SCHEMA.names) for row in part.to_pylist()]
@@ -309,7 +312,7 @@ def test_three_stages_served_as_vilu_and_recorded(cascade, larger, images, tmp_p
     for answer in answers:
         assert recorded[answer.id] == (answer.stage, False)
     (watched,) = watch(open_record(str(tmp_path / "record"))).watched
-    assert sum(watched.stages.values()) == len(rows) == len(images) + 2
+    assert sum(watched.stages.values()) == len(rows) == len(images) + 7
 
 
 def test_a_stage_that_does_not_load_is_one_line(cascade, tmp_path):

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 @click.option(
     "--cascade-default",
     is_flag=True,
-    help="Serve the cascade as `vilu` and `vilu_open`, so that clients need not name it.  [default: `vilu_cascade`]",
+    help="Serve the cascade as `vilu` and `vilu_open`, too, so that clients need not name it.  [default: as "
+    "`vilu_cascade` alone]",
 )
 @click.option(
     "--escalation-seconds",
