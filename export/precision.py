@@ -89,7 +89,8 @@ def check(precision: str, device: str, provider: str, *, has_openvino: bool, has
     if precision == "bfloat16" and device == "gpu":
         raise UserError("bfloat16 on a GPU: ONNX operator set 20 has no bfloat16 convolution or GELU; use float16")
     if precision == "bfloat16" and provider != "openvino":
-        raise UserError("bfloat16 on a CPU is OpenVINO's, which is not in use: pip install openvino")
+        how = "leave out --provider" if has_openvino else "pip install openvino"
+        raise UserError(f"bfloat16 on a CPU is OpenVINO's, and the provider is {provider}: {how}")
     if precision == "bfloat16" and not has_bfloat16:
         raise UserError("bfloat16: this CPU has neither AMX nor AVX512-BF16, so nothing can be proven here")
     if precision == "int8" and provider == "cuda":
