@@ -12,8 +12,10 @@ a Python model that asks for the doubtful images alone. "calls": one Python mode
 image (BLS). "two requests": the client asks the small model and, where in doubt, the large one, as a front door would;
 the image is sent and decoded twice. The second and the third are written here, for this comparison alone.
 
-What the towers' times allow is 1 / (1 / small + share / large) images a second, from the rates of the two models alone,
-under the same load. The images are photographs of 500 x 375 pixels, or with `--images` the embedded ones of 64 x 64.
+Besides these loads, which keep 16 requests in flight, the cascade and the large CLIP alone get requests that arrive at
+random at one rate, 80% of what the large one answers. What the towers' times allow is 1 / (1 / small + share / large)
+images a second, from the rates of the two models alone, under the same load. The images are photographs of 500 x 375
+pixels, or with `--images` the embedded ones of 64 x 64.
 `--repository` takes a cascade's own export, so that real heads answer. `--quick` checks the answers of 12 images,
 exports with the parity of 32, and takes one round with 16 requests at a time of the two models alone and the router.
 """
@@ -62,6 +64,7 @@ from vilu.tiny import data
 
 PHOTOS = 64
 AT_ONCE = 16
+ARRIVING = 0.8  # requests that arrive at random, as a share of what the large CLIP alone answers
 # The whole cascade by calls, as short as it can be: what the router is compared with.
 CALLS = """
 import json
@@ -306,11 +309,25 @@ def run(
                 for level in flight:
                     tick(f"round {turn + 1}: {name}, {level} at a time")
                     windows[name][level].append(one.closed(level, seconds))
-    return finish(windows, share, threshold, small, large, output)
+        arrivals = 0.0
+        arriving: dict[str, list[Window]] = {}
+        for turn in range(0 if quick else rounds):
+            arrivals = arrivals or ARRIVING * sum(one.throughput for one in windows["large alone"][AT_ONCE]) / rounds
+            for name in ("router", "large alone"):
+                tick(f"round {turn + 1}: {name}, {arrivals:.0f} a second")
+                arriving.setdefault(name, []).append(loads[name].open(arrivals, seconds, seed=turn))
+    return finish(windows, arrivals, arriving, share, threshold, small, large, output)
 
 
 def finish(
-    windows: dict[str, dict[int, list[Window]]], share: float, threshold: float, small: str, large: str, output: Path
+    windows: dict[str, dict[int, list[Window]]],
+    arrivals: float,
+    arriving: dict[str, list[Window]],
+    share: float,
+    threshold: float,
+    small: str,
+    large: str,
+    output: Path,
 ) -> dict[str, Any]:
     """Summarise, print and write the results."""
     stages = ("clip_image", "stage2_clip_image", "large_clip_image")
@@ -336,10 +353,15 @@ def finish(
 
     allowed = 1 / (1 / rate("small alone") + share / rate("large alone"))
     p99 = {name: rows[name][AT_ONCE]["milliseconds"]["p99"] for name in ("router", "large alone")}
+    steady: dict[str, Any] = {"a_second": arrivals}
+    for name, given in arriving.items():
+        unanswered = sum(sum(one.errors.values()) for one in given)
+        steady[name] = percentiles([x for one in given for x in one.latencies]) | {"unanswered": unanswered}
     summary = {
         "share": share, "threshold": threshold, "small": small, "large": large, "in_flight": AT_ONCE, "loads": rows,
         "towers_allow": allowed, "of_what_towers_allow": rate("router") / allowed,
-        "times_large_alone": rate("router") / rate("large alone"), "p99_ms": p99, "machine": machine("cpu"),
+        "times_large_alone": rate("router") / rate("large alone"), "p99_ms": p99, "arriving": steady,
+        "machine": machine("cpu"),
     }  # fmt: skip
     table = Table("load", "in flight", "images/s", "p50 ms", "p99 ms", "server's CPU ms", "mean batch of the towers")
     for name, by_level in rows.items():
@@ -356,6 +378,9 @@ def finish(
         f"{summary['of_what_towers_allow']:.0%} of the {allowed:.1f} that the towers' times allow"
     )
     write_results(output, {".json": summary})
+    if arriving:
+        said = (f"{name} p50 {row['p50']:.1f}, p99 {row['p99']:.1f} ms" for name, row in steady.items() if name in rows)
+        console.print(f"{arrivals:.0f} requests a second, at random times: {'; '.join(said)}")
     return summary
 
 
