@@ -137,22 +137,22 @@ def large():
 
 @pytest.mark.parametrize("protocol", [0, 1])
 def test_large_requests_go_through_shared_memory_and_leave_none(server, protocol):
-    before = {path.name for path in Path("/dev/shm").iterdir()}
+    before = regions()
     pictures = large()
     with Client(urls(server)[protocol], shared_memory=False) as client:
         plain = client.ask(pictures)
     with Client(urls(server)[protocol]) as client:
         shared = client.ask(pictures)
-        ours = {path.name for path in Path("/dev/shm").glob("vilu_client_*")}
+        ours = regions()
         assert len(ours - before) == 1
         assert client.ask(pictures) == shared  # the same region again
-        assert {path.name for path in Path("/dev/shm").glob("vilu_client_*")} == ours
+        assert regions() == ours
         status = http.InferenceServerClient(server.http_url.removeprefix("http://"))
         assert len(status.get_system_shared_memory_status()) == 1
     assert shared == plain
     assert status.get_system_shared_memory_status() == []
     status.close()
-    assert not {path.name for path in Path("/dev/shm").glob("vilu_client_*")} - before
+    assert not regions() - before
 
 
 @pytest.mark.parametrize("where", ["SharedMemory", "os.posix_fallocate"])
@@ -160,15 +160,16 @@ def test_where_shared_memory_cannot_be_had_requests_are_sent(server, monkeypatch
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    before = {path.name for path in Path("/dev/shm").iterdir()}
+    before = regions()
     monkeypatch.setattr(f"vilu.serving.shared_memory.{where}", full)
     with Client(server.grpc_url) as client:
         assert all(answer.error is None for answer in client.ask(large()))
-        assert not {path.name for path in Path("/dev/shm").glob("vilu_client_*")} - before
+        assert not regions() - before
 
 
 def regions():
-    return {path.name for path in Path("/dev/shm").glob("vilu_client_*")}
+    """Of this process: other tests run beside it."""
+    return {path.name for path in Path("/dev/shm").glob(f"vilu_client_{os.getpid()}_*")}
 
 
 def test_one_failure_does_not_end_the_use_of_shared_memory(server, monkeypatch, caplog):
