@@ -309,13 +309,12 @@ def run(
                 for level in flight:
                     tick(f"round {turn + 1}: {name}, {level} at a time")
                     windows[name][level].append(one.closed(level, seconds))
-        arrivals = 0.0
-        arriving: dict[str, list[Window]] = {}
-        for turn in range(0 if quick else rounds):
-            arrivals = arrivals or ARRIVING * sum(one.throughput for one in windows["large alone"][AT_ONCE]) / rounds
-            for name in ("router", "large alone"):
+        arrivals = ARRIVING * sum(one.throughput for one in windows["large alone"][AT_ONCE]) / rounds
+        arriving: dict[str, list[Window]] = {} if quick else {"router": [], "large alone": []}
+        for turn in range(rounds):
+            for name, found in arriving.items():
                 tick(f"round {turn + 1}: {name}, {arrivals:.0f} a second")
-                arriving.setdefault(name, []).append(loads[name].open(arrivals, seconds, seed=turn))
+                found.append(loads[name].open(arrivals, seconds, seed=turn))
     return finish(windows, arrivals, arriving, share, threshold, small, large, output)
 
 
@@ -379,7 +378,7 @@ def finish(
     )
     write_results(output, {".json": summary})
     if arriving:
-        said = (f"{name} p50 {row['p50']:.1f}, p99 {row['p99']:.1f} ms" for name, row in steady.items() if name in rows)
+        said = (f"{name} p50 {steady[name]['p50']:.1f}, p99 {steady[name]['p99']:.1f} ms" for name in arriving)
         console.print(f"{arrivals:.0f} requests a second, at random times: {'; '.join(said)}")
     return summary
 

@@ -116,10 +116,7 @@ class Gpu:
             code, *values = function(*arguments)
         except RuntimeError as error:  # cuda-bindings found no libcuda, or no such function in it
             raise LaunchError(f"no NVIDIA driver, or one too old: {error}") from None
-        except (
-            KeyError,
-            ValueError,
-        ) as error:  # a code newer than cuda-bindings
+        except (KeyError, ValueError) as error:  # a code newer than cuda-bindings
             raise LaunchError(f"CUDA: {function.__name__}: {error}") from None
         if int(code):
             text = self._driver.cuGetErrorString(code)[1]  # None for a code newer than this driver

@@ -1,6 +1,7 @@
 """The PyTorch operator: schema, torch.compile, torch.export, CUDA graphs, and the same bits at every run."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,14 +14,19 @@ fused = pytest.importorskip("vilu.kernels.fused")
 pytestmark = runs_kernels
 
 
+def two_batches(B):
+    """A folded head, two batches of B images, and their answers by plain launches."""
+    t = unit_rows(5000, 64, 29).float().to(DEVICE)
+    folded = fold(make_head(64).to(DEVICE), t)
+    inputs = [unit_rows(B, 64, seed).float().to(DEVICE) for seed in (30, 31)]
+    return folded, inputs, [fused_head(v, folded) for v in inputs]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="no CUDA graphs here")
 @pytest.mark.parametrize("B", [1, 9])
 def test_graphs_replay_on_any_stream_at_once(B):
     """Two graphs captured on one stream and replayed on two, besides plain launches: each counts its own arrivals."""
-    t = unit_rows(5000, 64, 29).float().to(DEVICE)
-    folded = fold(make_head(64).to(DEVICE), t)
-    inputs = [unit_rows(B, 64, seed).float().to(DEVICE) for seed in (30, 31)]
-    want = [fused_head(v, folded) for v in inputs]
+    folded, inputs, want = two_batches(B)
     graphs, outputs = [], []
     for v in inputs:
         graph = torch.cuda.CUDAGraph()
@@ -42,10 +48,7 @@ def test_graphs_replay_on_any_stream_at_once(B):
 @pytest.mark.skipif(INTERPRETED, reason="no CUDA graphs here")
 @pytest.mark.parametrize("B", [1, 9])
 def test_two_threads_capture_at_once(B):
-    t = unit_rows(5000, 64, 29).float().to(DEVICE)
-    folded = fold(make_head(64).to(DEVICE), t)
-    inputs = [unit_rows(B, 64, seed).float().to(DEVICE) for seed in (30, 31)]
-    want = [fused_head(v, folded) for v in inputs]
+    folded, inputs, want = two_batches(B)
     graphs = [torch.cuda.CUDAGraph() for _ in inputs]
     outputs, together = {}, threading.Barrier(2)
 
@@ -59,11 +62,8 @@ def test_two_threads_capture_at_once(B):
             graphs[i].capture_end()
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=capture, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(capture, range(2)))
     for _ in range(20):
         for graph in graphs:
             graph.replay()
@@ -105,11 +105,8 @@ def test_calls_at_the_same_time_share_no_scratch(monkeypatch):
     monkeypatch.setattr(fused, "KERNELS", {name: Recorder(kernel) for name, kernel in fused.KERNELS.items()})
     v, t = unit_rows(1, 64, 19).float().to(DEVICE), unit_rows(150, 64, 20).float().to(DEVICE)
     folded = fold(make_head(64).to(DEVICE), t)
-    threads = [threading.Thread(target=fused_head, args=(v, folded)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fused_head, (v, v), (folded, folded)))
     one, other = seen.values()
     assert len(one) == len(other) == 1
     assert one != other
